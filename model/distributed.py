@@ -1,0 +1,276 @@
+"""Processes and what they exchange: the only file that imports torch.distributed."""
+
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
+_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: rank of size processes, local_rank on its machine, its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    backend: str  # "nccl" on CUDA, "gloo" on CPU, "none" for a single process, which has no process group
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init(device: str = "auto", timeout: float = 600.0) -> World:
+    """Join the processes that torchrun started, or stand alone without it.
+
+    Rank, size and addresses come from torchrun's environment variables only.
+
+    Args:
+        device: "cuda", "cpu", or "auto": CUDA where there is a GPU.
+        timeout: seconds after which a collective that a rank does not join raises.
+
+    Raises:
+        ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device is {device!r}; set auto, cpu or cuda")
+    present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
+    started_by_torchrun = "RANK" in present or "WORLD_SIZE" in present
+    if started_by_torchrun and len(present) < len(_TORCHRUN_VARIABLES):
+        missing = ", ".join(name for name in _TORCHRUN_VARIABLES if name not in present)
+        raise ValueError(
+            f"environment variables {missing} are not set though {present[0]} is; start with torchrun"
+        )
+    rank, local_rank, size = (
+        (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if started_by_torchrun
+        else (0, 0, 1)
+    )
+    place = _place(device, local_rank)
+    if size == 1:
+        return World(rank, local_rank, size, place, "none")
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    limit = timedelta(seconds=timeout)
+    store, _, _ = next(rendezvous("env://", timeout=limit))
+    # After a restart by torchrun the store still holds the dead processes' keys; gloo would wait for them for ever.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=limit,
+        device_id=place if backend == "nccl" else None,
+    )
+    return World(rank, local_rank, size, place, backend)
+
+
+def _place(device: str, local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise ValueError(
+            f"device is {device!r} but process {local_rank} of this machine finds {gpus} GPUs; "
+            "set device cpu or lower torchrun's --nproc-per-node"
+        )
+    place = torch.device("cuda", local_rank)
+    torch.cuda.set_device(place)
+    return place
+
+
+def shutdown(world: World) -> None:
+    """Leave the process group, if there is one."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    if world.size > 1:
+        dist.barrier()
+
+
+def all_reduce_mean(tensor: Tensor, world: World) -> Tensor:
+    """Mean over ranks of a floating-point tensor on world.device, in a new tensor."""
+    if world.size == 1:
+        return tensor.clone()
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world.size
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """True on every rank if it is True on one; the host waits for the answer."""
+    if world.size == 1:
+        return flag
+    votes = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def broadcast_object(value: T, world: World) -> T:
+    """Rank 0's value, of any type that pickles, on every rank."""
+    if world.size == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def broadcast_module(module: nn.Module, world: World) -> None:
+    """Overwrite parameters and buffers by rank 0's."""
+    if world.size > 1:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+
+def gather_rows(tensor: Tensor, world: World) -> Tensor:
+    """Rows (n, ...) of all ranks, in the order of ranks, on every rank; n may differ between ranks."""
+    if world.size == 1:
+        return tensor
+    count = torch.tensor([len(tensor)], device=world.device)
+    counts = [torch.empty_like(count) for _ in range(world.size)]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    parts = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def wrap(module: nn.Module, world: World, static_graph: bool = True) -> nn.Module:
+    """The module with gradients averaged over ranks (DDP); itself for a single process.
+
+    Args:
+        module: what to wrap, the same on every rank.
+        world: the processes.
+        static_graph: the graph never changes. DDP's `no_sync` needs False: in torch 2.14 its first backward under a
+            static graph stops with an internal assertion.
+    """
+    if world.size == 1:
+        return module
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers; older versions know only this name
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            module,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,  # running statistics are equal already: batch norm is synchronised
+            gradient_as_bucket_view=True,
+            static_graph=static_graph,
+        )
+
+
+def no_sync(module: nn.Module) -> AbstractContextManager[None]:
+    """Within it, backward adds to the local gradients without averaging over ranks."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()  # type: ignore[return-value]
+
+
+def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
+    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay the same tensors.
+
+    torch's own on CUDA; under gloo, where torch's refuses CPU tensors, `SyncBatchNorm` below.
+    """
+    if world.size == 1:
+        return module
+    if world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        return SyncBatchNorm(module)
+    for name, child in module.named_children():
+        setattr(module, name, convert_sync_batchnorm(child, world))
+    return module
+
+
+class SyncBatchNorm(_BatchNorm):
+    """A batch norm (1-d or 2-d) with statistics over all ranks, for any backend."""
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum)
+        self.weight, self.bias = norm.weight, norm.bias
+        self.running_mean, self.running_var = norm.running_mean, norm.running_var
+        self.num_batches_tracked = norm.num_batches_tracked
+        self.training = norm.training
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim not in (2, 4):
+            raise ValueError(f"expected (N, C) or (N, C, H, W), got {tuple(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        self._check_input_dim(input)
+        output, mean, variance, count = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
+        self._track(mean, variance * count / (count - 1))  # running variance is unbiased, as torch's
+        return output
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert (
+            self.num_batches_tracked is not None
+            and self.running_mean is not None
+            and self.running_var is not None
+        )
+        self.num_batches_tracked += 1
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(variance, momentum)
+
+
+class _SyncNormalize(torch.autograd.Function):
+    """weight * (x - mean) / sqrt(variance + eps) + bias, with mean and variance over the batches of all ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        axes, shape = _axes(x), _channel_shape(x)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        size = x.numel() // x.shape[1]
+        # Sum and sum of squares are exchanged in float64, where their difference keeps float32's digits.
+        variance, mean = (s.double() for s in torch.var_mean(wide, axes, correction=0))
+        sums = torch.cat([size * mean, size * (variance + mean * mean), mean.new_tensor([size])])
+        dist.all_reduce(sums)
+        mean, square = (sums[:-1] / sums[-1]).chunk(2)
+        variance = (square - mean * mean).clamp_min(0)
+        scale = (variance + eps).rsqrt()
+        mean, variance, scale, count = (s.to(wide.dtype) for s in (mean, variance, scale, sums[-1]))
+        normalised = (wide - mean.view(shape)) * scale.view(shape)
+        ctx.save_for_backward(normalised, weight, scale, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return (normalised * weight.view(shape) + bias.view(shape)).to(x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        normalised, weight, scale, count = ctx.saved_tensors
+        axes, shape = _axes(normalised), _channel_shape(normalised)
+        gradient = gradients[0].to(normalised.dtype)
+        bias_gradient = gradient.sum(axes)
+        weight_gradient = (gradient * normalised).sum(axes)
+        means = torch.cat([bias_gradient, weight_gradient])
+        dist.all_reduce(means)
+        gradient_mean, product_mean = (m.view(shape) for m in (means / count).chunk(2))
+        input_gradient = (gradient - gradient_mean - normalised * product_mean) * (weight * scale).view(shape)
+        return input_gradient.to(gradients[0].dtype), weight_gradient, bias_gradient, None
+
+
+def _axes(x: Tensor) -> list[int]:
+    return [axis for axis in range(x.ndim) if axis != 1]
+
+
+def _channel_shape(x: Tensor) -> list[int]:
+    return [-1 if axis == 1 else 1 for axis in range(x.ndim)]

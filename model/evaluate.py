@@ -1,0 +1,144 @@
+"""How good the frozen encoder is: features, batch-norm calibration, weighted k-nearest-neighbour accuracy."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk: int = 256,
+) -> Tensor:
+    """Class of each query by a vote of its k most similar bank rows, each with weight exp(cosine / temperature).
+
+    The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4).
+
+    Args:
+        bank: (M, D) floating point, M >= 1.
+        bank_labels: (M,) int64 in [0, num_classes).
+        queries: (Q, D) floating point.
+        num_classes: number of classes.
+        k: neighbours, clamped to M.
+        temperature: > 0.
+        chunk: queries compared at once; memory is chunk x M floats.
+
+    Returns:
+        (Q,) int64.
+
+    Raises:
+        ValueError: sizes do not fit together, the bank is empty, or a label is out of range.
+    """
+    _check_labels("bank", bank, bank_labels, num_classes)
+    if len(bank) == 0:
+        raise ValueError("the bank has no samples; kNN needs at least one labelled sample to vote")
+    if k < 1 or not temperature > 0:
+        raise ValueError(f"k is {k} and temperature {temperature}; k must be 1 or more, temperature above 0")
+    bank = F.normalize(bank.float(), dim=1)
+    predictions = [torch.empty(0, dtype=torch.int64, device=bank.device)]
+    for part in queries.split(chunk):
+        similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(part), num_classes, device=bank.device)
+        votes.scatter_add_(1, bank_labels[neighbours], (similarity / temperature).exp())
+        predictions.append(votes.argmax(dim=1))
+    return torch.cat(predictions)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+) -> float:
+    """Share of queries, 0 .. 1, whose class `knn_predict` finds; arguments and errors as there.
+
+    Args:
+        query_labels: (Q,) int64 in [0, num_classes), Q >= 1.
+    """
+    _check_labels("queries", queries, query_labels, num_classes)
+    if len(queries) == 0:
+        raise ValueError("there are no queries; kNN accuracy needs at least one labelled sample to test")
+    predicted = knn_predict(bank, bank_labels, queries, num_classes, k, temperature)
+    return (predicted == query_labels).double().mean().item()
+
+
+@torch.no_grad()
+def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Features of every image in eval mode; the encoder's mode is restored.
+
+    Args:
+        encoder: images (N, 3, H, W) -> (N, F).
+        batches: pairs of images and labels (N,); at least one.
+
+    Returns:
+        features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches.
+    """
+    device = next(encoder.parameters()).device
+    modes = _modes(encoder)
+    encoder.eval()
+    try:
+        pairs = [(encoder(images.to(device)).float(), labels.to(device)) for images, labels in batches]
+    finally:
+        _restore_modes(modes)
+    if not pairs:
+        raise ValueError("no batches to take features from; the data set or split is empty")
+    features, labels = zip(*pairs, strict=True)
+    return torch.cat(features), torch.cat(labels).long()
+
+
+@torch.no_grad()
+def calibrate_batch_norm(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Replace the running statistics of every batch norm by their plain average over the batches.
+
+    Parameters, modes and momenta stay as they are. It makes an untrained encoder, whose running statistics are still
+    0 and 1, comparable with a trained one.
+
+    Args:
+        encoder: a module with batch-norm layers.
+        batches: pairs of images (N, 3, H, W) and labels, as `extract_features` takes them; labels are not used.
+    """
+    device = next(encoder.parameters()).device
+    norms = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm)]
+    modes, momenta = _modes(encoder), [norm.momentum for norm in norms]
+    encoder.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # torch's cumulative average
+        norm.train()
+    try:
+        for images, _ in batches:
+            encoder(images.to(device))
+    finally:
+        _restore_modes(modes)
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    return [(layer, layer.training) for layer in module.modules()]
+
+
+def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
+    for layer, training in modes:
+        layer.training = training
+
+
+def _check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
+    if len(features) != len(labels):
+        raise ValueError(
+            f"{name}: {len(features)} features but {len(labels)} labels; each feature needs one label"
+        )
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+        raise ValueError(
+            f"{name}: labels span {labels.min()} .. {labels.max()}, outside 0 .. {num_classes - 1}"
+        )

@@ -1,0 +1,141 @@
+"""LARS (arXiv 1708.03888) and EMA: the two walks over all weights, multi-tensor, without waiting for the device."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum whose step is scaled per tensor by |weights| / |gradient|, as the reference computes it.
+
+        u = g + weight_decay p;   u *= trust_coefficient |p| / |u|   (factor 1 if either norm is 0)
+        m = momentum m + u;       p -= lr m
+
+    Parameters with ndim <= 1 (biases, batch norm) take the raw gradient: no decay, no scaling. `lr` is read from
+    param_groups at every step. All parameters with a gradient are on one device, in float32.
+
+    Two 0-dim float32 tensors on that device may be set as attributes before `step` (torch.amp's convention):
+    `grad_scale`, by which gradients are divided, and `found_inf`; where found_inf is not 0, parameters and momentum
+    keep their values, whatever the gradients hold. Neither is read by the host.
+
+    Args:
+        params: parameters, or groups of them.
+        lr: learning rate, >= 0.
+        momentum: 0 .. 1.
+        weight_decay: >= 0.
+        trust_coefficient: > 0.
+        backend: "auto" or "foreach"; both are torch's multi-tensor operations.
+
+    Raises:
+        ValueError: an argument is out of its range, or the backend is not available.
+    """
+
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor
+    found_inf: Tensor
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        backend: str = "auto",
+    ) -> None:
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}; it must be 0 or more")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum is {momentum}; it must lie in 0 .. 1")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 or more")
+        if not trust_coefficient > 0:
+            raise ValueError(f"trust_coefficient is {trust_coefficient}; it must be more than 0")
+        if backend == "apex":
+            raise ValueError(
+                "optimizer.backend is 'apex': this version has no path through apex's amp_C, which is built only from "
+                "NVIDIA's source repository (`pip install apex` is an unrelated package); set 'auto' or 'foreach'"
+            )
+        if backend not in ("auto", "foreach"):
+            raise ValueError(f"optimizer.backend is {backend!r}; set 'auto' or 'foreach'")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "trust_coefficient": trust_coefficient,
+        }
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of every parameter that has a gradient; returns what `closure`, if given, returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, self._directions(params, group), group)
+        return loss
+
+    def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """The u of each parameter, in new tensors."""
+        gradients = [p.grad for p in params if p.grad is not None]
+        grad_scale = getattr(self, "grad_scale", None)
+        # One copy, so that the gradients themselves stay as they are.
+        u = list(torch._foreach_mul(gradients, 1.0 if grad_scale is None else grad_scale.reciprocal()))
+        adapted = [i for i, p in enumerate(params) if p.ndim > 1]
+        if adapted:
+            weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]
+            torch._foreach_add_(scaled, weights, alpha=group["weight_decay"])
+            factors = trust_ratios(weights, scaled, group["trust_coefficient"])
+            torch._foreach_mul_(scaled, factors)
+        return u
+
+    def _update(self, params: list[Tensor], u: list[Tensor], group: dict[str, Any]) -> None:
+        for p in params:
+            if "momentum" not in self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        momenta = [self.state[p]["momentum"] for p in params]
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is None:
+            torch._foreach_mul_(momenta, group["momentum"])
+            torch._foreach_add_(momenta, u)
+            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            return
+        # 0 x NaN is NaN, but 0 x its bits is 0: the gate multiplies u as integers, then m by 1 and lr by 0.
+        keep = found_inf == 0
+        torch._foreach_mul_([x.view(torch.int32) for x in u], keep.to(torch.int32))
+        torch._foreach_mul_(momenta, torch.where(keep, group["momentum"], 1.0).to(torch.float32))
+        torch._foreach_add_(momenta, u)
+        torch._foreach_add_(params, torch._foreach_mul(momenta, keep.to(torch.float32) * -group["lr"]))
+
+
+def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
+    """trust_coefficient |w| / |u| per pair as 0-dim tensors; 1 where a norm is 0. No epsilon, no clipping."""
+    weight_norms = torch.stack(torch._foreach_norm(weights))
+    update_norms = torch.stack(torch._foreach_norm(updates))
+    nonzero = (weight_norms > 0) & (update_norms > 0)
+    return list(torch.where(nonzero, trust_coefficient * weight_norms / update_norms, 1.0).unbind())
+
+
+@torch.no_grad()
+def ema_update_(target: list[Tensor], online: list[Tensor], tau: float) -> None:
+    """t <- t + (1 - tau) (p - t) for every pair, in place, in one multi-tensor call (paper, eq. 1).
+
+    Args:
+        target: tensors to move, floating point.
+        online: as many tensors of the same shapes.
+        tau: 1 leaves the target where it is, 0 copies the online network.
+
+    Raises:
+        ValueError: the lists differ in length, or tau is not in 0 .. 1.
+    """
+    if len(target) != len(online):
+        raise ValueError(f"target has {len(target)} tensors and online {len(online)}; they must be paired")
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau is {tau}; it must lie in 0 .. 1")
+    torch._foreach_lerp_(target, online, 1 - tau)

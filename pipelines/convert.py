@@ -1,0 +1,116 @@
+"""The rules by which an input image becomes a sample, and the proof that one decodes.
+
+    JPEG, grey or colour, small enough     passes byte for byte (EXIF stays; pixels are used as stored)
+    JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
+    JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
+    PNG, WebP, BMP, TIFF, GIF              first frame, alpha dropped as convert("RGB") does, JPEG --quality
+    16 bits a channel                      scaled to 8 bits, then as above
+    anything else, damaged, too large      refused with the reason
+
+What an image is, its bytes say, never its name.
+"""
+
+import io
+import warnings
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from pipelines.encoded import MAX_PIXELS, ImageHeader, inspect
+
+Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here; PIL's own cannot be raised by an argument
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+_GREY = frozenset(("1", "L", "LA"))
+_SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
+
+
+def to_jpeg(data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: int = MAX_PIXELS) -> bytes:
+    """The sample made of one input file, proven to decode.
+
+    Args:
+        data: The file's bytes.
+        max_size: Longest side in pixels; 0 for no limit.
+        quality: Of what is re-encoded (JPEG, 1 to 100, chroma halved in both directions).
+        max_pixels: Refused from the header, before decoding, above this.
+
+    Raises:
+        ValueError: With the reason why it cannot be used.
+    """
+    if data[:2] == b"\xff\xd8":
+        header = inspect(data, max_pixels)
+        prove(data, header)
+        fits = not max_size or max(header.height, header.width) <= max_size
+        if header.channels != 4 and fits:
+            return data
+    elif not data:
+        raise ValueError("empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about size (checked here) and about palettes with alpha
+            return _reencode(data, max_size, quality, max_pixels)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
+    except Exception as error:  # PIL's readers raise far more than OSError on damaged bytes
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _reencode(data: bytes, max_size: int, quality: int, max_pixels: int) -> bytes:
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
+        image.load()
+        plain = _eight_bits(image)
+    if max_size and max(plain.size) > max_size:
+        scale = max_size / max(plain.size)
+        size = max(1, round(plain.width * scale)), max(1, round(plain.height * scale))
+        plain = plain.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    plain.save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey stays grey, everything else becomes RGB. PIL alone would clip 16-bit grey at 255."""
+    if image.mode in _SIXTEEN_BITS:
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"samples of 32 bits have no stated range (mode {image.mode})")
+    return image.convert("L" if image.mode in _GREY else "RGB")
+
+
+def prove(data: bytes, header: ImageHeader) -> None:
+    """Decodes an image to show that it can be, and that nothing in it is damaged.
+
+    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse transform
+    is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut and got an
+    end marker. PNG: PIL.
+
+    Raises:
+        ValueError: With the decoder's reason.
+    """
+    if header.format != "jpeg":
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                image.load()
+        except Exception as error:  # as in `to_jpeg`
+            raise ValueError(str(error) or type(error).__name__) from None
+        return
+    colours = "CMYK" if header.channels == 4 else "GRAY"
+    try:
+        simplejpeg.decode_jpeg(
+            data,
+            colours,
+            fastdct=True,
+            fastupsample=True,
+            min_height=1,
+            min_width=1,
+            min_factor=8,
+            strict=True,
+        )
+    except ValueError as error:
+        if "subsampling" not in str(error):
+            raise ValueError(str(error)) from None
+        prove(data, header._replace(format="jpeg, unusual subsampling"))  # refused by the TurboJPEG API only

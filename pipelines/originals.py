@@ -1,0 +1,211 @@
+"""The images that shards are made of: a folder, a tar (also compressed) or a zip, listed and read in place.
+
+Nothing of an archive is ever written under a name that it chose. A compressed tar has no random access: it is
+decompressed once, to one temporary tar.
+"""
+
+import bz2
+import gzip
+import hashlib
+import lzma
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipelines import tar
+from pipelines.shards import Temporary
+from pipelines.sources import label_names, list_folder
+
+_MAX_BYTES = 1 << 30  # of one encoded image
+_COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
+    b"\xfd7zXZ\0": lzma.open,
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+}
+
+
+class Entry(NamedTuple):
+    """One input file: name relative to the source, label (-1: none), place in a tar (0 elsewhere), bytes."""
+
+    name: str
+    label: int
+    offset: int
+    length: int
+
+
+class Refused(NamedTuple):
+    """An input file that is no candidate, with the reason."""
+
+    file: str
+    reason: str
+
+
+class Listing(NamedTuple):
+    """All input files, sorted by name. `path` is what to read from: the source, or the decompressed tar."""
+
+    path: Path
+    kind: str
+    prefix: str
+    entries: list[Entry]
+    classes: list[str] | None
+    refused: list[Refused]
+
+    def sha256(self) -> str:
+        """Identity of the source: names, labels and sizes."""
+        digest = hashlib.sha256()
+        for entry in self.entries:
+            digest.update(f"{entry.name}\0{entry.label}\0{entry.length}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+
+def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
+    """Lists the files of `source` below its folder `inside` ("" for all).
+
+    Args:
+        source: Folder, tar, compressed tar (.xz, .gz, .bz2) or zip; decided by content.
+        inside: Folder within the source that holds the class folders or the images.
+        scratch: Where a compressed tar is decompressed to.
+
+    Raises:
+        ValueError: It is none of these, damaged, empty, or has its images a level further down.
+        OSError: It cannot be read, or the disk is full.
+    """
+    if not source.exists():
+        raise ValueError(f"SRC {source} does not exist")
+    prefix = f"{inside.strip('/')}/" if inside.strip("/") else ""
+    path = source
+    if source.is_dir():
+        kind, places, refused = "folder", *_list_folder(source / prefix)
+    elif zipfile.is_zipfile(source):
+        kind, places, refused = "zip", *_list_zip(source)
+    else:
+        path = _plain_tar(source, scratch)
+        kind, places, refused = "tar", *_list_tar(path, source)
+    if kind != "folder":
+        places = {name[len(prefix) :]: place for name, place in places.items() if name.startswith(prefix)}
+        refused = [item for item in refused if item.file.startswith(prefix)]
+    where = f"{source}, folder {inside}" if prefix else f"{source}"
+    try:
+        names, labels, classes, stray = label_names(sorted(places))
+    except ValueError as error:
+        raise ValueError(f"SRC {where}: {error} with --inside") from None
+    if not names:
+        raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
+    refused += [Refused(name, "lies beside the class folders") for name in stray]
+    entries = [Entry(name, label, *places[name]) for name, label in zip(names, labels, strict=True)]
+    for entry in entries:
+        if entry.length > _MAX_BYTES:
+            refused.append(Refused(entry.name, f"{entry.length:,} bytes: more than an image has"))
+    entries = [entry for entry in entries if entry.length <= _MAX_BYTES]
+    return Listing(path, kind, prefix, entries, classes, sorted(refused))
+
+
+def _list_folder(folder: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
+    if not folder.is_dir():
+        raise ValueError(f"SRC {folder} is not a folder")
+    places = {}
+    refused = []
+    for name in list_folder(folder):
+        path = folder / name
+        if path.is_file():
+            places[name] = (0, path.stat().st_size)
+        else:
+            refused.append(Refused(name, "broken link" if path.is_symlink() else "not a regular file"))
+    return places, refused
+
+
+def _list_tar(path: Path, source: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
+    places: dict[str, tuple[int, int]] = {}
+    refused = []
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for member in tar.walk(source, descriptor):
+            name = member.name.removeprefix("./")
+            reason = _refusal(name) or ("" if member.kind == "file" else f"a {member.kind}, not a file")
+            if member.kind == "folder" or _hidden(name):
+                continue
+            if reason:
+                refused.append(Refused(name, reason))
+            else:
+                places[name] = (member.offset, member.length)  # a name that comes again replaces the first
+    finally:
+        os.close(descriptor)
+    return places, refused
+
+
+def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
+    places = {}
+    refused = []
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.is_dir() or _hidden(info.filename):
+                    continue
+                if reason := _refusal(info.filename):
+                    refused.append(Refused(info.filename, reason))
+                else:
+                    places[info.filename] = (0, info.file_size)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"SRC {path} is a damaged zip: {error}") from None
+    return places, refused
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != ".." for part in name.split("/")) or name.startswith(
+        "__MACOSX/"
+    )
+
+
+def _refusal(name: str) -> str:
+    return "unsafe name" if name.startswith("/") or ".." in name.split("/") else ""
+
+
+def _plain_tar(source: Path, scratch: Path) -> Path:
+    """The tar itself, or its decompressed copy (kept from an earlier run: its rename says it is whole)."""
+    with open(source, "rb") as file:
+        start = file.read(6)
+    opener = next((value for magic, value in _COMPRESSED.items() if start.startswith(magic)), None)
+    if opener is None:
+        return source
+    stat = source.stat()
+    identity = hashlib.sha256(f"{source.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}".encode()).hexdigest()
+    path = scratch / f"source-{identity[:16]}.tar"
+    if not path.exists():
+        try:
+            with opener(source) as compressed, Temporary(path) as plain:
+                shutil.copyfileobj(compressed, plain, 1 << 20)
+        except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+            raise ValueError(f"SRC {source} is damaged: {error}") from None
+    return path
+
+
+class Reader:
+    """Reads entries of a listing; one for each worker."""
+
+    def __init__(self, path: Path, kind: str, prefix: str) -> None:
+        self._root = path / prefix
+        self._prefix = prefix
+        self._zip = zipfile.ZipFile(path) if kind == "zip" else None
+        self._tar = open(path, "rb", buffering=0) if kind == "tar" else None  # noqa: SIM115 (closed below)
+
+    def read(self, entry: Entry) -> bytes:
+        """The file's bytes. Raises ValueError with the reason where they cannot be read."""
+        try:
+            if self._zip is not None:
+                return self._zip.read(self._prefix + entry.name)
+            if self._tar is not None:
+                return os.pread(self._tar.fileno(), entry.length, entry.offset)
+            return (self._root / entry.name).read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot be read: {error.strerror or error}") from None
+        except Exception as error:  # zlib.error, BadZipFile, RuntimeError (encrypted), NotImplementedError
+            raise ValueError(f"cannot be unpacked: {error}") from None
+
+    def close(self) -> None:
+        """Closes the archive, if it is one."""
+        for file in (self._zip, self._tar):
+            if file is not None:
+                file.close()

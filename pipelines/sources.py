@@ -1,0 +1,294 @@
+"""Where encoded images come from: one interface over tars, a folder and made-up images.
+
+    len(source), source.read(i) -> bytes, source.labels | heights | widths, source.describe(i)
+
+A source gives random access; which sample is read when is the business of `order`.
+"""
+
+import hashlib
+import io
+import os
+import re
+import resource
+import threading
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from pipelines.encoded import inspect
+from pipelines.shards import MANIFEST, Manifest
+
+_NAMED = 5  # unreadable files that an error lists
+_SPARE_DESCRIPTORS = 256  # left for the rest of the process
+_SYNTHETIC_POOL = 64  # distinct images
+
+
+class Source(Protocol):
+    """Encoded images with their labels and sizes.
+
+    Attributes:
+        labels: int64 (len,), -1 where a sample has none.
+        heights: int64 (len,), pixels as stored, EXIF orientation ignored; widths likewise.
+        classes: Name of each label, or None.
+        fingerprint: Hex digest of what the data set is; equal where a run may resume.
+    """
+
+    labels: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    classes: list[str] | None
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> bytes:
+        """Encoded image `i`; safe from several threads and after a fork. Raises OSError naming the place."""
+        ...
+
+    def describe(self, i: int) -> str:
+        """Where sample `i` is, for messages."""
+        ...
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Opens what `path` names: a folder of shards, a folder of images, or "synthetic:NUM:HxW".
+
+    Raises:
+        ValueError: It is none of these, or the data set is damaged; names the path and the remedy.
+    """
+    text = os.fspath(path)
+    if text.startswith("synthetic:"):
+        match = re.fullmatch(r"synthetic:(\d+):(\d+)x(\d+)", text)
+        if not match:
+            raise ValueError(f"data path {text!r}: synthetic images are written synthetic:NUM:HxW")
+        return SyntheticSource(*map(int, match.groups()))
+    folder = Path(text)
+    if not folder.exists():
+        raise ValueError(f"data path {text!r} does not exist: make it with tools/make_shards.py SRC {text}")
+    if folder.suffix == ".beton":
+        raise ValueError(f"data path {text!r}: .beton files are not supported: use tools/make_shards.py")
+    if not folder.is_dir():
+        raise ValueError(f"data path {text!r} is a file: name the folder of a data set, or of images")
+    if (folder / MANIFEST).exists():
+        return TarSource(folder)
+    if any(folder.glob("*.tar")):
+        raise ValueError(
+            f"data path {text!r} holds tars without {MANIFEST}: run tools/make_shards.py --index {text}"
+        )
+    return FolderSource(folder)
+
+
+class TarSource:
+    """Shards with a manifest. Read by `os.pread`, never by mmap: a cut shard is an error, not SIGBUS."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        manifest = Manifest.load(self.folder)
+        self._shards = manifest.shards
+        self._samples = manifest.samples
+        for shard in self._shards:
+            self._check_size(shard.name, shard.size)
+        self.classes = manifest.classes
+        self.labels = manifest.samples["label"].astype(np.int64)
+        self.heights = manifest.samples["height"].astype(np.int64)
+        self.widths = manifest.samples["width"].astype(np.int64)
+        identity = [[shard.name, shard.sha256] for shard in self._shards], self.classes
+        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+        _allow_descriptors(len(self._shards) + _SPARE_DESCRIPTORS)
+
+    def _check_size(self, name: str, expected: int) -> None:
+        path = self.folder / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"shard {path}: {error.strerror}: copy it again, or remake the data set"
+            ) from None
+        if found != expected:
+            raise ValueError(
+                f"shard {path} has {found:,} bytes, {MANIFEST} states {expected:,}: "
+                "copy it again, or remake the data set with tools/make_shards.py"
+            )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, i: int) -> bytes:
+        record = self._samples[i]
+        length, offset = int(record["length"]), int(record["offset"])
+        try:
+            data = os.pread(self._descriptor(int(record["shard"])), length, offset)
+        except OSError as error:
+            raise OSError(error.errno, f"{self._place(i)}: {error.strerror}") from error
+        if len(data) != length:
+            raise OSError(
+                f"{self._place(i)}: read {len(data)} of {length} bytes: the shard was cut since it was opened"
+            )
+        return data
+
+    def describe(self, i: int) -> str:
+        record = self._samples[i]
+        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
+
+    def _place(self, i: int) -> str:
+        return f"{self.folder}/{self.describe(i)}"
+
+    def _descriptor(self, shard: int) -> int:
+        descriptor = self._descriptors.get(shard)
+        if descriptor is None:
+            with self._lock:
+                if shard not in self._descriptors:
+                    flags = os.O_RDONLY | os.O_CLOEXEC
+                    self._descriptors[shard] = os.open(self.folder / self._shards[shard].name, flags)
+                descriptor = self._descriptors[shard]
+        return descriptor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TarSource, (self.folder,)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+def _allow_descriptors(number: int) -> None:
+    """ImageNet is 550 shards of 256 MB; the usual soft limit of open files is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < number:
+        limit = number if hard == resource.RLIM_INFINITY else min(number, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Sorted relative names of all files; links to files and folders are followed, hidden ones ignored."""
+    return sorted(_walk(folder, "", frozenset()))
+
+
+def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
+    """Labels of image files: they lie in class folders (at any depth), or flat.
+
+    Args:
+        names: Sorted relative names.
+
+    Returns:
+        The names; their labels, an index into the sorted class folder names (-1 in a flat folder); the class
+        names or None; and the names that have no class, beside the class folders.
+
+    Raises:
+        ValueError: No file lies directly in a class folder: the images are a level further down.
+    """
+    classed = [name for name in names if "/" in name]
+    if not classed:
+        return names, [-1] * len(names), None, []
+    if all(name.count("/") > 1 for name in classed):
+        tops = sorted({name.split("/", 1)[0] for name in classed})
+        raise ValueError(
+            f"no image lies directly in a class folder ({', '.join(tops[:_NAMED])}): name one of them"
+        )
+    classes = sorted({name.split("/", 1)[0] for name in classed})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name.split("/", 1)[0]] for name in classed]
+    return classed, labels, classes, [name for name in names if "/" not in name]
+
+
+def _walk(root: Path, inside: str, ancestors: frozenset[str]) -> list[str]:
+    folder = root / inside
+    real = os.path.realpath(folder)
+    if real in ancestors:  # a link that leads back up
+        return []
+    names = []
+    for entry in os.scandir(folder):
+        name = f"{inside}/{entry.name}" if inside else entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            names += _walk(root, name, ancestors | {real})
+        else:
+            names.append(name)
+    return names
+
+
+class FolderSource:
+    """JPEG and PNG files as they are. Every file is read once at the start; for large sets make shards."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self._names, labels, self.classes, stray = label_names(list_folder(self.folder))
+        except ValueError as error:
+            raise ValueError(f"data path {self.folder}: {error}") from None
+        if not self._names:
+            raise ValueError(f"data path {self.folder} holds no images")
+        problems = [f"{name}: lies beside the class folders" for name in stray]
+        sizes = []
+        digest = hashlib.sha256()
+        for name, label in zip(self._names, labels, strict=True):
+            try:
+                data = (self.folder / name).read_bytes()
+                header = inspect(data)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                problems.append(f"{name}: {reason}")
+                continue
+            sizes.append((header.height, header.width))
+            digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
+        if problems:
+            first = "; ".join(problems[:_NAMED])
+            raise ValueError(
+                f"data path {self.folder}: {len(problems)} files are not usable ({first}): "
+                f"tools/make_shards.py {self.folder} DST sorts them out into a quarantine list"
+            )
+        self.labels = np.array(labels, np.int64)
+        self.heights, self.widths = np.array(sizes, np.int64).T.copy()
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, i: int) -> bytes:
+        return (self.folder / self._names[i]).read_bytes()
+
+    def describe(self, i: int) -> str:
+        return f"{self._names[i]} (sample {i})"
+
+
+class SyntheticSource:
+    """JPEGs without a disk, for throughput: a small pool of smooth noise, repeated; label = i mod classes."""
+
+    def __init__(self, num_samples: int, height: int, width: int, classes: int = 10) -> None:
+        for name, value in (("NUM", num_samples), ("H", height), ("W", width), ("classes", classes)):
+            if not 0 < value < 1 << 31:
+                raise ValueError(f"synthetic:NUM:HxW has {name} = {value}: it must be at least 1")
+        if max(height, width) > 65500:
+            raise ValueError(f"synthetic:NUM:HxW has {height}x{width}: a JPEG side is at most 65500")
+        self._length = num_samples
+        self._pool = [_noise_jpeg(seed, height, width) for seed in range(min(_SYNTHETIC_POOL, num_samples))]
+        self.labels = np.arange(num_samples, dtype=np.int64) % classes
+        self.heights = np.full(num_samples, height, np.int64)
+        self.widths = np.full(num_samples, width, np.int64)
+        self.classes: list[str] | None = [f"class{label}" for label in range(classes)]
+        identity = f"synthetic:{num_samples}:{height}x{width}:{classes}"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, i: int) -> bytes:
+        return self._pool[range(self._length)[i] % len(self._pool)]
+
+    def describe(self, i: int) -> str:
+        return f"synthetic image {i % len(self._pool)} (sample {i})"
+
+
+def _noise_jpeg(seed: int, height: int, width: int) -> bytes:
+    """Noise at a quarter of the size, enlarged: about 1.5 bits a pixel at quality 90, like photographs."""
+    rng = np.random.default_rng(seed)
+    noise = rng.integers(0, 256, ((height + 3) // 4, (width + 3) // 4, 3), np.uint8)
+    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()

@@ -1,0 +1,138 @@
+"""Where each member of a tar lies: a strict walk over its headers.
+
+`tarfile` and the webdataset package take a tar that was cut at a member boundary for a complete one, and
+silently lose the rest. This walk does not: every problem is a ValueError with the tar's name and the offset.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_REGULAR = frozenset("0\0" + "7")
+_KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device", "5": "folder", "6": "fifo"}
+_EXTENSIONS = frozenset("LKxg")  # GNU long name and long link, PAX for one member and for all that follow
+_MAX_EXTENSION = 1 << 20  # bytes; a name longer than this is damage
+
+
+class Member(NamedTuple):
+    """One member. `kind` is "file", "folder" or what else it is; `offset` is where its data start."""
+
+    name: str
+    kind: str
+    header: int
+    offset: int
+    length: int
+
+
+def walk(path: Path, descriptor: int) -> Iterator[Member]:
+    """Yields the members of an uncompressed tar (ustar, GNU or PAX) in order.
+
+    Args:
+        path: Named in errors.
+        descriptor: The tar, open for reading; read with `os.pread`.
+
+    Raises:
+        ValueError: Cut inside a header or data, or at a member boundary (no end-of-archive block), a header
+            whose checksum is wrong, or data behind the end of the archive. Names the tar and the offset.
+    """
+    size = os.fstat(descriptor).st_size
+    at = 0
+    long_name: str | None = None
+    long_size: int | None = None
+    while True:
+        header = os.pread(descriptor, BLOCK, at)
+        if not header:
+            raise _problem(path, at, "cut at a member boundary: the end-of-archive block is missing")
+        if len(header) < BLOCK:
+            raise _problem(path, at, f"cut inside a header: {len(header)} of {BLOCK} bytes")
+        if header == _ZEROS:
+            _check_only_zeros(path, descriptor, at)
+            return
+        if not _checksum_holds(header):
+            raise _problem(path, at, "header checksum is wrong: damaged, or not an uncompressed tar")
+        flag = chr(header[156])
+        length = _number(path, at, header[124:136])
+        if flag not in _EXTENSIONS and long_size is not None:
+            length = long_size
+        offset = at + BLOCK
+        if offset + length > size:
+            raise _problem(path, at, f"cut inside a member's data: {size - offset} of {length} bytes")
+        if flag in _EXTENSIONS:
+            if length > _MAX_EXTENSION:
+                raise _problem(path, at, f"extension header of {length} bytes")
+            extension = os.pread(descriptor, length, offset)
+            if flag == "L":
+                long_name = _text(extension.rstrip(b"\0"))
+            elif flag == "x":
+                records = _pax_records(path, at, extension)
+                long_name = records.get("path", long_name)
+                long_size = int(records["size"]) if "size" in records else long_size
+        else:
+            kind = "file" if flag in _REGULAR else _KINDS.get(flag, f"member of type {flag!r}")
+            yield Member(long_name if long_name is not None else _name(header), kind, at, offset, length)
+            long_name = long_size = None
+        at = offset + (length + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _problem(path: Path, offset: int, what: str) -> ValueError:
+    return ValueError(f"{path}: offset {offset}: {what}")
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def _name(header: bytes) -> str:
+    name = _text(header[:100].split(b"\0", 1)[0])
+    prefix = header[345:500].split(b"\0", 1)[0] if header[257:263] == b"ustar\0" else b""  # GNU has no prefix
+    return f"{_text(prefix)}/{name}" if prefix else name
+
+
+def _number(path: Path, at: int, field: bytes) -> int:
+    """Octal text, or base 256 where the first bit is set (sizes of 8 GiB and more)."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes((field[0] & 0x7F,)) + field[1:], "big")
+    try:
+        value = int(field.strip(b" \0") or b"0", 8)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise _problem(path, at, f"header holds the size {field!r}")
+    return value
+
+
+def _checksum_holds(header: bytes) -> bool:
+    """The sum of all header bytes with the checksum field itself taken as spaces."""
+    try:
+        stated = int(header[148:156].strip(b" \0"), 8)
+    except ValueError:
+        return False
+    return sum(header) - sum(header[148:156]) + 8 * 32 == stated
+
+
+def _pax_records(path: Path, at: int, data: bytes) -> dict[str, str]:
+    """Records "LENGTH key=value\\n", LENGTH counting the whole record (POSIX.1-2001, pax)."""
+    records = {}
+    start = 0
+    while start < len(data) and data[start]:
+        space = data.find(b" ", start, start + 20)
+        length = int(data[start:space]) if space > 0 and data[start:space].isdigit() else 0
+        key, equals, value = data[space + 1 : start + length].partition(b"=")
+        if length < 5 or start + length > len(data) or not equals or not value.endswith(b"\n"):
+            raise _problem(path, at, "damaged PAX header")
+        if key == b"size" and not value[:-1].isdigit():
+            raise _problem(path, at, f"PAX header holds the size {value[:-1]!r}")
+        records[_text(key)] = _text(value[:-1])
+        start += length
+    return records
+
+
+def _check_only_zeros(path: Path, descriptor: int, at: int) -> None:
+    """What follows the end of the archive is padding, unless tars were concatenated: readers lose that."""
+    while chunk := os.pread(descriptor, 1 << 20, at):
+        if chunk.count(0) != len(chunk):
+            raise _problem(path, at, "data behind the end of the archive (concatenated tars?)")
+        at += len(chunk)

@@ -1,0 +1,32 @@
+"""What several test files share: where the reference numbers and the real images are."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # two test processes on two cores; and sums in one fixed order
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> Path:
+    """Folder of the reference implementation's own numbers."""
+    return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder with real images (`imagenet-sample/`, `cifar10.tar.xz`); skips the test where it is missing.
+
+    Set BYOLT_TEST_DATA to keep it elsewhere than in ../shared/data beside the repository.
+    """
+    folder = Path(os.environ.get("BYOLT_TEST_DATA", ROOT.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real images are not at {folder} (set BYOLT_TEST_DATA)")
+    return folder

@@ -1,0 +1,124 @@
+"""Headers of encoded images: accepted with the right size, refused with the right reason."""
+
+import io
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipelines.convert import prove, to_jpeg
+from pipelines.encoded import ImageHeader, inspect
+
+
+def encode(
+    mode: str = "RGB", size: tuple[int, int] = (40, 24), kind: str = "JPEG", **options: object
+) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 60).convert(mode).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+WHOLE = encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (WHOLE, ("jpeg", 24, 40, 3, 8)),
+        (encode("L"), ("jpeg", 24, 40, 1, 8)),
+        (encode("CMYK"), ("jpeg", 24, 40, 4, 8)),
+        (encode(size=(1, 1)), ("jpeg", 1, 1, 3, 8)),
+        (encode(progressive=True), ("jpeg", 24, 40, 3, 8)),
+        (encode(restart_marker_blocks=1), ("jpeg", 24, 40, 3, 8)),
+        (encode(kind="PNG"), ("png", 24, 40, 3, 8)),
+        (encode("RGBA", kind="PNG"), ("png", 24, 40, 4, 8)),
+        (encode("P", kind="PNG"), ("png", 24, 40, 3, 8)),
+        (encode("I;16", kind="PNG"), ("png", 24, 40, 1, 16)),
+    ],
+)
+def test_reads_the_header(data: bytes, expected: tuple[str, int, int, int, int]) -> None:
+    assert inspect(data) == ImageHeader(*expected)
+
+
+def test_exif_thumbnail_is_stepped_over() -> None:
+    thumbnail = b"Exif\0\0" + encode(size=(8, 8))
+    data = (
+        WHOLE[:2] + b"\xff\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + WHOLE[2:]
+    )  # + fill
+    assert inspect(data)[1:3] == (24, 40)
+    with pytest.raises(ValueError, match="no end marker"):
+        inspect(data[: len(data) - 20])  # the thumbnail's own end marker does not count
+
+
+@pytest.mark.parametrize("tail", [b"\0" * 10, b"\xff" * 70_000, b"text" * 50_000])
+def test_bytes_after_the_end_are_tolerated(tail: bytes) -> None:
+    assert inspect(WHOLE + tail) == inspect(WHOLE)
+    assert inspect(encode(kind="PNG") + tail)[1:3] == (24, 40)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "^empty$"),
+        (b"hello", "not a JPEG or PNG"),
+        (b"\xff\xd8", "cut short"),
+        (b"\xff\xd8\xff\xd9", "cut short"),
+        (b"\xff\xd8\xff\xd9\0\0", "ends before any image data"),
+        (WHOLE.replace(b"\xff\xc0", b"\xff\xfe"), "no frame header"),
+        (WHOLE.replace(b"\xff\xc0", b"\xff\xc3"), "lossless"),
+        (WHOLE.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c"), "12-bit"),
+        (
+            WHOLE.replace(b"\x08" + struct.pack(">HH", 24, 40), b"\x08" + struct.pack(">HH", 0, 40)),
+            "zero size: 0 x 40",
+        ),
+        (WHOLE.replace(struct.pack(">HH", 24, 40), b"\xff\xdc\xff\xdc"), "above the limit of 178,956,970"),
+        (encode(kind="PNG")[:-4], "no end chunk"),
+        (encode(kind="PNG")[:20], "cut short"),
+    ],
+)
+def test_refuses_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        inspect(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_every_cut_is_noticed(kind: str) -> None:
+    data = encode(kind=kind)
+    for length in range(len(data)):
+        with pytest.raises(ValueError):
+            inspect(data[:length])
+
+
+@given(st.binary(max_size=60), st.integers(0, len(WHOLE) - 1))
+def test_any_bytes_give_a_header_or_a_value_error(junk: bytes, at: int) -> None:
+    for data in (junk, b"\xff\xd8" + junk, WHOLE[:at] + junk + WHOLE[at + len(junk) :]):
+        try:
+            header = inspect(data)
+        except ValueError:
+            continue
+        assert header.height > 0 and header.width > 0
+
+
+def test_real_photographs_agree_with_pil(shared_data: Path) -> None:
+    files = sorted((shared_data / "imagenet-sample").glob("*.JPEG"))
+    assert len(files) == 250
+    for file in files:
+        data = file.read_bytes()
+        header = inspect(data)
+        prove(data, header)
+        with Image.open(io.BytesIO(data)) as image:
+            assert (header.width, header.height) == image.size
+            assert header.channels == len(image.getbands())
+
+
+def test_proof_finds_damage_that_pil_does_not() -> None:
+    data = encode(size=(400, 300), quality=90)
+    zeroed = data[: len(data) // 2] + bytes(4096) + data[len(data) // 2 + 4096 :]
+    for damaged in (data[: len(data) // 2] + b"\xff\xd9", zeroed):
+        with Image.open(io.BytesIO(damaged)) as image:
+            image.load()
+        with pytest.raises(ValueError, match="Corrupt JPEG data"):
+            to_jpeg(damaged)

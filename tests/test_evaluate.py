@@ -1,0 +1,102 @@
+"""kNN, feature extraction and batch-norm calibration with known answers."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from model.evaluate import calibrate_batch_norm, extract_features, knn_accuracy, knn_predict
+
+
+def _at(*degrees: float) -> torch.Tensor:
+    """Vectors of the plane at these angles, of various lengths."""
+    angles = torch.tensor(degrees) * math.pi / 180
+    return torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, len(degrees) + 1)[:, None]
+
+
+def test_one_neighbour_is_the_most_similar_by_angle() -> None:
+    labels = torch.tensor([0, 1, 2])
+    predicted = knn_predict(_at(0, 90, 180), labels, _at(10, 50, 130, 170, 91), 3, k=1)
+    assert predicted.tolist() == [0, 1, 1, 2, 1]
+
+
+def test_votes_are_weighted_by_similarity() -> None:
+    bank, labels = _at(0, 60, 60), torch.tensor([0, 1, 1])
+    # One at cosine 1 against two at cosine 1/2: exp(1/T) > 2 exp(1/2T) exactly when T < 1 / (2 ln 2) = .7213.
+    assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.71).tolist() == [0]
+    assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.73).tolist() == [1]
+    assert knn_predict(bank, labels, _at(0), 2, k=1, temperature=0.73).tolist() == [0]
+
+
+def test_chunks_do_not_change_the_answer_and_k_is_clamped() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(150, 8, generator=generator), torch.randn(70, 8, generator=generator)
+    labels = torch.randint(5, (150,), generator=generator)
+    whole = knn_predict(bank, labels, queries, 5, k=20, temperature=1, chunk=70)
+    assert torch.equal(whole, knn_predict(bank, labels, queries, 5, k=20, temperature=1, chunk=9))
+    everyone = knn_predict(bank, labels, queries, 5, k=150, temperature=1)
+    assert torch.equal(everyone, knn_predict(bank, labels, queries, 5, k=200, temperature=1))
+    assert not torch.equal(everyone, whole)
+
+
+def test_accuracy_is_the_share_of_right_answers() -> None:
+    bank, labels = _at(0, 90), torch.tensor([0, 1])
+    queries, truth = _at(5, 10, 80, 85), torch.tensor([0, 1, 1, 1])
+    assert knn_accuracy(bank, labels, queries, truth, num_classes=2, k=1) == 0.75
+    assert knn_accuracy(bank, labels, bank, labels, num_classes=2) == 1.0
+
+
+def test_knn_refuses_what_cannot_be_right() -> None:
+    bank, labels = _at(0, 90), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match="bank: 2 features but 1 labels"):
+        knn_predict(bank, labels[:1], bank, 2)
+    with pytest.raises(ValueError, match=r"bank: labels span 0 .. 1, outside 0 .. 0"):
+        knn_predict(bank, labels, bank, 1)
+    with pytest.raises(ValueError, match="bank has no samples"):
+        knn_predict(bank[:0], labels[:0], bank, 2)
+    with pytest.raises(ValueError, match="k is 0"):
+        knn_predict(bank, labels, bank, 2, k=0)
+    with pytest.raises(ValueError, match="no queries"):
+        knn_accuracy(bank, labels, bank[:0], labels[:0], 2)
+
+
+def _encoder() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
+
+
+def test_features_come_in_order_in_eval_mode_and_the_mode_is_restored() -> None:
+    encoder = _encoder()
+    encoder[1].running_mean.fill_(0.5)
+    encoder[2].eval()  # a mixture of modes, to be found again
+    images = torch.randn(5, 3, 8, 8)
+    batches = [(images[:3], torch.tensor([4, 3, 2])), (images[3:], torch.tensor([1, 0]))]
+    features, labels = extract_features(encoder, batches)
+    assert [m.training for m in encoder.modules()] == [True, True, True, False, True, True]
+    assert encoder[1].running_mean.tolist() == [0.5] * 4 and not features.requires_grad
+    torch.testing.assert_close(features, encoder.eval()(images).detach(), rtol=1e-6, atol=1e-6)
+    assert labels.tolist() == [4, 3, 2, 1, 0] and features.shape == (5, 4)
+
+
+def test_no_batches_is_an_error() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        extract_features(_encoder(), [])
+
+
+def test_calibration_averages_the_statistics_of_the_batches() -> None:
+    encoder = _encoder().eval()
+    norm = encoder[1]
+    norm.running_mean.fill_(99.0)
+    before = {name: p.clone() for name, p in encoder.named_parameters()}
+    batches = [(i + torch.randn(6, 3, 8, 8), torch.zeros(6)) for i in range(3)]
+    calibrate_batch_norm(encoder, iter(batches))
+    activations = [encoder[0](images).detach() for images, _ in batches]
+    mean = torch.stack([a.mean((0, 2, 3)) for a in activations]).mean(0)
+    variance = torch.stack([a.var((0, 2, 3)) for a in activations]).mean(0)
+    torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, variance, rtol=1e-5, atol=1e-5)
+    assert norm.momentum == 0.1 and not any(m.training for m in encoder.modules())
+    assert all(torch.equal(p, before[name]) for name, p in encoder.named_parameters())

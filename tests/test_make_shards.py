@@ -1,0 +1,389 @@
+"""make_shards from the outside: what goes in, what comes out, what is refused, and what a kill leaves."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.encoded import inspect
+from pipelines.shards import Manifest
+from pipelines.sources import TarSource
+from tools import make_shards
+from tools.verify_shards import main as verify
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def noise(height: int, width: int, seed: int = 0, channels: int = 3) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), np.uint8)
+    return Image.fromarray(pixels if channels > 1 else pixels[..., 0])
+
+
+def write_images(folder: Path, count: int = 20, side: int = 16) -> Path:
+    for i in range(count):
+        path = folder / f"c{i % 2}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(side + i % 5, side, i).save(path)
+    return folder
+
+
+def run(*args: object) -> int:
+    return make_shards.main([*map(str, args), "--workers", "1"])
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def samples(folder: Path) -> dict[str, tuple[bytes, int]]:
+    """Name of the input file -> (bytes, label), read by tarfile."""
+    found: dict[str, tuple[bytes, int]] = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as opened:
+            members = {m.name: opened.extractfile(m).read() for m in opened}  # type: ignore[union-attr]
+        for name, data in members.items():
+            if name.endswith(".jpg"):
+                meta = json.loads(members[name.replace(".jpg", ".json")])
+                found[meta["file"]] = data, int(members.get(name.replace(".jpg", ".cls"), b"-1"))
+    return found
+
+
+def quarantine(folder: Path) -> dict[str, str]:
+    lines = (folder / "quarantine.jsonl").read_text().splitlines()
+    return {row["file"]: row["reason"] for row in map(json.loads, lines)}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "src")
+
+
+def test_passes_bytes_and_labels_in_a_shuffled_order(source: Path, tmp_path: Path) -> None:
+    assert run(source, tmp_path / "dst") == 0
+    names = sorted(str(path.relative_to(source)) for path in source.rglob("*.jpg"))
+    found = samples(tmp_path / "dst")
+    assert {name: (data, label) for name, (data, label) in found.items()} == {
+        name: ((source / name).read_bytes(), int(name[1])) for name in names
+    }
+    assert list(found) != names
+    assert run(source, tmp_path / "other", "--seed", 1) == 0
+    assert list(samples(tmp_path / "other")) not in (names, list(found))
+    manifest = Manifest.load(tmp_path / "dst")
+    assert manifest.classes == ["c0", "c1"]
+    assert sorted(path.name for path in (tmp_path / "dst").iterdir()) == [
+        "manifest.json",
+        "quarantine.jsonl",
+        "samples.npy",
+        "shard-000000.tar",
+    ]
+
+
+def test_folder_tar_xz_and_zip_give_the_same_shards(source: Path, tmp_path: Path) -> None:
+    for mode in ("tar", "tar.xz", "tar.gz"):
+        with tarfile.open(tmp_path / f"a.{mode}", f"w:{mode[4:]}") as out:  # type: ignore[call-overload]
+            out.add(source, "deep/src")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in source.rglob("*.jpg"):
+            archive.write(path, f"deep/src/{path.relative_to(source)}")
+    assert run(source, tmp_path / "expected") == 0
+    for name in ("a.tar", "a.tar.xz", "a.tar.gz", "a.zip"):
+        out = tmp_path / f"out-{name}"
+        assert run(tmp_path / name, out, "--inside", "deep/src") == 0
+        assert hashes(out) == hashes(tmp_path / "expected")
+
+
+def test_number_of_processes_does_not_change_the_result(source: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(make_shards, "_chunks", lambda entries, size: _chunks_of(entries, 6))
+    assert run(source, tmp_path / "one") == 0
+    assert make_shards.main([str(source), str(tmp_path / "two"), "--workers", "2"]) == 0
+    assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
+    assert len(Manifest.load(tmp_path / "two").shards) == 4
+
+
+def _chunks_of(entries: list, number: int) -> list:
+    numbered = list(enumerate(entries))
+    return [numbered[i : i + number] for i in range(0, len(numbered), number)]
+
+
+def test_rules_for_odd_images(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    grey16 = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 68
+    Image.fromarray(grey16).save(src / "sixteen.png")
+    colour = Image.new("RGBA", (40, 24), (200, 30, 60, 0))  # alpha 0 everywhere: dropped, the colour stays
+    colour.save(src / "alpha.webp", lossless=True, exact=True)
+    colour.convert("RGB").save(src / "png-named.jpg", "PNG")
+    colour.convert("RGB").save(src / "a.bmp")
+    colour.convert("RGB").save(src / "a.tiff")
+    Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(src / "cmyk.jpg", quality=95)
+    Image.new("RGB", (40, 24), (0, 255, 0)).save(
+        src / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 24), (255, 0, 0))]
+    )
+    noise(24, 40, channels=1).save(src / "grey.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(24, 40).save(src / "rotated.jpg", exif=exif)
+    (src / "jpeg-named.png").write_bytes((src / "grey.jpg").read_bytes())
+    assert run(src, tmp_path / "dst") == 0
+    assert quarantine(tmp_path / "dst") == {}
+    found = samples(tmp_path / "dst")
+    assert len(found) == 10
+    for name, (data, label) in found.items():
+        assert inspect(data)[:3] == ("jpeg", 24, 40) and label == -1, name
+    for name in ("grey.jpg", "rotated.jpg", "jpeg-named.png"):
+        assert found[name][0] == (src / name).read_bytes()
+
+    def pixels(name: str) -> np.ndarray:
+        return np.asarray(Image.open(io.BytesIO(found[name][0]))).astype(float)
+
+    assert np.abs(pixels("sixteen.png") - grey16 / 257).mean() < 1.5
+    for name in ("alpha.webp", "png-named.jpg", "a.bmp", "a.tiff"):
+        assert np.abs(pixels(name) - (200, 30, 60)).max() <= 3, name
+    assert np.abs(pixels("cmyk.jpg") - (255, 0, 0)).max() <= 3
+    assert np.abs(pixels("animated.gif") - (0, 255, 0)).max() <= 3
+
+
+def test_max_size_reencodes_only_what_is_larger(tmp_path: Path) -> None:
+    src = tmp_path / "src"
+    src.mkdir()
+    noise(100, 50).save(src / "large.jpg")
+    noise(64, 20).save(src / "fits.jpg")
+    assert run(src, tmp_path / "dst", "--max-size", 64, "--quality", 80) == 0
+    found = samples(tmp_path / "dst")
+    assert found["fits.jpg"][0] == (src / "fits.jpg").read_bytes()
+    assert inspect(found["large.jpg"][0])[1:3] == (64, 32)
+
+
+def write_bad(src: Path) -> None:
+    large = io.BytesIO()
+    noise(100, 100).save(large, "JPEG")
+    half = large.getvalue()[: len(large.getvalue()) // 2]
+    (src / "c0/empty.jpg").write_bytes(b"")
+    (src / "c0/text.jpg").write_text("no image")
+    (src / "c0/cut.jpg").write_bytes(half)
+    (src / "c0/cut2.jpg").write_bytes(half + b"\xff\xd9")
+    (src / "c1/link.jpg").symlink_to(src / "nowhere")
+    os.mkfifo(src / "c1/fifo.jpg")
+    Image.new("1", (20000, 10000)).save(src / "c1/bomb.png")
+    (src / "readme.txt").write_text("beside")
+    (src / "c0/.hidden").write_text("ignored")
+    (src / "c1/good.jpg").symlink_to(src / "c0/0000.jpg")
+
+
+def test_unusable_files_go_to_quarantine(source: Path, tmp_path: Path) -> None:
+    write_bad(source)
+    assert run(source, tmp_path / "dst") == 0
+    reasons = quarantine(tmp_path / "dst")
+    expected = {
+        "c0/empty.jpg": "empty",
+        "c0/text.jpg": "not an image",
+        "c0/cut.jpg": "cut short",
+        "c0/cut2.jpg": "Corrupt JPEG data",
+        "c1/link.jpg": "broken link",
+        "c1/fifo.jpg": "not a regular file",
+        "c1/bomb.png": "10000 x 20000 is above the limit",
+        "readme.txt": "beside the class folders",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, reason in expected.items():
+        assert reason in reasons[name]
+    assert len(samples(tmp_path / "dst")) == 21
+    assert verify([str(tmp_path / "dst")]) == 0
+
+
+def test_strict_makes_them_fatal(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (source / "c0/text.jpg").write_text("no image")
+    assert run(source, tmp_path / "dst", "--strict") == 1
+    assert "c0/text.jpg: not an image" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "dst").iterdir()] == [".make_shards"]
+
+
+def test_archive_members_never_leave_it(source: Path, tmp_path: Path) -> None:
+    data = (source / "c0/0000.jpg").read_bytes()
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        for name in ("../evil.jpg", "/evil.jpg", "c/good.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo("c/link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        out.addfile(link)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("../evil.jpg", data)
+        archive.writestr("c/good.jpg", data)
+    before = {path for path in tmp_path.rglob("*")}
+    for name in ("a.tar", "a.zip"):
+        assert run(tmp_path / name, tmp_path / "dst") == 0
+        assert list(samples(tmp_path / "dst")) == ["c/good.jpg"]
+        assert quarantine(tmp_path / "dst")["../evil.jpg"] == "unsafe name"
+        shutil.rmtree(tmp_path / "dst")
+    assert {path for path in tmp_path.rglob("*")} == before
+
+
+def test_split_is_disjoint_and_complete(source: Path, tmp_path: Path) -> None:
+    assert run(source, tmp_path / "dst", "--split", "train=.9,val=.1") == 0
+    train, val = samples(tmp_path / "dst/train"), samples(tmp_path / "dst/val")
+    assert (len(train), len(val)) == (18, 2) and not train.keys() & val.keys()
+    for name in ("train", "val"):
+        assert Manifest.load(tmp_path / "dst" / name).classes == ["c0", "c1"]
+        assert Manifest.load(tmp_path / "dst" / name).shards[0].name == f"{name}-000000.tar"
+        assert verify([str(tmp_path / "dst" / name)]) == 0
+
+
+def test_killed_and_started_again_is_byte_identical(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "src", 60, side=400)  # 60 images, 9 shards
+    (source / "c0/text.jpg").write_text("no image")
+    command = [sys.executable, "-m", "tools.make_shards", str(source), str(tmp_path / "dst")]
+    command += ["--shard-size", "1", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    notes = tmp_path / "dst/.make_shards"
+    while len(list(notes.glob("shard-*.json"))) < 2:
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").glob("*.tar")}
+    assert not (tmp_path / "dst/manifest.json").exists()
+    done = {path.stem for path in notes.glob("shard-*.json")}
+    (tmp_path / "dst/shard-000099.tar.1.tmp").write_bytes(b"left over")
+    assert run(source, tmp_path / "dst", "--shard-size", 1) == 0
+    assert all((tmp_path / f"dst/{name}.tar").stat().st_mtime_ns == kept[f"{name}.tar"] for name in done)
+    assert run(source, tmp_path / "straight", "--shard-size", 1) == 0
+    assert hashes(tmp_path / "dst") == hashes(tmp_path / "straight")
+    assert len(Manifest.load(tmp_path / "dst").shards) > len(done) >= 2
+
+
+def test_full_disk(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert run(source, tmp_path / "dst") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    assert not [path for path in (tmp_path / "dst").rglob("*") if path.is_file()]
+    assert run(source, tmp_path / "dst") == 0
+
+
+def test_other_settings_or_source_are_refused(
+    source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, tmp_path / "dst")
+    assert run(source, tmp_path / "dst", "--seed", 1) == 2
+    assert "half done with other settings: seed was 0, now 1" in capsys.readouterr().err
+    assert run(source, tmp_path / "dst") == 0
+    before = hashes(tmp_path / "dst")
+    capsys.readouterr()
+    assert run(source, tmp_path / "dst") == 0
+    assert "already done" in capsys.readouterr().out
+    assert run(source, tmp_path / "dst", "--max-size", 9) == 2
+    assert "finished data set: max_size was 0, now 9" in capsys.readouterr().err
+    (source / "c0/0000.jpg").unlink()
+    assert run(source, tmp_path / "dst") == 2
+    assert "source_files was 20, now 19" in capsys.readouterr().err
+    assert hashes(tmp_path / "dst") == before
+
+
+def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/a.txt").write_text("a")
+    (tmp_path / "file").write_text("a file that is no tar" * 100)
+    (tmp_path / "deep").mkdir()
+    shutil.copytree(source, tmp_path / "deep/train")
+    for args, code, message in [
+        ((tmp_path / "nowhere", "dst"), 2, "nowhere does not exist"),
+        ((tmp_path / "empty", "dst"), 2, "holds no files"),
+        ((tmp_path / "texts", "dst"), 1, "no file is an image, see"),
+        ((tmp_path / "file", "dst2"), 2, "not an uncompressed tar"),
+        ((tmp_path / "deep", "dst2"), 2, r"(train): name one of them with --inside"),
+        ((source, "file/dst"), 1, "Not a directory"),
+        ((source, "src/dst"), 2, "lies inside SRC"),
+        ((source, "dst2", "--split", "train=.9,val=.2"), 2, "sum to 1"),
+        ((source, "dst2", "--split", "train=.99,val=.01"), 2, "no image is left"),
+        ((source, "dst2", "--inside", "nothing"), 2, "is not a folder"),
+        ((source, "--index"), 2, "no .tar in it"),
+    ]:
+        rest = [args[1] if str(args[1]).startswith("--") else tmp_path / args[1], *args[2:]]
+        assert run(args[0], *rest) == code, args
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not list((tmp_path / "dst2").glob("*"))
+    assert not list((tmp_path / "dst").glob("*.tar"))
+
+
+def test_index_of_tars_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(2):
+        with tarfile.open(tmp_path / f"part{number}.tar", "w") as out:
+            for i in range(3):
+                buffer = io.BytesIO()
+                noise(8 + i, 9, i).save(buffer, "JPEG")
+                for name, data in (
+                    (f"{number}{i}.jpeg", buffer.getvalue()),
+                    (f"{number}{i}.txt", b"caption"),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    out.addfile(info, io.BytesIO(data))
+    before = hashes(tmp_path)
+    assert run(tmp_path, "--index") == 0
+    assert "6 samples in 2 shards, 0 labelled" in capsys.readouterr().out
+    source = TarSource(tmp_path)
+    assert source.heights.tolist() == [8, 9, 10] * 2 and source.labels.tolist() == [-1] * 6
+    assert {**hashes(tmp_path), **before} == hashes(tmp_path)
+    assert verify([str(tmp_path)]) == 0
+    (tmp_path / "manifest.json").unlink()
+    shard = tmp_path / "part1.tar"
+    shard.write_bytes(shard.read_bytes()[:2048])
+    assert run(tmp_path, "--index") == 2
+    assert "part1.tar: offset" in capsys.readouterr().err
+    assert not (tmp_path / "manifest.json").exists()
+
+
+def test_webdataset_and_dali_read_the_same_samples(source: Path, tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    fn = pytest.importorskip("nvidia.dali.fn")
+    from nvidia.dali import pipeline_def
+
+    assert run(source, tmp_path / "dst") == 0
+    ours = TarSource(tmp_path / "dst")
+    path = str(tmp_path / "dst/shard-000000.tar")
+    expected = [(ours.read(i), int(ours.labels[i])) for i in range(20)]
+    theirs = webdataset.WebDataset(path, shardshuffle=False)
+    assert [(sample["jpg"], int(sample["cls"])) for sample in theirs] == expected
+
+    @pipeline_def
+    def graph():  # type: ignore[no-untyped-def]
+        return tuple(fn.readers.webdataset(paths=[path], ext=["jpg", "cls"]))
+
+    pipeline = graph(batch_size=20, num_threads=1, device_id=None)
+    pipeline.build()
+    images, labels = (output.as_cpu() for output in pipeline.run())
+    read = [(images.at(i).tobytes(), int(labels.at(i).tobytes())) for i in range(20)]
+    assert read == expected
+
+
+def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "imagenet-sample"
+    assert run(source, tmp_path / "dst", "--shard-size", 8) == 0
+    found = samples(tmp_path / "dst")
+    assert len(found) == 250
+    assert all(data == (source / name).read_bytes() for name, (data, _) in found.items())
+    assert verify([str(tmp_path / "dst"), "--workers", "2"]) == 0

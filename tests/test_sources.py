@@ -1,0 +1,156 @@
+"""Sources: what is read is what was stored, and damage is an error that says where."""
+
+import io
+import os
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipelines.encoded import inspect
+from pipelines.sources import FolderSource, SyntheticSource, TarSource, open_source
+from tools.make_shards import main as make_shards
+
+
+def write_images(folder: Path, count: int = 12) -> dict[str, bytes]:
+    rng = np.random.default_rng(0)
+    written = {}
+    for i in range(count):
+        path = folder / f"class{i % 3}" / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8 + i, 20, 3), np.uint8)).save(path)
+        written[str(path.relative_to(folder))] = path.read_bytes()
+    return written
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    write_images(tmp_path / "images")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def shards(images: Path, tmp_path: Path) -> Path:
+    assert make_shards([str(images), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    return tmp_path / "shards"
+
+
+def test_folder_and_tar_hold_the_same(images: Path, shards: Path) -> None:
+    folder, tar = open_source(images), open_source(str(shards))
+    assert isinstance(folder, FolderSource) and isinstance(tar, TarSource)
+    assert len(folder) == len(tar) == 12
+    assert folder.classes == tar.classes == ["class0", "class1", "class2"]
+
+    def rows(source: FolderSource | TarSource) -> list[tuple[bytes, list[int]]]:
+        numbers = np.stack([source.labels, source.heights, source.widths], axis=1)
+        return sorted((source.read(i), numbers[i].tolist()) for i in range(len(source)))
+
+    assert rows(folder) == rows(tar)
+    assert folder.labels.dtype == tar.labels.dtype == np.int64
+    assert folder.describe(1) == "class0/03.jpg (sample 1)"
+    assert tar.describe(0) == "shard-000000.tar offset 512 (sample 0)"
+
+
+def test_fingerprint_follows_the_data_not_the_place(images: Path, shards: Path, tmp_path: Path) -> None:
+    before = TarSource(shards).fingerprint, FolderSource(images).fingerprint
+    shards.rename(tmp_path / "moved")
+    images.rename(tmp_path / "images2")
+    assert (
+        TarSource(tmp_path / "moved").fingerprint,
+        FolderSource(tmp_path / "images2").fingerprint,
+    ) == before
+    (tmp_path / "images2/class0/00.jpg").unlink()
+    assert FolderSource(tmp_path / "images2").fingerprint != before[1]
+
+
+def test_missing_or_cut_shard_is_refused_at_open(shards: Path) -> None:
+    shard = shards / "shard-000000.tar"
+    size = shard.stat().st_size
+    os.truncate(shard, size - 1)
+    with pytest.raises(
+        ValueError, match=rf"shard-000000\.tar has {size - 1:,} bytes, .* states {size:,}: copy"
+    ):
+        TarSource(shards)
+    shard.unlink()
+    with pytest.raises(ValueError, match="No such file"):
+        TarSource(shards)
+
+
+def test_shard_cut_while_open_is_an_error_that_says_where(shards: Path) -> None:
+    source = TarSource(shards)
+    last = len(source) - 1
+    assert source.read(last)
+    os.truncate(shards / "shard-000000.tar", 600)
+    with pytest.raises(OSError, match=rf"shard-000000\.tar offset \d+ \(sample {last}\): read 0 of"):
+        source.read(last)
+
+
+def test_threads_forks_and_pickles_read_the_same(shards: Path) -> None:
+    source = TarSource(shards)
+    expected = [source.read(i) for i in range(12)] * 20
+    again = pickle.loads(pickle.dumps(source))
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(again.read, list(range(12)) * 20)) == expected
+    child = os.fork()
+    if not child:
+        os._exit(0 if [source.read(i) for i in range(12)] * 20 == expected else 1)
+    assert [source.read(i) for i in range(12)] * 20 == expected
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_links_are_followed_and_hidden_files_ignored(images: Path) -> None:
+    (images / "class0/.hidden").write_bytes(b"x")
+    (images / "class3").symlink_to(images / "class1")
+    (images / "class2/loop").symlink_to(images)
+    assert open_source(images).classes == ["class0", "class1", "class2", "class3"]
+    assert len(open_source(images)) == 16
+
+
+def test_flat_folder_has_no_labels(images: Path) -> None:
+    source = open_source(images / "class1")
+    assert source.classes is None and source.labels.tolist() == [-1] * 4
+
+
+def test_exif_rotation_does_not_change_the_size(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 10)).save(tmp_path / "a.jpg", exif=exif)
+    source = FolderSource(tmp_path)
+    assert (source.heights[0], source.widths[0]) == (10, 30)
+
+
+def test_synthetic() -> None:
+    source = open_source("synthetic:1000:48x64")
+    assert isinstance(source, SyntheticSource) and len(source) == 1000
+    assert inspect(source.read(999))[:3] == ("jpeg", 48, 64)
+    assert source.read(3) == SyntheticSource(1000, 48, 64).read(3) != source.read(4)
+    assert source.labels[[0, 13, 999]].tolist() == [0, 3, 9]
+    with Image.open(io.BytesIO(source.read(5))) as image:
+        image.load()
+    with pytest.raises(IndexError):
+        source.read(1000)
+
+
+def test_refused_paths(tmp_path: Path, images: Path) -> None:
+    (tmp_path / "x.beton").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars/a.tar").write_bytes(b"")
+    (images / "class0/readme.txt").write_text("hi")
+    cases: list[tuple[Path | str, str]] = [
+        (tmp_path / "nowhere", "does not exist"),
+        (tmp_path / "x.beton", "beton files are not supported"),
+        (images / "class0/readme.txt", "is a file"),
+        (tmp_path / "empty", "holds no images"),
+        (tmp_path / "tars", "make_shards.py --index"),
+        (tmp_path, "no image lies directly in a class folder|not usable"),
+        (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
+        ("synthetic:10:5", "synthetic:NUM:HxW"),
+        ("synthetic:0:5x5", "NUM = 0"),
+    ]
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message):
+            open_source(path)

@@ -1,0 +1,387 @@
+"""Makes shards of images: SRC (folder, tar or zip) -> DST (WebDataset tars with a manifest).
+
+    python tools/make_shards.py SRC DST [--split train=.9,val=.1] [--max-size 512] ...
+    python tools/make_shards.py --index FOLDER      a manifest for WebDataset tars made elsewhere
+
+What becomes of which input is written in `pipelines/convert.py`. Files that cannot be used are listed in
+DST/quarantine.jsonl. Killed and started again it continues, and the result is the same to the byte.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from concurrent import futures
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipelines.encoded import MAX_PIXELS
+from pipelines.originals import Entry, Listing, list_originals
+from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, index_tar, join
+from pipelines.writer import Done, Job, Unusable, make_shard, read_note, start_worker
+
+WORK = ".make_shards"  # in DST until it is finished
+QUARANTINE = "quarantine.jsonl"
+_LINE_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
+
+
+# ── the plan ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse_split(text: str | None) -> dict[str, float]:
+    """ "train=.9,val=.1" -> {"train": .9, "val": .1}; no split is one part without a name."""
+    if text is None:
+        return {"": 1.0}
+    parts = [re.fullmatch(r"([A-Za-z0-9_-]+)=(\d*\.?\d+)", part.strip()) for part in text.split(",")]
+    split = {part[1]: float(part[2]) for part in parts if part}
+    if len(split) != len(parts) or abs(sum(split.values()) - 1) > 1e-6:
+        raise ValueError(
+            f"--split {text!r}: write distinct names with shares that sum to 1, as train=.9,val=.1"
+        )
+    return split
+
+
+def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) -> dict[str, list[Job]]:
+    """Which entry goes to which shard: a pure function of the source's names and sizes and the settings."""
+    order = np.random.default_rng(args.seed).permutation(len(listing.entries))
+    bounds = np.rint(np.cumsum([0.0, *split.values()]) * len(order)).astype(int)
+    jobs: dict[str, list[Job]] = {}
+    for (name, share), start, stop in zip(split.items(), bounds[:-1], bounds[1:], strict=True):
+        if start == stop:
+            raise ValueError(f"--split {name}={share}: no image is left for it, SRC has {len(order)} files")
+        entries = [listing.entries[i] for i in order[start:stop]]
+        jobs[name] = []
+        for number, chunk in enumerate(_chunks(entries, args.shard_size * 1_000_000)):
+            stem = f"{name or 'shard'}-{number:06d}"
+            jobs[name].append(
+                Job(
+                    source=(listing.path, listing.kind, listing.prefix),
+                    entries=chunk,
+                    digits=max(6, len(str(len(entries)))),
+                    shard=args.dst / name / f"{stem}.tar",
+                    note=args.dst / WORK / f"{stem}.json",
+                    rules={"max_size": args.max_size, "quality": args.quality, "max_pixels": args.max_pixels},
+                    strict=args.strict,
+                )
+            )
+    return jobs
+
+
+def _chunks(entries: list[Entry], shard_bytes: int) -> list[list[tuple[int, Entry]]]:
+    chunks: list[list[tuple[int, Entry]]] = [[]]
+    size = 0
+    for numbered in enumerate(entries):
+        if size >= shard_bytes:
+            chunks.append([])
+            size = 0
+        chunks[-1].append(numbered)
+        size += numbered[1].length + 2048  # headers, .cls and .json
+    return chunks
+
+
+def settings_of(listing: Listing, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on."""
+    return {
+        "format": args.format,
+        "source_files": len(listing.entries),
+        "source_bytes": sum(entry.length for entry in listing.entries),
+        "source_sha256": listing.sha256(),
+        "max_size": args.max_size,
+        "quality": args.quality,
+        "max_pixels": args.max_pixels,
+        "seed": args.seed,
+        "shard_size": args.shard_size,
+        "split": args.split,
+    }
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Names what two settings disagree in, or ""."""
+    keys = [key for key in new if old.get(key) != new[key]]
+    return ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in keys)
+
+
+# ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def make(args: argparse.Namespace) -> str:
+    """Makes the data set(s); returns the line that says what was made."""
+    split = parse_split(args.split)
+    if args.src is not None and args.src.is_dir() and args.dst.resolve().is_relative_to(args.src.resolve()):
+        raise ValueError(f"DST {args.dst} lies inside SRC {args.src}: name another folder")
+    finished = [name for name in split if (args.dst / name / MANIFEST).exists()]
+    work = args.dst / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    with Lock(work):
+        try:
+            listing = list_originals(args.src, args.inside, work)
+            settings = settings_of(listing, args)
+            if args.strict and listing.refused:
+                raise Unusable(f"{listing.refused[0].file}: {listing.refused[0].reason} (--strict)")
+            jobs = plan(listing, args, split)
+            for name in finished:
+                difference = differences(Manifest.load(args.dst / name).settings, settings)
+                if difference:
+                    raise ValueError(
+                        f"DST {args.dst} holds a finished data set: {difference}: name another folder"
+                    )
+            if len(finished) == len(split):
+                shutil.rmtree(work)
+                return f"{args.dst}: already done"
+            _claim(work, args.dst, split, settings)
+        except BaseException:
+            if not (work / "settings.json").exists():
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        start = time.perf_counter()
+        done = run([job for part in jobs.values() for job in part], args.workers, len(listing.entries))
+        images = sum(len(item.records) for item in done.values())
+        line = commit(args.dst, jobs, done, listing, settings)
+        seconds = time.perf_counter() - start
+        shutil.rmtree(work)
+    return f"{line}, {seconds:.1f} s, {images / seconds:,.0f} images/s"
+
+
+class Lock:
+    """One run at a time in a folder. POSIX locks: not inherited by workers, gone with the process."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / "lock"
+
+    def __enter__(self) -> None:
+        self.file = open(self.path, "w")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self.file.close()
+            raise ValueError(f"DST {self.path.parent.parent}: another make_shards is at work there") from None
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def _claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:
+    """Continues a half-done output of the same settings, refuses another's, removes leftover temporaries."""
+    claim = work / "settings.json"
+    if claim.exists():
+        difference = differences(json.loads(claim.read_bytes()), settings)
+        if difference:
+            raise ValueError(
+                f"DST {dst} is half done with other settings: {difference}: use those, or remove it"
+            )
+    else:
+        tars = [path for name in split for path in (dst / name).glob("*.tar")]
+        if tars:
+            raise ValueError(
+                f"DST {dst} already holds {tars[0].name}, without a manifest: name another folder"
+            )
+        with Temporary(claim) as file:
+            file.write(json.dumps(settings).encode())
+    for name in split:
+        (dst / name).mkdir(exist_ok=True)
+    for folder in (work, dst, *(dst / name for name in split)):
+        for path in folder.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def run(jobs: list[Job], workers: int, num_images: int) -> dict[Path, Done]:
+    """Makes the shards that are not there yet; returns the notes of all by shard path."""
+    todo = [job for job in jobs if read_note(job) is None]
+    context = get_context("spawn")
+    counters = context.Array("q", 3)
+    kept = num_images - sum(len(job.entries) for job in todo)
+    pool: futures.Executor
+    arguments = (counters, os.getpid())
+    if min(workers, len(todo)) <= 1:
+        pool = futures.ThreadPoolExecutor(1, initializer=start_worker, initargs=arguments)
+    else:
+        pool = futures.ProcessPoolExecutor(min(workers, len(todo)), context, start_worker, arguments)
+    try:
+        pending = {pool.submit(make_shard, job) for job in todo}
+        with Meter(num_images, kept) as meter:
+            while pending:
+                finished, pending = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
+                meter.update(*counters[:2])
+                for future in finished:
+                    future.result()
+    except BaseException:
+        counters[2] = 1  # each worker ends at its next image
+        pool.shutdown(cancel_futures=True)
+        raise
+    pool.shutdown()
+    notes = {job.shard: read_note(job) for job in jobs}
+    return {path: note for path, note in notes.items() if note is not None}
+
+
+def commit(
+    dst: Path, jobs: dict[str, list[Job]], done: dict[Path, Done], listing: Listing, settings: dict[str, Any]
+) -> str:
+    """Writes the quarantine list, then each part's manifest."""
+    parts = {name: [done[job.shard] for job in part] for name, part in jobs.items()}
+    rows = [item._asdict() for item in listing.refused]
+    rows += [row for part in parts.values() for item in part for row in item.quarantine]
+    with Temporary(dst / QUARANTINE) as file:
+        for row in sorted(rows, key=lambda row: row["file"]):
+            file.write(json.dumps(row).encode() + b"\n")
+    manifests = {}
+    for name, part in parts.items():
+        shards = [item.shard for item in part if item.shard is not None]
+        if not shards:
+            raise Unusable(
+                f"SRC: no file{f' for {name}' if name else ''} is an image, see {dst / QUARANTINE}"
+            )
+        records = join(item.records for item in part if item.shard is not None)
+        manifests[name] = Manifest(shards, records, listing.classes, settings)
+    for name, manifest in manifests.items():
+        manifest.save(dst / name)
+    samples = " + ".join(f"{len(manifest.samples):,}" for manifest in manifests.values())
+    number = sum(len(manifest.shards) for manifest in manifests.values())
+    classes = f"{len(listing.classes)} classes" if listing.classes else "no labels"
+    return f"{dst}: {samples} samples in {number} shards, {classes}, {len(rows)} in quarantine"
+
+
+class Meter:
+    """Progress with images/s, MB/s and ETA: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, total: int, kept: int) -> None:
+        self.total, self.kept = total, kept
+        self.start = self.last = time.perf_counter()
+        console = Console(stderr=True)
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        self.bar = Progress(*columns, console=console) if console.is_terminal else None
+
+    def __enter__(self) -> "Meter":
+        if self.bar is not None:
+            self.bar.start()
+            self.task = self.bar.add_task("", total=self.total, completed=self.kept, rate="")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, images: int, size: int) -> None:
+        now = time.perf_counter()
+        speed = images / (now - self.start)
+        rate = f"{speed:,.0f} images/s, {size / (now - self.start) / 1e6:,.1f} MB/s"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=self.kept + images, rate=rate)
+        elif now - self.last >= _LINE_EVERY and images:
+            self.last = now
+            left = (self.total - self.kept - images) / speed
+            print(
+                f"{self.kept + images:,}/{self.total:,} images, {rate}, {left:,.0f} s left", file=sys.stderr
+            )
+
+
+# ── tars made elsewhere ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def index(folder: Path, workers: int) -> str:
+    """Writes a manifest beside the WebDataset tars of a folder; the tars are only read."""
+    if not folder.is_dir():
+        raise ValueError(f"--index {folder}: not a folder")
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"--index {folder}: it has {MANIFEST} already: remove that to index again")
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ValueError(
+            f"--index {folder}: no .tar in it (compressed ones have no random access: unpack them)"
+        )
+    with futures.ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
+        results = list(pool.map(_index_one, paths))
+    shards = [shard for shard, _ in results]
+    records = join(records for _, records in results)
+    Manifest(shards, records, None, {"indexed": True}).save(folder)
+    labelled = int((records["label"] >= 0).sum())
+    return f"{folder}: {len(records):,} samples in {len(shards)} shards, {labelled:,} labelled"
+
+
+def _index_one(path: Path) -> tuple[Shard, np.ndarray]:
+    records = index_tar(path)
+    return Shard(path.name, path.stat().st_size, file_sha256(path), len(records)), records
+
+
+# ── command line ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; exits 2 with one line where it makes no sense."""
+    parser = argparse.ArgumentParser(prog="make_shards", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "src", type=Path, help="folder (class sub-folders or flat), tar or zip; with --index: the folder"
+    )
+    parser.add_argument("dst", type=Path, nargs="?", help="folder to make")
+    parser.add_argument("--format", choices=["webdataset"], default="webdataset")
+    parser.add_argument(
+        "--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere"
+    )
+    parser.add_argument("--inside", default="", metavar="FOLDER", help="folder within SRC to take, as train")
+    parser.add_argument(
+        "--max-size", type=int, default=0, metavar="PX", help="re-encode what has a longer side"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=95, help="JPEG quality of what is re-encoded (default 95)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger ones before decoding"
+    )
+    parser.add_argument(
+        "--split", metavar="NAME=SHARE,...", help="as train=.9,val=.1: one data set each, in DST/NAME"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the shuffled order (default 0)")
+    parser.add_argument("--shard-size", type=int, default=256, metavar="MB", help="default 256")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all CPUs)"
+    )
+    parser.add_argument("--strict", action="store_true", help="stop at the first file that cannot be used")
+    args = parser.parse_args(argv)
+    if args.index != (args.dst is None):
+        parser.error("--index takes one folder" if args.index else "DST is missing")
+    bounds = {"quality": (1, 100), "workers": (1, 1024), "shard_size": (1, 100_000), "seed": (0, 2**63)}
+    bounds |= {"max_size": (0, 65500), "max_pixels": (1, 2**32)}
+    for name, (low, high) in bounds.items():
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} to {high}")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 done, 1 failed on the way, 2 a mistake in what was asked for, 130 interrupted."""
+    args = parse(argv)
+    try:
+        print(index(args.src, args.workers) if args.index else make(args))
+        return 0
+    except ValueError as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+        return 2
+    except (Unusable, futures.BrokenExecutor) as error:
+        print(f"make_shards: {error}", file=sys.stderr)
+    except OSError as error:
+        where = error.filename or args.dst or args.src
+        print(
+            f"make_shards: {where}: {error.strerror or error}: nothing unfinished was kept under its name",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print("make_shards: interrupted; start it again to continue", file=sys.stderr)
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
