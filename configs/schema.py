@@ -126,6 +126,8 @@ class OptimizerConfig(Section):
     """Not applied to biases and batch-norm parameters."""
     trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
     """eta of LARS: the step of a weight matrix is eta * |p| / |g + wd p| of its gradient (reference: 1e-3)."""
+    backend: Literal["auto", "foreach", "apex"] = "auto"
+    """Kernels of the update: torch's multi-tensor ones (auto, foreach). apex is refused with the reason."""
     base_tau: Annotated[float, Field(ge=0, le=1)]
     """tau of the target's moving average at step 0; cosine to 1 at the end."""
 

@@ -84,9 +84,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def prove(data: bytes, header: ImageHeader) -> None:
     """Decodes an image to show that it can be, and that nothing in it is damaged.
 
-    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse transform
-    is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut and got an
-    end marker. PNG: PIL.
+    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse
+    transform is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut
+    and got an end marker. PNG: PIL.
 
     Raises:
         ValueError: With the decoder's reason.

@@ -213,8 +213,8 @@ def file_sha256(path: Path) -> str:
 def index_tar(path: str | os.PathLike[str]) -> np.ndarray:
     """Records of one WebDataset tar: consecutive members of one key (name up to a dot) are a sample.
 
-    A sample is one image (.jpg, .jpeg or .png) and, where it is labelled, a .cls with an integer; others belong
-    to it and are stepped over, as are folders, hidden files and names in double underscores.
+    A sample is one image (.jpg, .jpeg or .png) and, where it is labelled, a .cls with an integer. Its other
+    members are stepped over, as are folders, hidden files and names in double underscores.
 
     Returns:
         SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.

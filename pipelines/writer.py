@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,12 +47,20 @@ _counters: Any = None  # images done, bytes done, and 1 to stop; shared by all w
 _parent = 0
 
 
+@contextmanager
+def interrupts_ignored() -> Iterator[None]:
+    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def start_worker(counters: Any, parent: int) -> None:
-    """Called once in each worker: Ctrl-C is the parent's business, and so is the count."""
+    """Called once in each worker."""
     global _counters, _parent
     _counters, _parent = counters, parent
-    if os.getpid() != parent:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def make_shard(job: Job) -> None:

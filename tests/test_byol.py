@@ -1,6 +1,7 @@
 """The networks' structure, initialisation and loss."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_torchvision_weights_give_torchvisions_features() -> None:
 
 @pytest.mark.parametrize("stem, map_size", [("cifar", 8), ("imagenet", 2)])
 def test_resnet8(stem: str, map_size: int) -> None:
-    encoder = make_encoder("resnet8", stem)
+    encoder: Any = make_encoder("resnet8", stem)
     sizes = []
     encoder.layer3.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape)))
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128) == (2, encoder.num_features)
@@ -71,7 +72,7 @@ def test_resnet8(stem: str, map_size: int) -> None:
 
 def test_initialisation_is_the_references() -> None:
     torch.manual_seed(0)
-    encoder = make_encoder("resnet50", "imagenet")
+    encoder: Any = make_encoder("resnet50", "imagenet")
     # A normal cut at two deviations keeps .8796 of its deviation.
     for layer, fan_in in ((encoder.layer3[1].conv2, 256 * 9), (encoder.layer4[0].conv1, 1024)):
         assert layer.weight.std().item() * math.sqrt(fan_in) == pytest.approx(0.8796, rel=0.01)
@@ -80,8 +81,9 @@ def test_initialisation_is_the_references() -> None:
     assert all(
         block.bn3.weight.count_nonzero() == 0 and bool((block.bn2.weight == 1).all()) for block in blocks
     )
-    assert bool((make_encoder("resnet18", "cifar").layer1[0].bn2.weight == 1).all())
-    mlp = MLP(400, 600, 5)
+    basic: Any = make_encoder("resnet18", "cifar")
+    assert bool((basic.layer1[0].bn2.weight == 1).all())
+    mlp: Any = MLP(400, 600, 5)
     assert mlp[0].bias.count_nonzero() == 0
     assert mlp[0].weight.std().item() * math.sqrt(400) == pytest.approx(0.8796, rel=0.01)
 
@@ -172,7 +174,7 @@ def test_every_view_is_its_own_pass_in_both_networks() -> None:
 
 
 def test_the_target_uses_batch_statistics_even_in_eval_mode() -> None:
-    model = _small().eval()
+    model: Any = _small().eval()
     view = 5 + torch.randn(6, 3, 16, 16)
     before = model.target(view, view)[0]
     assert all(m.training for m in model.target.modules()) and not model.online.encoder.bn1.training

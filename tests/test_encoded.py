@@ -122,3 +122,11 @@ def test_proof_finds_damage_that_pil_does_not() -> None:
             image.load()
         with pytest.raises(ValueError, match="Corrupt JPEG data"):
             to_jpeg(damaged)
+
+
+def test_max_pixels_is_the_only_limit() -> None:
+    for data in (WHOLE, encode(kind="PNG"), encode(kind="BMP")):
+        assert inspect(to_jpeg(data, max_pixels=24 * 40))[1:3] == (24, 40)
+        with pytest.raises(ValueError, match="24 x 40 is above the limit of 959 pixels"):
+            to_jpeg(data, max_pixels=24 * 40 - 1)
+    assert Image.MAX_IMAGE_PIXELS is None  # PIL's own limit would undercut a larger max_pixels

@@ -106,7 +106,9 @@ def test_folder_tar_xz_and_zip_give_the_same_shards(source: Path, tmp_path: Path
         assert hashes(out) == hashes(tmp_path / "expected")
 
 
-def test_number_of_processes_does_not_change_the_result(source: Path, tmp_path: Path, monkeypatch) -> None:
+def test_number_of_processes_does_not_change_the_result(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(make_shards, "_chunks", lambda entries, size: _chunks_of(entries, 6))
     assert run(source, tmp_path / "one") == 0
     assert make_shards.main([str(source), str(tmp_path / "two"), "--workers", "2"]) == 0
@@ -267,7 +269,41 @@ def test_killed_and_started_again_is_byte_identical(tmp_path: Path) -> None:
     assert len(Manifest.load(tmp_path / "dst").shards) > len(done) >= 2
 
 
-def test_full_disk(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_shard_that_was_cut_is_made_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, tmp_path / "dst")
+    os.truncate(tmp_path / "dst/shard-000000.tar", 1000)
+    assert run(source, tmp_path / "dst") == 0
+    assert verify([str(tmp_path / "dst")]) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("after", [0.0, 0.15])  # seconds: while the workers start, and while they work
+def test_interrupt_is_one_line(tmp_path: Path, workers: int, after: float) -> None:
+    source = write_images(tmp_path / "src", 60, side=400)
+    for i in range(1500):
+        (source / f"c0/link{i}.jpg").symlink_to(source / "c0/0000.jpg")
+    command = [sys.executable, "-m", "tools.make_shards", str(source), str(tmp_path / "dst")]
+    command += ["--shard-size", "1", "--workers", str(workers)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "dst/.make_shards/settings.json").exists():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(0.05 + after)
+    os.killpg(process.pid, signal.SIGINT)
+    error = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert error == "make_shards: interrupted; start it again to continue\n"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_full_disk(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -280,7 +316,7 @@ def test_full_disk(source: Path, tmp_path: Path, monkeypatch, capsys: pytest.Cap
 
 
 def test_other_settings_or_source_are_refused(
-    source: Path, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(make_shards, "commit", lambda *_: 1 / 0)

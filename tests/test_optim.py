@@ -22,7 +22,7 @@ def _set_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def _reference(p: Tensor, g: Tensor, m: Tensor, lr: float, decay: float, eta: float) -> tuple[Tensor, Tensor]:
+def _reference(p: Tensor, g: Any, m: Tensor, lr: float, decay: float, eta: float) -> tuple[Tensor, Tensor]:
     """One step of one parameter in float64, straight from the class's docstring."""
     p, g, m = p.double(), g.double(), m.double()
     if p.ndim > 1:
@@ -81,7 +81,8 @@ def test_tiny_and_huge_gradients_take_the_same_step() -> None:
 
 def test_parameters_without_a_gradient_stay_and_groups_keep_their_own_settings() -> None:
     first, second, idle = (torch.nn.Parameter(torch.ones(2)) for _ in range(3))
-    optimizer = LARS([{"params": [first, idle]}, {"params": [second], "lr": 0.5}], lr=0.1)
+    groups: list[dict[str, Any]] = [{"params": [first, idle]}, {"params": [second], "lr": 0.5}]
+    optimizer = LARS(groups, lr=0.1)
     first.grad = second.grad = torch.ones(2)
     optimizer.step()
     assert first.tolist() == pytest.approx([0.9, 0.9]) and second.tolist() == [0.5, 0.5]
@@ -165,7 +166,7 @@ def test_an_open_gate_and_a_gradient_scale_change_nothing() -> None:
             _set_gradients(parameters, seed=step)
             if scale != 1:
                 for p in parameters:
-                    p.grad = p.grad * scale  # type: ignore[operator]
+                    p.grad = torch.mul(p.grad, scale)  # type: ignore[arg-type]
                 optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
             optimizer.step()
     for a, b in zip(plain, gated, strict=True):

@@ -1,6 +1,7 @@
 """TrainStep against the reference implementation's three steps, and its own rules."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,13 +70,17 @@ def test_three_steps_of_the_reference(fixtures: Path) -> None:
         reference = _reference_parameters(data, f"g{k}")
         assert gradients.keys() == reference.keys()
         errors.append(abs(result.loss.item() / float(data[f"loss{k}"]) - 1))
-        errors.append(_relative_error(gradients, reference))
+        # Exactly 0 but for rounding, in both: a batch norm follows.
+        noise = [gradients.pop(f"{part}.0.bias").norm().item() for part in ("projector", "predictor")]
+        assert max(noise) < 1e-6
+        errors.append(
+            max(_relative_error({name: g}, {name: reference[name]}) for name, g in gradients.items())
+        )
         assert bool(result.finite)
     online, target = dict(model.online.named_parameters()), dict(model.target.named_parameters())
     expected_target = _reference_parameters(data, "t3")
-    errors.append(_relative_error(online, _reference_parameters(data, "p3")))
-    errors.append(_relative_error(target, {name: expected_target[name] for name in target}))
-    print("relative errors:", [f"{error:.1e}" for error in errors])
+    for network, expected in ((online, _reference_parameters(data, "p3")), (target, expected_target)):
+        errors.append(max(_relative_error({name: p}, {name: expected[name]}) for name, p in network.items()))
     assert len(errors) == 8 and max(errors) <= 1e-6
 
 
@@ -106,7 +111,7 @@ def test_loss_is_about_four_at_the_start() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_it_learns_in_every_precision(precision: str) -> None:
     model, _, step = _setup(precision)
-    losses = [step([_views(1)], lr=1.0, tau=0.99).loss.item() for _ in range(12)]
+    losses = [step([_views(1, n=8)], lr=1.0, tau=0.99).loss.item() for _ in range(10)]
     assert losses[-1] < 0.6 * losses[0]
     assert all(p.dtype == torch.float32 and bool(p.isfinite().all()) for p in model.parameters())
 
@@ -124,11 +129,11 @@ def test_channels_last_changes_the_layout_only() -> None:
     results = []
     for channels_last in (True, False):
         model, _, step = _setup(channels_last=channels_last)
-        assert (
-            model.online.encoder.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-            == channels_last
-        )
-        assert model.target.encoder.layer2[0].conv1.weight.is_contiguous() != channels_last
+        networks: Any = model
+        for encoder in (networks.online.encoder, networks.target.encoder):
+            weight = encoder.layer2[0].conv1.weight
+            assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+            assert weight.is_contiguous() != channels_last
         results.append([step([_views(k)], lr=0.1, tau=0.9).loss.item() for k in range(2)])
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 

@@ -58,7 +58,9 @@ def test_one_changed_bit_is_named(dataset: Path, capsys: pytest.CaptureFixture[s
     assert "sha256" in error and "2 problems in 8 samples" in error
 
 
-def test_damaged_image_with_right_hashes_is_found_by_decoding(dataset: Path, capsys) -> None:
+def test_damaged_image_with_right_hashes_is_found_by_decoding(
+    dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import zlib
 
     samples = np.array(Manifest.load(dataset).samples)
@@ -104,7 +106,9 @@ def _cut(path: Path) -> None:
         (lambda path: path.unlink(), "No such file"),
     ],
 )
-def test_cut_or_missing_shard(dataset: Path, damage: Callable[[Path], None], message: str, capsys) -> None:
+def test_cut_or_missing_shard(
+    dataset: Path, damage: Callable[[Path], None], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     damage(shard(dataset))
     assert verify([str(dataset)]) == 1
     assert message in capsys.readouterr().err

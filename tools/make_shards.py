@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipelines.encoded import MAX_PIXELS
 from pipelines.originals import Entry, Listing, list_originals
 from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, index_tar, join
-from pipelines.writer import Done, Job, Unusable, make_shard, read_note, start_worker
+from pipelines.writer import Done, Job, Unusable, interrupts_ignored, make_shard, read_note, start_worker
 
 WORK = ".make_shards"  # in DST until it is finished
 QUARANTINE = "quarantine.jsonl"
@@ -206,7 +206,8 @@ def run(jobs: list[Job], workers: int, num_images: int) -> dict[Path, Done]:
     else:
         pool = futures.ProcessPoolExecutor(min(workers, len(todo)), context, start_worker, arguments)
     try:
-        pending = {pool.submit(make_shard, job) for job in todo}
+        with interrupts_ignored():
+            pending = {pool.submit(make_shard, job) for job in todo}
         with Meter(num_images, kept) as meter:
             while pending:
                 finished, pending = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
@@ -303,7 +304,9 @@ def index(folder: Path, workers: int) -> str:
             f"--index {folder}: no .tar in it (compressed ones have no random access: unpack them)"
         )
     with futures.ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
-        results = list(pool.map(_index_one, paths))
+        with interrupts_ignored():
+            pending = pool.map(_index_one, paths)
+        results = list(pending)
     shards = [shard for shard, _ in results]
     records = join(records for _, records in results)
     Manifest(shards, records, None, {"indexed": True}).save(folder)

@@ -18,6 +18,7 @@ import numpy as np
 from pipelines.convert import prove
 from pipelines.encoded import inspect
 from pipelines.shards import Manifest, Shard, file_sha256, index_tar
+from pipelines.writer import interrupts_ignored
 
 
 class Task(NamedTuple):
@@ -106,12 +107,14 @@ def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str]]:
         problems = [check_shard(task) for task in tasks]
     else:
         with futures.ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-            problems = list(pool.map(check_shard, tasks))
+            with interrupts_ignored():
+                pending = pool.map(check_shard, tasks)
+            problems = list(pending)
     return len(manifest.samples), [problem for part in problems for problem in part]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 all is well, 1 there are problems, 2 the data set cannot be opened."""
+    """Exit code: 0 all is well, 1 there are problems, 2 the data set cannot be opened, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument("dataset", type=Path, help="folder with manifest.json")
     parser.add_argument("--no-decode", action="store_true", help="check hashes and headers only")
@@ -128,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, futures.BrokenExecutor) as error:
         print(f"verify_shards: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("verify_shards: interrupted", file=sys.stderr)
+        return 130
     for problem in problems[: args.limit]:
         print(problem, file=sys.stderr)
     if problems:

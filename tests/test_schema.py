@@ -1,0 +1,175 @@
+"""Every shipped config loads; every mistake is named, all in one message."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import schema
+from configs.schema import Config, load
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+MINIMAL = """
+run: {out: runs/x}
+data: {path: images}
+augment: {view1: {blur: 1.0, solarize: 0.0}, view2: {blur: 0.1, solarize: 0.2}}
+model: {}
+optimizer: {base_lr: 0.2, weight_decay: 0.0, base_tau: 0.99}
+train: {epochs: 100, batch_size: 64}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def test_all_configs_are_there() -> None:
+    names = {"r50_1000ep", "r50_300ep", "r50_100ep", "r18_cifar10", "quickstart", "throughput"}
+    assert {path.stem for path in CONFIGS} == names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_loads_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    again = tmp_path / "again.yaml"
+    again.write_text(schema.to_yaml(config))
+    assert load(again) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_config_opens_with_its_command(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0] + path.read_text().split("\n\nrun:")[0]
+    assert head.startswith("#") and f"--config configs/{path.name}" in head
+
+
+@pytest.mark.parametrize(
+    ("name", "peak", "decay", "tau", "steps"),
+    [
+        ("r50_1000ep", 3.2, 1.5e-6, 0.996, 312784),
+        ("r50_300ep", 4.8, 1e-6, 0.99, 93835),
+        ("r50_100ep", 7.2, 1e-6, 0.99, 31278),
+    ],
+)
+def test_presets_are_the_references(name: str, peak: float, decay: float, tau: float, steps: int) -> None:
+    config = load(ROOT / "configs" / f"{name}.yaml")
+    assert config.peak_lr == pytest.approx(peak)
+    assert (config.optimizer.weight_decay, config.optimizer.base_tau) == (decay, tau)
+    assert config.total_steps(1_281_167) == steps
+    assert config.warmup_steps(1_281_167) == 3127
+    assert config.augment.blur_taps == 23
+    view1, view2 = config.augment.view1, config.augment.view2
+    assert (view1.blur, view1.solarize, view2.blur, view2.solarize) == (1.0, 0.0, 0.1, 0.2)
+    assert view1.model_copy(update={"blur": 0.1, "solarize": 0.2}) == view2
+
+
+def test_blur_taps_follow_the_size(minimal: Path) -> None:
+    assert load(minimal, ["augment.size=32"]).augment.blur_taps == 3
+    assert load(minimal, ["augment.size=96"]).augment.blur_taps == 9
+
+
+def test_overrides_win(minimal: Path) -> None:
+    config = load(minimal, ["train.batch_size=128", "augment.view2.blur=0.5", "eval.path=val"])
+    assert (config.train.batch_size, config.augment.view2.blur, config.eval.path) == (128, 0.5, "val")
+    assert config.augment.view2.solarize == 0.2
+
+
+def test_three_mistakes_make_one_message(minimal: Path) -> None:
+    minimal.write_text(
+        MINIMAL.replace("path: images", "path: images, thraeds: 3")
+        .replace("blur: 0.1", "blur: plenty")
+        .replace("base_tau: 0.99", "base_tau: 1.5")
+    )
+    with pytest.raises(ValueError, match="3 mistakes") as caught:
+        load(minimal)
+    message = str(caught.value)
+    assert "data.thraeds: no such setting; did you mean threads?" in message
+    assert "augment.view2.blur='plenty'" in message
+    assert "optimizer.base_tau=1.5" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("train.batch_size", "written section.key=value"),
+        ("--resume", "written section.key=value"),
+        ("train.batch_size=63", "not divisible by train.accumulation=2"),
+        ("optimizer.warmup_epochs=100", "leaves nothing"),
+        ("augment.view1.crop_area=[0.9,0.1]", "lower bound"),
+        ("augment.view1.crop_area=[0,1]", "crop_area.0=0"),
+        ("augment.size=4", "augment.size=4"),
+        ("model.backbone=resnet49", "resnet50"),
+        ("nothing.here=1", "nothing: no such setting"),
+    ],
+)
+def test_mistake_is_named(minimal: Path, override: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part.replace(".", r"\.").replace("[", r"\[")):
+        load(minimal, ["train.accumulation=2", override])
+
+
+def test_missing_setting_and_missing_file(minimal: Path) -> None:
+    minimal.write_text(MINIMAL.replace("base_lr: 0.2, ", ""))
+    with pytest.raises(ValueError, match=r"optimizer\.base_lr: missing"):
+        load(minimal)
+    with pytest.raises(ValueError, match=r"does not exist; did you mean .*r50_1000ep\.yaml"):
+        load(ROOT / "configs" / "r50_1000epo.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "run: [", "just words", "run: {out: ${nowhere}}"])
+def test_file_that_is_no_config(minimal: Path, text: str) -> None:
+    minimal.write_text(text)
+    with pytest.raises(ValueError, match=r"minimal\.yaml"):
+        load(minimal)
+
+
+def test_config_is_frozen(minimal: Path) -> None:
+    config = load(minimal)
+    with pytest.raises(ValueError, match="frozen"):
+        config.train.batch_size = 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("world", "accumulation", "images"), [(1, 1, 64), (2, 1, 32), (4, 2, 8)])
+def test_images_per_rank(minimal: Path, world: int, accumulation: int, images: int) -> None:
+    assert load(minimal, [f"train.accumulation={accumulation}"]).images_per_rank(world) == images
+
+
+def test_batch_that_does_not_divide(minimal: Path) -> None:
+    with pytest.raises(ValueError, match="not divisible by 3 ranks"):
+        load(minimal).images_per_rank(3)
+    with pytest.raises(ValueError, match="needs at least 2"):
+        load(minimal).images_per_rank(64)
+
+
+def test_every_setting_is_documented() -> None:
+    undocumented = [
+        f"{name}.{key}"
+        for name, section in Config.model_fields.items()
+        if hasattr(section.annotation, "model_fields")
+        for key, field in section.annotation.model_fields.items()
+        if not field.description and key not in ("momentum", "channels_last", "device")
+    ]
+    assert undocumented == []
+
+
+def test_wrong_config_is_refused_before_torch_is_imported(minimal: Path) -> None:
+    """Exit code 2, one message, no traceback; torch made unimportable shows that nobody asked for it."""
+    minimal.write_text(MINIMAL.replace("epochs: 100", "epoch: 100"))
+    (minimal.parent / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--config", str(minimal)],
+        env={**os.environ, "PYTHONPATH": f"{minimal.parent}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "train.epoch: no such setting; did you mean epochs?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 30  # it takes half a second; a hang is what must not be
