@@ -145,7 +145,7 @@ def test_rules_for_odd_images(tmp_path: Path) -> None:
     found = samples(tmp_path / "dst")
     assert len(found) == 10
     for name, (data, label) in found.items():
-        assert inspect(data)[:3] == ("jpeg", 24, 40) and label == -1, name
+        assert (*inspect(data)[:3], label) == ("jpeg", 24, 40, -1), name
     for name in ("grey.jpg", "rotated.jpg", "jpeg-named.png"):
         assert found[name][0] == (src / name).read_bytes()
 
@@ -227,19 +227,20 @@ def test_archive_members_never_leave_it(source: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("../evil.jpg", data)
         archive.writestr("c/good.jpg", data)
-    before = {path for path in tmp_path.rglob("*")}
+    before = set(tmp_path.rglob("*"))
     for name in ("a.tar", "a.zip"):
         assert run(tmp_path / name, tmp_path / "dst") == 0
         assert list(samples(tmp_path / "dst")) == ["c/good.jpg"]
         assert quarantine(tmp_path / "dst")["../evil.jpg"] == "unsafe name"
         shutil.rmtree(tmp_path / "dst")
-    assert {path for path in tmp_path.rglob("*")} == before
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_split_is_disjoint_and_complete(source: Path, tmp_path: Path) -> None:
     assert run(source, tmp_path / "dst", "--split", "train=.9,val=.1") == 0
     train, val = samples(tmp_path / "dst/train"), samples(tmp_path / "dst/val")
-    assert (len(train), len(val)) == (18, 2) and not train.keys() & val.keys()
+    assert (len(train), len(val)) == (18, 2)
+    assert not train.keys() & val.keys()
     for name in ("train", "val"):
         assert Manifest.load(tmp_path / "dst" / name).classes == ["c0", "c1"]
         assert Manifest.load(tmp_path / "dst" / name).shards[0].name == f"{name}-000000.tar"
@@ -360,7 +361,8 @@ def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest
         rest = [args[1] if str(args[1]).startswith("--") else tmp_path / args[1], *args[2:]]
         assert run(args[0], *rest) == code, args
         error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1, error
+        assert message in error, error
+        assert error.count("\n") == 1, error
     assert not list((tmp_path / "dst2").glob("*"))
     assert not list((tmp_path / "dst").glob("*.tar"))
 
@@ -382,7 +384,8 @@ def test_index_of_tars_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run(tmp_path, "--index") == 0
     assert "6 samples in 2 shards, 0 labelled" in capsys.readouterr().out
     source = TarSource(tmp_path)
-    assert source.heights.tolist() == [8, 9, 10] * 2 and source.labels.tolist() == [-1] * 6
+    assert source.heights.tolist() == [8, 9, 10] * 2
+    assert source.labels.tolist() == [-1] * 6
     assert {**hashes(tmp_path), **before} == hashes(tmp_path)
     assert verify([str(tmp_path)]) == 0
     (tmp_path / "manifest.json").unlink()

@@ -56,7 +56,8 @@ def test_index_agrees_with_tarfile(tmp_path: Path, form: int, folder_name: str) 
     path = write_tar(tmp_path / "a.tar", content, form)
     records = index_tar(path)
     assert records["label"].tolist() == [0, 1, 2]
-    assert records["height"].tolist() == [1, 2, 3] and set(records["width"]) == {20}
+    assert records["height"].tolist() == [1, 2, 3]
+    assert set(records["width"]) == {20}
     with tarfile.open(path) as opened:
         expected = [(m.offset_data, m.size) for m in opened.getmembers() if m.name.endswith(".jpg")]
     assert records[["offset", "length"]].tolist() == expected
@@ -130,7 +131,8 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
 
 def test_manifest_comes_back(folder: Path) -> None:
     manifest = Manifest.load(folder)
-    assert manifest.classes == ["x", "y", "z"] and manifest.shards[0].samples == 4
+    assert manifest.classes == ["x", "y", "z"]
+    assert manifest.shards[0].samples == 4
     assert np.array_equal(manifest.samples, index_tar(folder / "a.tar"))
     assert isinstance(manifest.samples, np.memmap)
 
@@ -169,7 +171,11 @@ def test_damaged_manifest(folder: Path, damage: Callable[[Path], object], messag
 
 
 def test_temporary_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(OSError), Temporary(tmp_path / "x") as file:
-        file.write(b"half")
-        raise OSError("disk full")
+    def fail() -> None:
+        with Temporary(tmp_path / "x") as file:
+            file.write(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert list(tmp_path.iterdir()) == []

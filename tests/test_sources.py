@@ -40,7 +40,8 @@ def shards(images: Path, tmp_path: Path) -> Path:
 
 def test_folder_and_tar_hold_the_same(images: Path, shards: Path) -> None:
     folder, tar = open_source(images), open_source(str(shards))
-    assert isinstance(folder, FolderSource) and isinstance(tar, TarSource)
+    assert isinstance(folder, FolderSource)
+    assert isinstance(tar, TarSource)
     assert len(folder) == len(tar) == 12
     assert folder.classes == tar.classes == ["class0", "class1", "class2"]
 
@@ -111,7 +112,8 @@ def test_links_are_followed_and_hidden_files_ignored(images: Path) -> None:
 
 def test_flat_folder_has_no_labels(images: Path) -> None:
     source = open_source(images / "class1")
-    assert source.classes is None and source.labels.tolist() == [-1] * 4
+    assert source.classes is None
+    assert source.labels.tolist() == [-1] * 4
 
 
 def test_exif_rotation_does_not_change_the_size(tmp_path: Path) -> None:
@@ -124,7 +126,8 @@ def test_exif_rotation_does_not_change_the_size(tmp_path: Path) -> None:
 
 def test_synthetic() -> None:
     source = open_source("synthetic:1000:48x64")
-    assert isinstance(source, SyntheticSource) and len(source) == 1000
+    assert isinstance(source, SyntheticSource)
+    assert len(source) == 1000
     assert inspect(source.read(999))[:3] == ("jpeg", 48, 64)
     assert source.read(3) == SyntheticSource(1000, 48, 64).read(3) != source.read(4)
     assert source.labels[[0, 13, 999]].tolist() == [0, 3, 9]

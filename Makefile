@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Both set up .venv first and skip what is done.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA := datasets/quickstart
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/main.done datasets/quickstart-shards/val/manifest.json  ## watch BYOL learn on this machine
+	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
+
+datasets/quickstart-images/.done: .venv/main.done tools/quickstart_images.py
+	$(BIN)/python tools/quickstart_images.py datasets/quickstart-images
+	touch $@
+
+datasets/quickstart-shards/%/manifest.json: datasets/quickstart-images/.done
+	$(BIN)/python tools/make_shards.py datasets/quickstart-images/$* datasets/quickstart-shards/$*
+
+test: .venv/test.done  ## all tests but the slow ones
+	$(BIN)/pytest -m "not slow"
+
+test-slow: .venv/test.done  ## the slow ones
+	$(BIN)/pytest -m slow
+
+lint: .venv/dev.done  ## format, lint, types, and that imports run one way
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config setup.cfg
+
+# main, test and dev are what is installed: the package alone, with its test extra, with its dev extra.
+.venv/main.done: EXTRAS = dali
+.venv/test.done: EXTRAS = dali,test
+.venv/dev.done: EXTRAS = dali,dev
+.venv/%.done: setup.cfg constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "byolt needs Python 3.10 or newer; $(PYTHON) is older: make ... PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:  ## remove the environment and the quickstart's files
+	rm -rf .venv datasets/quickstart-images datasets/quickstart-shards runs/quickstart
