@@ -1,18 +1,17 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Both set up .venv first and skip what is done.
 PYTHON ?= python3
 BIN := .venv/bin
-DATA := datasets/quickstart
 
 .PHONY: quickstart test test-slow lint clean
 
-quickstart: .venv/main.done datasets/quickstart-shards/val/manifest.json  ## watch BYOL learn on this machine
+SHARDS := $(foreach split,train val,datasets/quickstart-shards/$(split)/manifest.json)
+quickstart: .venv/main.done $(SHARDS)  ## watch BYOL learn on this machine
 	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
 
-datasets/quickstart-images/.done: .venv/main.done tools/quickstart_images.py
-	$(BIN)/python tools/quickstart_images.py datasets/quickstart-images
-	touch $@
+datasets/quickstart-images: | .venv/main.done
+	$(BIN)/python tools/quickstart_images.py $@
 
-datasets/quickstart-shards/%/manifest.json: datasets/quickstart-images/.done
+datasets/quickstart-shards/%/manifest.json: | datasets/quickstart-images
 	$(BIN)/python tools/make_shards.py datasets/quickstart-images/$* datasets/quickstart-shards/$*
 
 test: .venv/test.done  ## all tests but the slow ones

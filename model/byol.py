@@ -1,4 +1,4 @@
-"""Bootstrap Your Own Latent (arXiv 2006.07733): encoder f, projector g, predictor q, online and target network."""
+"""Bootstrap Your Own Latent (arXiv 2006.07733): encoder, projector, predictor; online and target network."""
 
 import copy
 import math
@@ -14,7 +14,7 @@ STEMS = ("imagenet", "cifar")
 
 
 class Predictions(NamedTuple):
-    """What the online network says about one batch: predictions (N, D) of both views, features (N, F) of the first."""
+    """The online network on one batch: predictions (N, D) of both views, features (N, F) of the first."""
 
     prediction1: Tensor
     prediction2: Tensor
@@ -22,7 +22,7 @@ class Predictions(NamedTuple):
 
 
 class ResNet8(nn.Module):
-    """The CIFAR residual net of He et al. 2015 (arXiv 1512.03385, sec. 4.2) with n = 1, twice as wide: 32-64-128.
+    """The CIFAR residual net of He et al. (arXiv 1512.03385, sec. 4.2) with n = 1, twice as wide: 32-64-128.
 
     0.31 M parameters. Attributes are named as in torchvision's ResNet; shortcuts that change shape are 1x1
     convolutions (option B) as in torchvision's blocks.
@@ -72,12 +72,12 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
 
     Args:
         backbone: one of BACKBONES. The ResNets are v1.5: a bottleneck strides in its 3x3 convolution.
-        stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no max-pool; SimCLR, arXiv 2002.05709,
-            App. B.9).
+        stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no max-pool; SimCLR,
+            arXiv 2002.05709, App. B.9).
 
     Returns:
-        A module with the attribute `num_features`: images (N, 3, H, W) -> (N, num_features) after global average
-        pooling. Keys of its state_dict are torchvision's without `fc.*`.
+        A module with the attribute `num_features`: images (N, 3, H, W) -> (N, num_features) after global
+        average pooling. Keys of its state_dict are torchvision's without `fc.*`.
 
     Raises:
         ValueError: backbone or stem is unknown.
@@ -100,8 +100,8 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
 def initialise_(module: nn.Module) -> nn.Module:
     """The reference's initialisation, in place (haiku's defaults, which DeepMind's `byol/` keeps).
 
-    Weights of convolutions and linear layers: normal of standard deviation 1/sqrt(fan in), cut at two of them;
-    biases 0; batch norm 1 and 0, except 0 for the last scale of a bottleneck (not of a basic block).
+    Weights of convolutions and linear layers: normal of standard deviation 1/sqrt(fan in), cut at two of
+    them; biases 0; batch norm 1 and 0, except 0 for the last scale of a bottleneck (not of a basic block).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -124,7 +124,7 @@ class Online(nn.Module):
         self.predictor = predictor
 
     def forward(self, view1: Tensor, view2: Tensor) -> Predictions:
-        """Both views in one call (one reduction under DDP), each its own pass: batch-norm statistics are per view."""
+        """Both views in one call (one reduction under DDP), each its own pass with its own statistics."""
         features1 = self.encoder(view1)
         features2 = self.encoder(view2)
         prediction1 = self.predictor(self.projector(features1))
@@ -133,9 +133,9 @@ class Online(nn.Module):
 
 
 class Target(nn.Module):
-    """The target network xi: a copy of the online encoder and projector that follows by EMA, never by gradient.
+    """The target network xi: a copy of the online encoder and projector that follows by EMA, not by gradient.
 
-    It stays in train mode whatever is asked of it: its batch norm normalises by the batch, as the reference's does.
+    It stays in train mode whatever is asked of it: batch norm uses the batch's statistics, as the reference.
     """
 
     def __init__(self, online: Online) -> None:
@@ -177,7 +177,7 @@ class BYOL(nn.Module):
         self.target = Target(self.online)
 
     def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The lists (target, online) of paired parameters, for `ema_update_`; batch-norm buffers are not in them."""
+        """The lists (target, online) of paired parameters, for `ema_update_`; without batch-norm buffers."""
         online = dict(self.online.named_parameters())
         target = dict(self.target.named_parameters())
         return list(target.values()), [online[name] for name in target]
@@ -210,13 +210,13 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length 1, in float32 at least; a row shorter than 1e-6 is scaled by 1e6, as in the reference."""
+    """Rows (N, D) scaled to length 1, in float32 at least; rows shorter than 1e-6 by 1e6 (reference)."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * x.square().sum(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def byol_loss(online: Predictions, projection1: Tensor, projection2: Tensor) -> Tensor:
-    """Both directions summed, mean over the batch (paper, sec. 3.1): 0-dim, about 4 at the start, 0 at best."""
+    """Both directions summed, mean over the batch (paper, sec. 3.1): 0-dim, about 4 at the start."""
     return (
         regression_loss(online.prediction1, projection2) + regression_loss(online.prediction2, projection1)
     ).mean()

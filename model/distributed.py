@@ -65,7 +65,7 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     store, _, _ = next(rendezvous("env://", timeout=limit))
-    # After a restart by torchrun the store still holds the dead processes' keys; gloo would wait for them for ever.
+    # After a restart by torchrun the store still holds the dead processes' keys, which gloo would use.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         backend,
@@ -159,8 +159,8 @@ def wrap(module: nn.Module, world: World, static_graph: bool = True) -> nn.Modul
     Args:
         module: what to wrap, the same on every rank.
         world: the processes.
-        static_graph: the graph never changes. DDP's `no_sync` needs False: in torch 2.14 its first backward under a
-            static graph stops with an internal assertion.
+        static_graph: the graph never changes. DDP's `no_sync` needs False: in torch 2.14 its first backward
+            under a static graph stops with an internal assertion.
     """
     if world.size == 1:
         return module
@@ -183,7 +183,7 @@ def no_sync(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
-    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay the same tensors.
+    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay.
 
     torch's own on CUDA; under gloo, where torch's refuses CPU tensors, `SyncBatchNorm` below.
     """
@@ -222,11 +222,9 @@ class SyncBatchNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert (
-            self.num_batches_tracked is not None
-            and self.running_mean is not None
-            and self.running_var is not None
-        )
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
         self.num_batches_tracked += 1
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, momentum)
@@ -234,7 +232,7 @@ class SyncBatchNorm(_BatchNorm):
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """weight * (x - mean) / sqrt(variance + eps) + bias, with mean and variance over the batches of all ranks."""
+    """weight * (x - mean) / sqrt(variance + eps) + bias, mean and variance over the batches of all ranks."""
 
     @staticmethod
     def forward(

@@ -17,7 +17,7 @@ def knn_predict(
     temperature: float = 0.1,
     chunk: int = 256,
 ) -> Tensor:
-    """Class of each query by a vote of its k most similar bank rows, each with weight exp(cosine / temperature).
+    """Class of each query by a vote of its k most similar bank rows with weights exp(cosine / temperature).
 
     The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4).
 
@@ -100,12 +100,12 @@ def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
 def calibrate_batch_norm(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Replace the running statistics of every batch norm by their plain average over the batches.
 
-    Parameters, modes and momenta stay as they are. It makes an untrained encoder, whose running statistics are still
-    0 and 1, comparable with a trained one.
+    Parameters, modes and momenta stay as they are. It makes an untrained encoder, whose running statistics
+    are still 0 and 1, comparable with a trained one.
 
     Args:
         encoder: a module with batch-norm layers.
-        batches: pairs of images (N, 3, H, W) and labels, as `extract_features` takes them; labels are not used.
+        batches: pairs of images (N, 3, H, W) and labels, as for `extract_features`; labels are not used.
     """
     device = next(encoder.parameters()).device
     norms = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm)]

@@ -1,4 +1,4 @@
-"""LARS (arXiv 1708.03888) and EMA: the two walks over all weights, multi-tensor, without waiting for the device."""
+"""LARS (arXiv 1708.03888) and EMA: the two walks over all weights, multi-tensor, no wait for the device."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,17 +8,17 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by |weights| / |gradient|, as the reference computes it.
+    """SGD with momentum whose step is scaled per tensor by |weights| / |gradient|, as in the reference.
 
         u = g + weight_decay p;   u *= trust_coefficient |p| / |u|   (factor 1 if either norm is 0)
         m = momentum m + u;       p -= lr m
 
-    Parameters with ndim <= 1 (biases, batch norm) take the raw gradient: no decay, no scaling. `lr` is read from
-    param_groups at every step. All parameters with a gradient are on one device, in float32.
+    Parameters with ndim <= 1 (biases, batch norm) take the raw gradient: no decay, no scaling. `lr` is read
+    from param_groups at every step. All parameters with a gradient are on one device, in float32.
 
     Two 0-dim float32 tensors on that device may be set as attributes before `step` (torch.amp's convention):
-    `grad_scale`, by which gradients are divided, and `found_inf`; where found_inf is not 0, parameters and momentum
-    keep their values, whatever the gradients hold. Neither is read by the host.
+    `grad_scale`, by which gradients are divided, and `found_inf`; where found_inf is not 0, parameters and
+    momentum keep their values, whatever the gradients hold. Neither is read by the host.
 
     Args:
         params: parameters, or groups of them.
@@ -55,8 +55,9 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"trust_coefficient is {trust_coefficient}; it must be more than 0")
         if backend == "apex":
             raise ValueError(
-                "optimizer.backend is 'apex': this version has no path through apex's amp_C, which is built only from "
-                "NVIDIA's source repository (`pip install apex` is an unrelated package); set 'auto' or 'foreach'"
+                "optimizer.backend is 'apex': this version has no path through apex's amp_C, which is built "
+                "only from NVIDIA's source repository (`pip install apex` is an unrelated package); "
+                "set 'auto' or 'foreach'"
             )
         if backend not in ("auto", "foreach"):
             raise ValueError(f"optimizer.backend is {backend!r}; set 'auto' or 'foreach'")

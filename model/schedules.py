@@ -1,4 +1,4 @@
-"""Learning rate and EMA coefficient of each update: pure functions of the step (reference: DeepMind `byol/`)."""
+"""Learning rate and EMA coefficient of each update: pure functions of the step (source: DeepMind `byol/`)."""
 
 import math
 
@@ -6,7 +6,7 @@ import math
 def learning_rate(
     step: int, *, base_lr: float, batch_size: int, warmup_steps: int, total_steps: int
 ) -> float:
-    """Linear warm-up from exactly 0 at step 0 to base_lr * batch_size / 256, then a cosine down to 0 at total_steps.
+    """Linear warm-up from 0 at step 0 to base_lr * batch_size / 256, then a cosine to 0 at total_steps.
 
     Args:
         step: 0-based index of the update, 0 .. total_steps.
@@ -34,7 +34,7 @@ def learning_rate(
 
 
 def tau(step: int, *, base_tau: float, total_steps: int) -> float:
-    """EMA coefficient 1 - (1 - base_tau) (1 + cos(pi step / total_steps)) / 2: from base_tau to 1 (paper, sec. 3.3).
+    """1 - (1 - base_tau) (1 + cos(pi step / total_steps)) / 2: from base_tau to 1 (paper, sec. 3.3).
 
     Args:
         step: 0-based index of the update, 0 .. total_steps.

@@ -1,4 +1,4 @@
-"""One training step: autocast, loss, backward, finite check, LARS, EMA. Nothing in it waits for the device."""
+"""One training step: autocast, loss, backward, finite check, LARS, EMA. Nothing waits for the device."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,15 +35,15 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Updates online network, momentum and target from the views of one global batch.
 
-    It moves the model to the world's device, equalises it over ranks, synchronises its batch norm and wraps the
-    online network; model, optimizer and their state_dicts stay the caller's to save and load, at any time. All of
-    the model's parameter objects stay the same, so the optimizer may be built before.
+    It moves the model to the world's device, equalises it over ranks, synchronises its batch norm and wraps
+    the online network; model, optimizer and their state_dicts stay the caller's to save and load, at any
+    time. All parameter objects stay the same, so the optimizer may be built before.
 
     Args:
         model: online and target network.
         optimizer: LARS over `model.online.parameters()`.
         world: the processes that share each batch.
-        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a gradient scaler). Weights are float32 always.
+        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a gradient scaler); weights stay float32.
         accumulation: micro-batches per step, >= 1; gradients are averaged over them.
         channels_last: NHWC layout for images and convolutions.
         compile: run both networks through torch.compile.
@@ -124,7 +124,7 @@ class TrainStep:
         return byol_loss(online, projection1, projection2), online, projection1
 
     def _update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """LARS, without effect where a gradient is not finite: gradients are averaged, so all ranks agree on it."""
+        """LARS, without effect where a gradient is not finite; on averaged gradients all ranks agree."""
         self.scaler.unscale_(self.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -154,9 +154,9 @@ def collapse_gauges(x: Tensor) -> tuple[Tensor, Tensor]:
         x: (N, D) floating point, N >= 2.
 
     Returns:
-        The standard deviation over samples of each normalised dimension, averaged over dimensions: 0 if collapsed,
-        about 1/sqrt(D) if spread over the sphere (arXiv 2011.10566, sec. 4.1); and the mean |cosine| between
-        different samples: 1 if collapsed, about sqrt(2 / (pi D)) if spread.
+        The standard deviation over samples of each normalised dimension, averaged over dimensions: 0 if
+        collapsed, about 1/sqrt(D) if spread over the sphere (arXiv 2011.10566, sec. 4.1); and the mean |cosine|
+        between different samples: 1 if collapsed, about sqrt(2 / (pi D)) if spread.
     """
     x = l2_normalize(x.detach())
     n = len(x)

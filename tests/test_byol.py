@@ -32,9 +32,8 @@ def test_encoder_has_torchvisions_keys_and_shapes(backbone: str, stem: str) -> N
         encoder = make_encoder(backbone, stem)
         reference = torchvision.models.get_model(backbone, weights=None)
         features = encoder(torch.empty(2, 3, 64, 64))
-    assert (
-        features.shape == (2, reference.fc.in_features) and encoder.num_features == reference.fc.in_features
-    )
+    assert features.shape == (2, reference.fc.in_features)
+    assert encoder.num_features == reference.fc.in_features
     ours = {key: value.shape for key, value in encoder.state_dict().items()}
     theirs = {k: v.shape for k, v in reference.state_dict().items() if not k.startswith("fc.")}
     if stem == "cifar":
@@ -46,13 +45,14 @@ def test_torchvision_weights_give_torchvisions_features() -> None:
     torch.manual_seed(0)
     reference, encoder = torchvision.models.resnet18(weights=None), make_encoder("resnet18", "imagenet")
     missing = encoder.load_state_dict(reference.state_dict(), strict=False)
-    assert missing.missing_keys == [] and sorted(missing.unexpected_keys) == ["fc.bias", "fc.weight"]
+    assert missing.missing_keys == []
+    assert sorted(missing.unexpected_keys) == ["fc.bias", "fc.weight"]
     reference.fc = nn.Identity()
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(encoder.eval()(images), reference.eval()(images), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("stem, map_size", [("cifar", 8), ("imagenet", 2)])
+@pytest.mark.parametrize(("stem", "map_size"), [("cifar", 8), ("imagenet", 2)])
 def test_resnet8(stem: str, map_size: int) -> None:
     encoder: Any = make_encoder("resnet8", stem)
     sizes = []
@@ -105,9 +105,9 @@ def test_mlp_is_linear_norm_relu_linear() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ValueError, match="'resnet51' is unknown.*resnet50"):
+    with pytest.raises(ValueError, match=r"'resnet51' is unknown.*resnet50"):
         make_encoder("resnet51", "cifar")
-    with pytest.raises(ValueError, match="'patch' is unknown.*cifar"):
+    with pytest.raises(ValueError, match=r"'patch' is unknown.*cifar"):
         make_encoder("resnet50", "patch")
 
 
@@ -132,7 +132,9 @@ def test_regression_loss_stays_finite_at_zero() -> None:
     a = torch.zeros(2, 4, requires_grad=True)
     loss = regression_loss(a, torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]]))
     loss.sum().backward()
-    assert loss.tolist() == [1.0, 0.0] and a.grad is not None and bool(a.grad.isfinite().all())
+    assert loss.tolist() == [1.0, 0.0]
+    assert a.grad is not None
+    assert bool(a.grad.isfinite().all())
 
 
 def test_byol_loss_crosses_the_views_and_sums_both_directions() -> None:
@@ -151,12 +153,13 @@ def test_the_target_starts_equal_shares_nothing_and_has_no_gradient() -> None:
     assert len(target) == len(online) == len(names) == len(list(model.target.parameters()))
     assert all(dict(model.online.named_parameters())[n] is p for n, p in zip(names, online, strict=True))
     for t, p in zip(target, online, strict=True):
-        assert torch.equal(t, p) and t.data_ptr() != p.data_ptr() and not t.requires_grad and p.requires_grad
+        assert torch.equal(t, p)
+        assert t.data_ptr() != p.data_ptr()
+        assert not t.requires_grad
+        assert p.requires_grad
     predictor = {id(p) for p in model.online.predictor.parameters()}
-    assert (
-        len(predictor) == 5
-        and {id(p) for p in model.online.parameters()} - {id(p) for p in online} == predictor
-    )
+    assert len(predictor) == 5
+    assert {id(p) for p in model.online.parameters()} - {id(p) for p in online} == predictor
 
 
 def test_every_view_is_its_own_pass_in_both_networks() -> None:
@@ -169,15 +172,18 @@ def test_every_view_is_its_own_pass_in_both_networks() -> None:
     torch.testing.assert_close(out.prediction1, alone.prediction1, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.features1, model.online.encoder(view1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(projection2, model.target(view2, view1)[0], rtol=1e-5, atol=1e-6)
-    assert out.prediction1.shape == projection1.shape == (6, 8) and not projection1.requires_grad
-    assert out.prediction1.requires_grad and not out.features1.requires_grad
+    assert out.prediction1.shape == projection1.shape == (6, 8)
+    assert not projection1.requires_grad
+    assert out.prediction1.requires_grad
+    assert not out.features1.requires_grad
 
 
 def test_the_target_uses_batch_statistics_even_in_eval_mode() -> None:
     model: Any = _small().eval()
     view = 5 + torch.randn(6, 3, 16, 16)
     before = model.target(view, view)[0]
-    assert all(m.training for m in model.target.modules()) and not model.online.encoder.bn1.training
+    assert all(m.training for m in model.target.modules())
+    assert not model.online.encoder.bn1.training
     for name, buffer in model.target.named_buffers():
         if "running_mean" in name:
             buffer.fill_(77.0)

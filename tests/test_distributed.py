@@ -1,4 +1,4 @@
-"""Two CPU ranks against one rank with the whole batch; torchrun's environment; the helpers that exchange values."""
+"""Two CPU ranks against one rank with the whole batch; torchrun's environment; the helpers."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def _train(world: World, accumulation: int) -> dict[str, Any]:
     """Two steps on this rank's share of fixed batches; what must not depend on the number of ranks.
 
-    In float64: in float32 a ReLU whose input is within rounding of 0 switches now and then, and its gradient jumps.
+    In float64: in float32 a ReLU whose input is within rounding of 0 may switch, and gradients jump.
     """
     # Ranks above 0 start elsewhere: TrainStep has to make them equal.
     torch.manual_seed(world.rank)
@@ -113,10 +113,11 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest difference of any tensor relative to its norm.
 
-    A tensor below a thousandth of the largest norm counts relative to that: the gradient of a bias before a batch
-    norm is 0 but for rounding.
+    A tensor below a thousandth of the largest norm counts relative to that: the gradient of a bias before a
+    batch norm is 0 but for rounding.
     """
-    assert found.keys() == expected.keys() and len(expected) > 30
+    assert found.keys() == expected.keys()
+    assert len(expected) > 30
     floor = 1e-3 * max(value.double().norm().item() for value in expected.values())
     return max(
         (found[name].double() - value.double()).norm().item() / max(value.double().norm().item(), floor)
@@ -124,7 +125,7 @@ def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
-@pytest.mark.parametrize("name, accumulation", [("plain", 1), ("accumulated", 2)])
+@pytest.mark.parametrize(("name", "accumulation"), [("plain", 1), ("accumulated", 2)])
 def test_two_ranks_equal_one_with_the_whole_batch(
     ranks: list[dict[str, Any]], name: str, accumulation: int
 ) -> None:
@@ -140,7 +141,7 @@ def test_two_ranks_equal_one_with_the_whole_batch(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
 def test_uneven_shares_low_precision_and_a_cumulative_average(
     ranks: list[dict[str, Any]], dtype: torch.dtype, tolerance: float
 ) -> None:
@@ -164,7 +165,8 @@ def test_what_ranks_tell_each_other(ranks: list[dict[str, Any]]) -> None:
     assert ranks[0]["world"] == (0, 0, 2, "cpu", "gloo", True)
     assert ranks[1]["world"] == (1, 1, 2, "cpu", "gloo", False)
     for number, rank in enumerate(ranks):
-        assert rank["mean"].tolist() == [[0.5, 1.0]] and rank["row"].tolist() == [[number, 1.0]]
+        assert rank["mean"].tolist() == [[0.5, 1.0]]
+        assert rank["row"].tolist() == [[number, 1.0]]
         assert rank["any"] == [False, True, True]
         assert rank["object"] == {"step": 10}
         assert rank["rows"].tolist() == [[0.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
@@ -175,14 +177,17 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
     for name in distributed._TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     world = distributed.init("cpu")
-    assert world == ALONE and world.is_main
+    assert world == ALONE
+    assert world.is_main
     module, x = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(3, 2)
     assert distributed.wrap(module, world) is module
-    assert distributed.convert_sync_batchnorm(module, world) is module and type(module[1]) is nn.BatchNorm1d
+    assert distributed.convert_sync_batchnorm(module, world) is module
+    assert type(module[1]) is nn.BatchNorm1d
     with distributed.no_sync(module):
         assert torch.equal(distributed.all_reduce_mean(x, world), x)
     assert torch.equal(distributed.gather_rows(x, world), x)
-    assert distributed.any_rank(True, world) and not distributed.any_rank(False, world)
+    assert distributed.any_rank(True, world)
+    assert not distributed.any_rank(False, world)
     assert distributed.broadcast_object("a", world) == "a"
     distributed.barrier(world)
     distributed.shutdown(world)

@@ -77,9 +77,11 @@ def test_features_come_in_order_in_eval_mode_and_the_mode_is_restored() -> None:
     batches = [(images[:3], torch.tensor([4, 3, 2])), (images[3:], torch.tensor([1, 0]))]
     features, labels = extract_features(encoder, batches)
     assert [m.training for m in encoder.modules()] == [True, True, True, False, True, True]
-    assert encoder[1].running_mean.tolist() == [0.5] * 4 and not features.requires_grad
+    assert encoder[1].running_mean.tolist() == [0.5] * 4
+    assert not features.requires_grad
     torch.testing.assert_close(features, encoder.eval()(images).detach(), rtol=1e-6, atol=1e-6)
-    assert labels.tolist() == [4, 3, 2, 1, 0] and features.shape == (5, 4)
+    assert labels.tolist() == [4, 3, 2, 1, 0]
+    assert features.shape == (5, 4)
 
 
 def test_no_batches_is_an_error() -> None:
@@ -91,6 +93,7 @@ def test_calibration_averages_the_statistics_of_the_batches() -> None:
     encoder = _encoder().eval()
     norm = encoder[1]
     norm.running_mean.fill_(99.0)
+    norm.num_batches_tracked.fill_(7)  # as after training
     before = {name: p.clone() for name, p in encoder.named_parameters()}
     batches = [(i + torch.randn(6, 3, 8, 8), torch.zeros(6)) for i in range(3)]
     calibrate_batch_norm(encoder, iter(batches))
@@ -99,5 +102,6 @@ def test_calibration_averages_the_statistics_of_the_batches() -> None:
     variance = torch.stack([a.var((0, 2, 3)) for a in activations]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm.running_var, variance, rtol=1e-5, atol=1e-5)
-    assert norm.momentum == 0.1 and not any(m.training for m in encoder.modules())
+    assert norm.momentum == 0.1
+    assert not any(m.training for m in encoder.modules())
     assert all(torch.equal(p, before[name]) for name, p in encoder.named_parameters())

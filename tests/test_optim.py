@@ -58,7 +58,7 @@ def test_hand_computed_step() -> None:
     assert bias.tolist() == [3.0, 2.0]
 
 
-@pytest.mark.parametrize("weight, gradient", [([[0.0, 0.0]], [[1.0, 2.0]]), ([[1.0, 2.0]], [[0.0, 0.0]])])
+@pytest.mark.parametrize(("weight", "gradient"), [([[0.0, 0.0]], [[1.0, 2.0]]), ([[1.0, 2.0]], [[0.0, 0.0]])])
 def test_factor_is_one_where_a_norm_is_zero(weight: list[list[float]], gradient: list[list[float]]) -> None:
     p = torch.nn.Parameter(torch.tensor(weight))
     p.grad = torch.tensor(gradient)
@@ -85,8 +85,10 @@ def test_parameters_without_a_gradient_stay_and_groups_keep_their_own_settings()
     optimizer = LARS(groups, lr=0.1)
     first.grad = second.grad = torch.ones(2)
     optimizer.step()
-    assert first.tolist() == pytest.approx([0.9, 0.9]) and second.tolist() == [0.5, 0.5]
-    assert idle.tolist() == [1.0, 1.0] and idle not in optimizer.state
+    assert first.tolist() == pytest.approx([0.9, 0.9])
+    assert second.tolist() == [0.5, 0.5]
+    assert idle.tolist() == [1.0, 1.0]
+    assert idle not in optimizer.state
 
 
 @pytest.mark.parametrize("how", ["channels_last", "transposed", "strided"])
@@ -215,7 +217,7 @@ def test_ema_refuses_unpaired_lists() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"lr": -1.0}, "lr is -1"),
         ({"lr": float("nan")}, "lr is nan"),

@@ -1,4 +1,4 @@
-"""The quickstart's images: deterministic, complete or absent, and their class not readable from colour or raw pixels."""
+"""The quickstart's images: deterministic, complete or absent, class not readable from colour or pixels."""
 
 import hashlib
 from pathlib import Path
@@ -12,6 +12,8 @@ from tools.quickstart_images import CLASSES, draw, image_rng, main, write_set
 
 CHANCE = 100 / len(CLASSES)
 
+Drawn = dict[str, tuple[np.ndarray, np.ndarray]]  # by split: images uint8 (N, 32, 32, 3), labels int (N,)
+
 
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -19,8 +21,8 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def drawn() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """By split: images uint8 (N, 32, 32, 3) and labels int (N,); 150 and 50 a class."""
+def drawn() -> Drawn:
+    """150 training and 50 validation images a class."""
     sets = {}
     for split, count in (("train", 150), ("val", 50)):
         images = [draw(name, 32, image_rng(0, split, name, i)) for name in CLASSES for i in range(count)]
@@ -28,7 +30,9 @@ def drawn() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return sets
 
 
-def _knn_accuracy(bank, bank_labels, query, query_labels, k: int) -> float:
+def _knn_accuracy(
+    bank: np.ndarray, bank_labels: np.ndarray, query: np.ndarray, query_labels: np.ndarray, k: int
+) -> float:
     """Per cent of queries whose k nearest (L2) vote for their own class."""
     distance = (query**2).sum(1)[:, None] + (bank**2).sum(1)[None] - 2 * query @ bank.T
     neighbours = bank_labels[np.argsort(distance, axis=1)[:, :k]]
@@ -59,7 +63,7 @@ def test_same_seed_same_bytes_and_a_larger_set_contains_the_smaller(tmp_path: Pa
     assert not set(first.values()) & set(other.values())
 
 
-def test_class_is_not_readable_from_mean_colour(drawn) -> None:
+def test_class_is_not_readable_from_mean_colour(drawn: Drawn) -> None:
     (bank, bank_labels), (query, query_labels) = drawn["train"], drawn["val"]
     bank_colour, query_colour = bank.mean(axis=(1, 2)), query.mean(axis=(1, 2))
     # 500 queries at chance: standard deviation 1.3 points
@@ -71,7 +75,7 @@ def test_class_is_not_readable_from_mean_colour(drawn) -> None:
     assert nearest == pytest.approx(CHANCE, abs=4)
 
 
-def test_raw_pixels_do_not_solve_it(drawn) -> None:
+def test_raw_pixels_do_not_solve_it(drawn: Drawn) -> None:
     (bank, bank_labels), (query, query_labels) = drawn["train"], drawn["val"]
     bank_pixels, query_pixels = (x.reshape(len(x), -1).astype(np.float64) / 255 for x in (bank, query))
     assert _knn_accuracy(bank_pixels, bank_labels, query_pixels, query_labels, k=20) < 30
@@ -123,7 +127,8 @@ def test_existing_folder_is_refused_and_kept(tmp_path: Path, capsys: pytest.Capt
     (tmp_path / "set" / "mine.txt").write_text("keep")
     assert main([str(tmp_path / "set"), "--per-class", "1"]) == 1
     message = capsys.readouterr().err
-    assert str(tmp_path / "set") in message and "remove it" in message and message.count("\n") == 1
+    assert f"{tmp_path / 'set'} exists: remove it" in message
+    assert message.count("\n") == 1
     assert (tmp_path / "set" / "mine.txt").read_text() == "keep"
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 

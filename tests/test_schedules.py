@@ -44,14 +44,14 @@ def test_a_run_without_warmup_and_one_of_warmup_only() -> None:
 
 def test_tau_goes_from_base_to_one() -> None:
     values = [tau(k, base_tau=0.9, total_steps=100) for k in range(101)]
-    assert (
-        values[0] == pytest.approx(0.9, abs=1e-15) and values[50] == pytest.approx(0.95) and values[100] == 1
-    )
+    assert values[0] == pytest.approx(0.9, abs=1e-15)
+    assert values[50] == pytest.approx(0.95)
+    assert values[100] == 1
     assert values == sorted(values)
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    ("wrong", "message"),
     [
         ({"step": -1}, "step is -1"),
         ({"step": 11}, "step is 11"),

@@ -81,7 +81,8 @@ def test_three_steps_of_the_reference(fixtures: Path) -> None:
     expected_target = _reference_parameters(data, "t3")
     for network, expected in ((online, _reference_parameters(data, "p3")), (target, expected_target)):
         errors.append(max(_relative_error({name: p}, {name: expected[name]}) for name, p in network.items()))
-    assert len(errors) == 8 and max(errors) <= 1e-6
+    assert len(errors) == 8
+    assert max(errors) <= 1e-6
 
 
 def _setup(precision: str = "fp32", accumulation: int = 1, **settings: bool) -> tuple[BYOL, LARS, TrainStep]:
@@ -161,7 +162,8 @@ def test_accumulation_averages_gradients_and_moves_the_target_once() -> None:
     assert result.loss.item() == pytest.approx((expected[0][0] + expected[1][0]) / 2, rel=1e-5)
     found = {str(i): p.grad for i, p in enumerate(model.online.parameters()) if p.grad is not None}
     mean = {str(i): (a + b) / 2 for i, (a, b) in enumerate(zip(expected[0][1], expected[1][1], strict=True))}
-    assert found.keys() == mean.keys() and _relative_error(found, mean) < 1e-4
+    assert found.keys() == mean.keys()
+    assert _relative_error(found, mean) < 1e-4
     for old, t, p in zip(start, *model.ema_parameters(), strict=True):
         torch.testing.assert_close(t, (old + p.detach()) / 2, rtol=1e-5, atol=1e-6)
 
@@ -175,11 +177,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(precision: str) -> None:
     view1[3, 0, 0, 0] = float("nan")
     result = step([(view1, view2)], lr=0.2, tau=1.0)
     after = _values(model) + [optimizer.state[p]["momentum"] for p in model.online.parameters()]
-    assert not bool(result.finite) and not bool(result.gradient_norm.isfinite())
+    assert not bool(result.finite)
+    assert not bool(result.gradient_norm.isfinite())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     step([(view1, view2)], lr=0.2, tau=0.5)
     assert all(bool(t.isfinite().all()) for t in model.target.parameters())
-    assert bool(step([_views(3)], lr=0.2, tau=0.9).finite) and not torch.equal(_values(model)[0], before[0])
+    assert bool(step([_views(3)], lr=0.2, tau=0.9).finite)
+    assert not torch.equal(_values(model)[0], before[0])
 
 
 def test_fp16_overflow_halves_the_scale_and_its_state_round_trips() -> None:
@@ -189,7 +193,7 @@ def test_fp16_overflow_halves_the_scale_and_its_state_round_trips() -> None:
     before = _values(model)
     assert not bool(step([_views(1)], lr=0.2, tau=0.9).finite)
     assert step.state_dict()["scaler"]["scale"] == 2.0**39
-    online = [p for p in model.online.parameters()]
+    online = list(model.online.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before[: len(online)], online, strict=True))
     assert _setup("bf16")[2].state_dict() == {"scaler": {}}
 
@@ -198,7 +202,8 @@ def test_gauges_are_measured_on_demand() -> None:
     _, _, step = _setup()
     assert step([_views(1)], lr=0.1, tau=0.9).gauges is None
     gauges = step([_views(1)], lr=0.1, tau=0.9, gauges=True).gauges
-    assert gauges is not None and all(0 < value.item() < 1 for value in gauges)
+    assert gauges is not None
+    assert all(0 < value.item() < 1 for value in gauges)
 
 
 def test_collapse_gauges_of_known_batches() -> None:
@@ -219,7 +224,7 @@ def test_it_refuses_wrong_settings() -> None:
         _setup("fp8")
     with pytest.raises(ValueError, match="accumulation is 0"):
         _setup(accumulation=0)
-    with pytest.raises(ValueError, match="got 1 micro-batches for train.accumulation = 2"):
+    with pytest.raises(ValueError, match=r"got 1 micro-batches for train.accumulation = 2"):
         _setup(accumulation=2)[2]([_views(1)], lr=0.1, tau=0.9)
 
 

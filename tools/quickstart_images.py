@@ -2,13 +2,13 @@
 
     python tools/quickstart_images.py datasets/quickstart
 
-writes `DST/train/<class>/NNNN.jpg` and `DST/val/<class>/NNNN.jpg`: ten classes of shapes and textures, drawn with
-random place, size, rotation and colours over a textured, noisy background, sometimes with a distractor.
+writes `DST/train/<class>/NNNN.jpg` and `DST/val/<class>/NNNN.jpg`: ten classes of shapes and textures, drawn
+with random place, size, rotation and colours over a textured, noisy background, sometimes with a distractor.
 
-Two rules keep the task honest. The mean colour of an image is drawn without looking at its class and the finished
-drawing is shifted to it, so colour says nothing about the class. Every image has a random generator of its own, keyed
-by (seed, split, class, index), so image 7 of a class is the same whatever else is drawn: a larger set contains the
-smaller one, byte for byte.
+Two rules keep the task honest. The mean colour of an image is drawn without looking at its class and the
+finished drawing is shifted to it, so mean colour says nothing about the class. Every image has a random
+generator of its own, keyed by (seed, split, class, index), so image 7 of a class is the same whatever else is
+drawn: a larger set contains the smaller one, byte for byte.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def _plane(
         rng: the image's generator.
         size: pixels a side.
         radius: smallest and largest radius of the figure, as fractions of the side.
-        reach: largest distance of the figure's centre from the image's, in x and in y, as a fraction of the side.
+        reach: largest offset of the figure's centre from the image's, in x and in y, likewise.
 
     Returns:
         (u, v), each float64 (size * OVERSAMPLING, size * OVERSAMPLING).
@@ -122,16 +122,16 @@ def _coverage(mask: Mask) -> np.ndarray:
 
 
 def _clouds(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Smooth random texture: a coarse grid of normal numbers, enlarged. Float64 (size, size, 1), about unit variance."""
+    """Smooth random texture: a coarse grid of standard normal numbers, enlarged. Float64 (size, size, 1)."""
     cells = int(rng.integers(3, 9))
     coarse = Image.fromarray(rng.standard_normal((cells, cells)).astype(np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)[..., None]
 
 
 def _step(rng: np.random.Generator) -> np.ndarray:
-    """Difference between a figure's colour and the background's: (3,), length .5 to .9 of one channel's range.
+    """Difference between a figure's colour and the background's: (3,), length .5 to .9.
 
-    The figure is the lighter of the two, of any hue: with both signs BYOL would sort by sign before it looked at shape.
+    The figure is the lighter of the two, of any hue: one thing fewer, beside shape, that both views share.
     """
     direction = 1 + 0.7 * rng.standard_normal(3)
     direction *= np.sign(direction.sum())

@@ -1,0 +1,237 @@
+"""train.py as its users run it: whole runs in processes of their own, on a few tiny images."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from model import checkpoint
+from model.byol import make_encoder
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = """
+run: {out: OUT, log_every: 2, keep_checkpoints: 2}
+data: {path: DATA/train, backend: BACKEND, threads: 1}
+augment:
+  size: 16
+  view1: {blur: 1.0, solarize: 0.0}
+  view2: {blur: 0.1, solarize: 0.2}
+model: {backbone: resnet8, stem: cifar, projector_hidden: 16, projector_size: 8, predictor_hidden: 16}
+optimizer: {base_lr: 1.0, warmup_epochs: 0.5, weight_decay: 1.0e-6, base_tau: 0.9}
+train: {epochs: 2, batch_size: 8}
+eval: {path: DATA/val, every_epochs: 1, k: 5}
+"""
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of 16 training and 4 validation JPEGs."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 16), ("val", 4)):
+        for label in ("a", "b"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / f"{i}.jpg")
+    return root
+
+
+class Run:
+    """A config in a folder of its own, and how to start train.py on it."""
+
+    def __init__(self, folder: Path, images: Path, backend: str = "torch") -> None:
+        self.out, self.config = folder / "run", folder / "tiny.yaml"
+        text = TINY.replace("OUT", str(self.out)).replace("DATA", str(images)).replace("BACKEND", backend)
+        self.config.write_text(text)
+
+    def command(self, *arguments: str, ranks: int = 1) -> list[str]:
+        start = [sys.executable]
+        if ranks > 1:
+            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        return [*start, str(ROOT / "train.py"), "--config", str(self.config), *arguments]
+
+    def __call__(self, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            self.command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=120
+        )
+
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return checkpoint.load_newest(self.out)[1]["model"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Run:
+    return Run(tmp_path, images)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Run, subprocess.CompletedProcess]:
+    """One whole run of 8 steps, on DALI where it is installed."""
+    run = Run(tmp_path_factory.mktemp("finished"), images, backend="auto")
+    return run, run()
+
+
+def test_whole_run_leaves_what_it_promises(finished: tuple[Run, subprocess.CompletedProcess]) -> None:
+    run, done = finished
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^kNN top-1: \d+\.\d % untrained, \d+\.\d % trained$", done.stdout, re.M)
+    assert "data.backend=auto" in done.stderr and "step 8/8" in done.stderr
+    for name in ("views.png", "loss.png"):
+        assert Image.open(run.out / name).width > 300
+    steps = [row for row in run.rows() if "loss" in row]
+    assert [row["step"] for row in steps] == [2, 4, 6, 8]
+    assert all(0 < row["loss"] < 4.5 and row["images_per_second"] > 0 for row in steps)
+    assert all(0 <= row["prediction_cosine"] <= 1 and row["prediction_std"] > 0 for row in steps)
+    assert [row["step"] for row in run.rows() if "knn_top1" in row] == [0, 4, 8]
+    assert list((run.out / "tensorboard").iterdir())
+
+
+def test_exported_encoder_is_the_online_encoder(finished: tuple[Run, subprocess.CompletedProcess]) -> None:
+    run, _ = finished
+    exported = load_file(run.out / "encoder.safetensors")
+    make_encoder("resnet8", "cifar").load_state_dict(exported)
+    online = {k.removeprefix("online.encoder."): v for k, v in run.weights().items() if k.startswith("online.encoder.")}
+    assert exported.keys() == online.keys()
+    assert all(torch.equal(exported[key], online[key]) for key in online)
+
+
+def test_interrupted_run_continues_to_the_bit(run: Run, images: Path, tmp_path: Path) -> None:
+    assert run("train.stop_at_step=3").returncode == 0
+    again = run("--resume", "auto")
+    assert again.returncode == 0 and "resumed from" in again.stderr, again.stderr
+    (tmp_path / "b").mkdir()
+    whole = Run(tmp_path / "b", images)
+    assert whole().returncode == 0
+    ours, theirs = run.weights(), whole.weights()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    losses = [{r["step"]: r["loss"] for r in x.rows() if r.get("loss") and r["step"] > 4} for x in (run, whole)]
+    assert losses[0] == losses[1]
+
+
+def test_finished_run_is_not_run_again(finished: tuple[Run, subprocess.CompletedProcess]) -> None:
+    run, done = finished
+    again = run("--resume", "auto")
+    assert again.returncode == 0
+    assert "steps 8 to 8" in again.stderr
+    assert again.stdout == done.stdout
+
+
+def test_signal_saves_and_exits(run: Run) -> None:
+    process = subprocess.Popen(
+        run.command("train.epochs=10000"), env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if line.startswith("step 2/"):
+            process.send_signal(signal.SIGINT)
+            break
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, rest
+    assert "stopped by SIGINT at step" in rest
+    path, state, _ = checkpoint.load_newest(run.out)
+    assert path is not None and state["step"] >= 2
+
+
+@pytest.mark.slow
+def test_two_ranks_train_like_one(run: Run, images: Path, tmp_path: Path) -> None:
+    """Same ids, same views, synchronised statistics: the losses agree to rounding, also across a resume."""
+    options = ("model.projector_hidden=8", "train.stop_at_step=3")
+    two = run(*options, ranks=2)
+    assert two.returncode == 0, two.stderr
+    on = run(*options[:1], "--resume", "auto", ranks=2)
+    assert on.returncode == 0 and "2 x cpu" in on.stderr, on.stderr
+    (tmp_path / "b").mkdir()
+    one = Run(tmp_path / "b", images)
+    assert one(options[0]).returncode == 0
+    losses = [{r["step"]: r["loss"] for r in x.rows() if "loss" in r} for x in (run, one)]
+    for step in (2, 6, 8):
+        assert losses[0][step] == pytest.approx(losses[1][step], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["data.path=/nowhere"], "/nowhere' does not exist"),
+        (["eval.path=/nowhere"], "/nowhere' does not exist"),
+        (["train.batch_size=64"], "train.batch_size=64 is larger than the data set (32 images)"),
+        (["train.epochs=0.1", "optimizer.warmup_epochs=0"], "train.epochs=0.1 is less than one step"),
+        (["--resume", "nowhere.pt"], "--resume nowhere.pt: no such checkpoint"),
+        (["optimizer.backend=apex"], "unrelated package"),
+        (["run.out=/proc/byolt"], "/proc/byolt"),
+        (["train.device=cuda"], "cuda"),
+    ],
+)
+def test_mistake_is_one_line(arguments: list[str], part: str, run: Run) -> None:
+    if arguments == ["train.device=cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    start = time.monotonic()
+    done = run(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert part in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - start < 60
+
+
+def test_batch_that_ranks_cannot_share(run: Run) -> None:
+    done = subprocess.run(
+        run.command(), env={**environment(), "WORLD_SIZE": "3", "RANK": "0"}, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert "train.batch_size=8 is not divisible by 3 ranks" in done.stderr
+
+
+def test_existing_run_is_not_overwritten(finished: tuple[Run, subprocess.CompletedProcess]) -> None:
+    run, _ = finished
+    again = run()
+    assert again.returncode == 2
+    assert "add --resume auto" in again.stderr
+
+
+def test_other_settings_are_refused_by_name(finished: tuple[Run, subprocess.CompletedProcess]) -> None:
+    run, _ = finished
+    again = run("--resume", "auto", "model.backbone=resnet18", "optimizer.base_lr=3", "run.log_every=9")
+    assert again.returncode == 2
+    assert "model.backbone: resnet8 in the checkpoint, resnet18 now" in again.stderr
+    assert "optimizer.base_lr: 1.0 in the checkpoint, 3.0 now" in again.stderr
+    assert "log_every" not in again.stderr
+    insisted = run("--resume", "auto", "optimizer.base_lr=3", "--allow-change", "optimizer.base_lr")
+    assert insisted.returncode == 0
+
+
+def test_damaged_checkpoint_is_passed_over_by_name(run: Run) -> None:
+    assert run("train.stop_at_step=2").returncode == 0
+    assert run("--resume", "auto", "train.stop_at_step=4").returncode == 0
+    newest = run.out / "checkpoint-000000004.pt"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    again = run("--resume", "auto", "train.stop_at_step=6")
+    assert again.returncode == 0
+    assert "checkpoint-000000004.pt is damaged" in again.stderr
+    assert f"resumed from {run.out / 'checkpoint-000000002.pt'}" in again.stderr
+
+
+def test_print_config_derives(run: Run) -> None:
+    done = run("--print-config", "train.batch_size=16")
+    assert done.returncode == 0
+    assert "# peak learning rate: 0.0625" in done.stdout
+    assert "# images: 32" in done.stdout and "# steps: 4, of these warm-up: 1" in done.stdout
+    assert "# images per rank and micro-batch: 16 on 1 rank(s)" in done.stdout
