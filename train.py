@@ -273,7 +273,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                         log.add(step, row)
                     loss_sum.zero_()
                     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
-                if step % steps_per_eval == 0 and step < last_step:
+                if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
                     before = time.monotonic()
                     evaluate()
                     logged_at += time.monotonic() - before

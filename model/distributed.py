@@ -65,7 +65,8 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
     store, _, _ = next(rendezvous("env://", timeout=limit))
-    # After a restart by torchrun the store still holds the dead processes' keys, which gloo would use.
+    # After a restart by torchrun the store still holds the dead processes' addresses: gloo would dial them
+    # and fail or hang.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
         backend,

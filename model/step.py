@@ -155,8 +155,8 @@ def collapse_gauges(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         The standard deviation over samples of each normalised dimension, averaged over dimensions: 0 if
-        collapsed, about 1/sqrt(D) if spread over the sphere (arXiv 2011.10566, sec. 4.1); and the mean |cosine|
-        between different samples: 1 if collapsed, about sqrt(2 / (pi D)) if spread.
+        collapsed, about 1/sqrt(D) if spread over the sphere (arXiv 2011.10566, sec. 4.1). And the mean
+        |cosine| between different samples: 1 if collapsed, about sqrt(2 / (pi D)) if spread.
     """
     x = l2_normalize(x.detach())
     n = len(x)
