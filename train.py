@@ -1,9 +1,9 @@
 """Pre-trains an encoder with BYOL. One file, read top to bottom:
 
-    settings → world → data → model → resume → loop → results
+settings → world → data → model → resume → loop → results
 
-    python train.py --config configs/quickstart.yaml
-    torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=runs/r50 --resume auto
+python train.py --config configs/quickstart.yaml
+torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=runs/r50 --resume auto
 """
 
 import argparse
@@ -41,9 +41,15 @@ class Stop:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH")
     parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="resume although this setting differs"
+        "--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this setting differs",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
@@ -78,14 +84,18 @@ def describe(config: schema.Config) -> str:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
     lines.append(f"# peak learning rate: {config.peak_lr:g}")
-    lines.append(f"# images per rank and micro-batch: {config.images_per_rank(world_size)} on {world_size} rank(s)")
+    lines.append(
+        f"# images per rank and micro-batch: {config.images_per_rank(world_size)} on {world_size} rank(s)"
+    )
     try:
         images, origin = len(open_source(config.data.path)), config.data.path
     except ValueError:
         images, origin = config.data.expected_images or 0, "data.expected_images; data.path is not there"
     if images:
         lines.append(f"# images: {images} ({origin})")
-        lines.append(f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}")
+        lines.append(
+            f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}"
+        )
     else:
         lines.append(f"# steps: unknown until data.path={config.data.path} is there")
     return "\n".join(lines)
@@ -215,8 +225,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             )
             if config.data.expected_images not in (None, len(source)):
                 display.say(
-                    f"the recipe was written for {config.data.expected_images} images, {config.data.path} holds "
-                    f"{len(source)}: the schedules follow the latter"
+                    f"the recipe was written for {config.data.expected_images} images, {config.data.path} "
+                    f"holds {len(source)}: the schedules follow the latter"
                 )
             if step == 0:
                 knn_untrained = evaluate(untrained=True)
@@ -252,8 +262,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     loss = distributed.all_reduce_mean(loss_sum, world).item() / (step - logged_step)
                     if not finite and precision != "fp16":  # fp16 lowers its scale and goes on
                         raise FloatingPointError(
-                            f"a loss or gradient is not finite after step {logged_step}; nothing was updated by it. "
-                            "Lower optimizer.base_lr, or set train.precision=fp32"
+                            f"a loss or gradient is not finite after step {logged_step}; nothing was updated by "
+                            "it. Lower optimizer.base_lr, or set train.precision=fp32"
                         )
                     seconds = time.monotonic() - logged_at
                     row = {
@@ -284,7 +294,9 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             save()
             if stopping:
                 number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
-                display.say(f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto")
+                display.say(
+                    f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto"
+                )
                 return 128 + number
             knn_trained = evaluate()
             if log:
@@ -339,7 +351,9 @@ def find_checkpoint(out: Path, resume: str | None) -> tuple[Path | None, dict[st
     for sentence in damaged:
         print(f"warning: {sentence}; passed over", file=sys.stderr)
     if damaged and path is None:
-        raise ValueError(f"run.out={out} holds damaged checkpoints only; restore one, or choose another run.out")
+        raise ValueError(
+            f"run.out={out} holds damaged checkpoints only; restore one, or choose another run.out"
+        )
     return path, state
 
 
@@ -409,7 +423,9 @@ def knn_accuracy(
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
-        ids = share(source, min(2048, len(source)) // world.size * world.size)  # as many batches on every rank
+        ids = share(
+            source, min(2048, len(source)) // world.size * world.size
+        )  # as many batches on every rank
         evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config))
     classes = int(max(source.labels.max(), queries.labels.max())) + 1
     accuracy = evaluate.knn_accuracy(
