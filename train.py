@@ -121,7 +121,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         if precision == "auto":
             precision = "bf16" if on_gpu else "fp32"
         if not on_gpu:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
         torch.backends.cudnn.benchmark = on_gpu
         torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
@@ -158,7 +159,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
 
         # ------------------------------------------------------------------------------------------ resume
         out.mkdir(parents=True, exist_ok=True)
-        found, state = find_checkpoint(out, resume)
+        found, state = find_checkpoint(out, resume, world)
         step, seconds_before, knn_untrained = 0, 0.0, None
         if found:
             check_same_run(config, source.fingerprint, found, state, allowed)
@@ -336,25 +337,30 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
         )
 
 
-def find_checkpoint(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from and its state; (None, {}) for a new run."""
-    from model import checkpoint
+def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to continue from and its state; (None, {}) for a new run. Rank 0 chooses for all."""
+    from model import checkpoint, distributed
 
     if resume not in (None, "auto"):
         return Path(resume), checkpoint.load(Path(resume))
-    path, state, damaged = checkpoint.load_newest(out)
-    if resume is None and (path or damaged):
-        raise ValueError(
-            f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
-            "or choose another run.out"
-        )
-    for sentence in damaged:
-        print(f"warning: {sentence}; passed over", file=sys.stderr)
-    if damaged and path is None:
-        raise ValueError(
-            f"run.out={out} holds damaged checkpoints only; restore one, or choose another run.out"
-        )
-    return path, state
+    path, state = None, {}
+    if world.is_main:
+        path, state, damaged = checkpoint.load_newest(out)
+        if resume is None and (path or damaged):
+            raise ValueError(
+                f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
+                "or choose another run.out"
+            )
+        for sentence in damaged:
+            print(f"warning: {sentence}; passed over", file=sys.stderr)
+        if damaged and path is None:
+            raise ValueError(
+                f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out"
+            )
+    chosen = distributed.broadcast_object(path, world)
+    if chosen and not world.is_main:
+        state = checkpoint.load(chosen)  # fails by name where the ranks do not share run.out
+    return chosen, state
 
 
 # What may not change within a run; everything else (paths, threads, logging, precision) may.
