@@ -343,7 +343,8 @@ def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path
 
     if resume not in (None, "auto"):
         return Path(resume), checkpoint.load(Path(resume))
-    path, state = None, {}
+    path: Path | None = None
+    state: dict[str, Any] = {}
     if world.is_main:
         path, state, damaged = checkpoint.load_newest(out)
         if resume is None and (path or damaged):
