@@ -7,10 +7,13 @@ torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=ru
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -33,8 +36,9 @@ class Stop:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the step
+        if self.signal and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise KeyboardInterrupt
         self.signal = number
 
 
@@ -56,13 +60,14 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         config = schema.load(args.config, args.overrides)
-        config.images_per_rank(int(os.environ.get("WORLD_SIZE", "1")))
+        config.images_per_rank(world_size())
+        check_allowed(config, args.allow_change)
         if args.print_config:
             print(describe(config))
             return 0
         if args.resume not in (None, "auto") and not Path(args.resume).is_file():
             raise ValueError(f"--resume {args.resume}: no such checkpoint; give an existing file, or auto")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return fail(error)
     try:
         return train(config, args.resume, args.allow_change, Stop())
@@ -72,21 +77,27 @@ def main() -> int:
 
 def fail(error: Exception) -> int:
     """A user's mistake: one message, no traceback."""
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     print(f"error: {rank}{error}", file=sys.stderr)
     return 2
+
+
+def world_size() -> int:
+    """Number of ranks, as torchrun says it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"environment variable WORLD_SIZE={text} is no number of ranks; start with torchrun")
+    return int(text)
 
 
 def describe(config: schema.Config) -> str:
     """The resolved config as YAML, and as comments what follows from it."""
     from pipelines.sources import open_source
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = world_size()
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
     lines.append(f"# peak learning rate: {config.peak_lr:g}")
-    lines.append(
-        f"# images per rank and micro-batch: {config.images_per_rank(world_size)} on {world_size} rank(s)"
-    )
+    lines.append(f"# images per rank and micro-batch: {config.images_per_rank(ranks)} on {ranks} rank(s)")
     try:
         images, origin = len(open_source(config.data.path)), config.data.path
     except ValueError:
@@ -110,12 +121,15 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     from model.optim import LARS
     from model.step import PRECISIONS, TrainStep
     from pipelines.loader import CorruptBudgetError, Loader, make_backend
-    from pipelines.sources import open_source
+    from pipelines.order import steps_per_epoch
 
     out = Path(config.run.out)
+    # ----------------------------------------------------------------------------------------------- world
     try:
-        # ------------------------------------------------------------------------------------------- world
         world = distributed.init(config.train.device, config.train.timeout_minutes * 60)
+    except ValueError as error:
+        return fail(error)
+    try:
         on_gpu = world.device.type == "cuda"
         precision = config.train.precision
         if precision == "auto":
@@ -127,9 +141,10 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
         # -------------------------------------------------------------------------------------------- data
-        source = open_source(config.data.path)
-        queries = open_source(config.eval.path) if config.eval.path else None
-        check_labels(config, source, queries)
+        source = open_split("data.path", config.data.path)
+        queries = open_split("eval.path", config.eval.path) if config.eval.path else None
+        check_labels(config, source, queries, world.size)
+        steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
         total_steps, warmup_steps = config.total_steps(len(source)), config.warmup_steps(len(source))
         if total_steps < 1:
             raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
@@ -158,7 +173,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         )
 
         # ------------------------------------------------------------------------------------------ resume
-        out.mkdir(parents=True, exist_ok=True)
+        make_out(out)
         found, state = find_checkpoint(out, resume, world)
         step, seconds_before, knn_untrained = 0, 0.0, None
         if found:
@@ -179,15 +194,25 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         )
         log = metrics.MetricLog(out, step) if world.is_main else None
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
+        distributed.shutdown(world)
         return fail(error)
 
     # ------------------------------------------------------------------------------------------------ loop
     display = metrics.Display(step, last_step, enabled=world.is_main)
     started = saved = time.monotonic()
 
+    def check_finite() -> None:
+        if broken:
+            raise FloatingPointError(
+                f"loss or gradient not finite in a step between {logged_step} and {step}; such a step updates no "
+                "weight, but batch-norm statistics hold its values, so nothing was saved since. Go on from the last "
+                "checkpoint with a lower optimizer.base_lr or train.precision=fp32, and look at the images"
+            )
+
     def save() -> None:
         """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
         nonlocal saved
+        check_finite()
         saved = time.monotonic()
         if world.is_main:
             state = {
@@ -207,6 +232,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         if queries is None:
             return None
         accuracy = knn_accuracy(config, model.online.encoder, source, queries, world, calibrate=untrained)
+        if not math.isfinite(accuracy):
+            raise FloatingPointError("the encoder's features are not finite; nothing is exported")
         display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
         if log:
             log.add(step, {"knn_top1": accuracy})
@@ -214,8 +241,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
 
     steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
     loss_sum = torch.zeros((), device=world.device)
-    finite = torch.ones((), dtype=torch.bool, device=world.device)
-    stopping = False
+    broken = torch.zeros((), dtype=torch.bool, device=world.device)
+    logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
         with display, loader:
             display.say(backend_reason)
@@ -229,10 +256,11 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     f"the recipe was written for {config.data.expected_images} images, {config.data.path} "
                     f"holds {len(source)}: the schedules follow the latter"
                 )
-            if step == 0:
+            stopping = distributed.any_rank(bool(stop.signal), world)
+            if step == 0 and not stopping:
                 knn_untrained = evaluate(untrained=True)
             batches = iter(loader)
-            logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
+            logged_at, logged_wait = time.monotonic(), loader.waited
             while step < last_step:
                 # On a GPU the vote makes the host wait for the device: every tenth step is often enough.
                 if not on_gpu or world.size == 1 or step % 10 == 0:
@@ -255,27 +283,27 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
-                finite &= result.finite
+                # An fp16 gradient may overflow: the scale is lowered and the run goes on. Its loss may not.
+                broken |= ~(result.loss.isfinite() if precision == "fp16" else result.finite)
                 step += 1
                 display.step(step)
 
                 if logging:
-                    loss = distributed.all_reduce_mean(loss_sum, world).item() / (step - logged_step)
-                    if not finite and precision != "fp16":  # fp16 lowers its scale and goes on
-                        raise FloatingPointError(
-                            f"a loss or gradient is not finite after step {logged_step}; nothing was updated by "
-                            "it. Lower optimizer.base_lr, or set train.precision=fp32"
-                        )
-                    seconds = time.monotonic() - logged_at
+                    check_finite()
+                    steps, seconds = step - logged_step, time.monotonic() - logged_at
+                    local = (loss_sum / steps, (loader.waited - logged_wait) / seconds, loader.corrupt_count)
+                    loss, waiting, corrupt = distributed.all_reduce_mean(
+                        torch.tensor(local, dtype=torch.float64, device=world.device), world
+                    ).tolist()
                     row = {
                         "epoch": step * config.train.batch_size / len(source),
                         "loss": loss,
                         "lr": lr,
                         "tau": tau,
-                        "images_per_second": (step - logged_step) * config.train.batch_size / seconds,
-                        "data_wait_percent": 100 * (loader.waited - logged_wait) / seconds,
+                        "images_per_second": steps * config.train.batch_size / seconds,
+                        "data_wait_percent": 100 * waiting,
                         "gradient_norm": result.gradient_norm.item(),
-                        "corrupt_images": loader.corrupt_count,
+                        "corrupt_images": corrupt * world.size,
                     }
                     if result.gauges:
                         row |= {name: value.item() for name, value in result.gauges._asdict().items()}
@@ -285,11 +313,9 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     loss_sum.zero_()
                     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
-                    before = time.monotonic()
-                    evaluate()
-                    logged_at += time.monotonic() - before
+                    logged_at += seconds_of(evaluate)  # images/s is the training's alone
                 if time.monotonic() - saved > config.run.checkpoint_minutes * 60:
-                    save()
+                    logged_at += seconds_of(save)
 
             # --------------------------------------------------------------------------------------- results
             save()
@@ -298,6 +324,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 display.say(
                     f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto"
                 )
+                distributed.shutdown(world)
                 return 128 + number
             knn_trained = evaluate()
             if log:
@@ -315,18 +342,53 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 )
             display.say(f"finished at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
         if world.is_main and knn_trained is not None:
-            print(f"kNN top-1: {knn_untrained:.1f} % untrained, {knn_trained:.1f} % trained")
+            untrained = "not measured" if knn_untrained is None else f"{knn_untrained:.1f} %"
+            print(f"kNN top-1: {untrained} untrained, {knn_trained:.1f} % trained")
     except (CorruptBudgetError, FloatingPointError, OSError) as error:
+        distributed.shutdown(world)
         print(f"error: rank {world.rank}, step {step}: {error}", file=sys.stderr)
         return 1
     distributed.shutdown(world)
     return 0
 
 
-def check_labels(config: schema.Config, source: "Source", queries: "Source | None") -> None:
+def seconds_of(action: Callable[[], object]) -> float:
+    """Runs the action and returns how long it took."""
+    start = time.monotonic()
+    action()
+    return time.monotonic() - start
+
+
+def open_split(key: str, path: str) -> "Source":
+    """Opens a data set; an error names the setting."""
+    from pipelines.sources import open_source
+
+    try:
+        return open_source(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def make_out(out: Path) -> None:
+    """Makes the folder of the run and sees that it can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"run.out={out} cannot be written: {error.strerror or error}; choose another folder"
+        ) from None
+
+
+def check_labels(config: schema.Config, source: "Source", queries: "Source | None", ranks: int) -> None:
     """Refuses splits that kNN cannot compare."""
     if queries is None:
         return
+    if len(queries) < ranks:
+        raise ValueError(
+            f"eval.path={config.eval.path} holds {len(queries)} images for {ranks} ranks: use more"
+        )
     for key, split in (("data.path", source), ("eval.path", queries)):
         if (split.labels < 0).any():
             raise ValueError(f"{key} holds unlabelled images, and kNN needs labels: set eval.path=null")
@@ -341,32 +403,60 @@ def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path
     """The checkpoint to continue from and its state; (None, {}) for a new run. Rank 0 chooses for all."""
     from model import checkpoint, distributed
 
-    if resume not in (None, "auto"):
-        return Path(resume), checkpoint.load(Path(resume))
-    path: Path | None = None
-    state: dict[str, Any] = {}
-    if world.is_main:
-        path, state, damaged = checkpoint.load_newest(out)
-        if resume is None and (path or damaged):
+    def choose() -> tuple[Path | None, dict[str, Any]]:
+        newest, state, damaged = checkpoint.load_newest(out)
+        if resume is None and (newest or damaged):
             raise ValueError(
                 f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
                 "or choose another run.out"
             )
+        if resume not in (None, "auto"):
+            chosen = checkpoint.load(Path(resume))
+            if newest and state["step"] > chosen["step"]:
+                raise ValueError(
+                    f"--resume {resume} is of step {chosen['step']}, but run.out={out} holds later ones, up to "
+                    f"{newest.name}: move those away, or choose another run.out"
+                )
+            return Path(resume), chosen
         for sentence in damaged:
             print(f"warning: {sentence}; passed over", file=sys.stderr)
-        if damaged and path is None:
+        if damaged and newest is None:
             raise ValueError(
                 f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out"
             )
-    chosen = distributed.broadcast_object(path, world)
-    if chosen and not world.is_main:
-        state = checkpoint.load(chosen)  # fails by name where the ranks do not share run.out
-    return chosen, state
+        return newest, state
+
+    path: Path | None = None
+    state: dict[str, Any] = {}
+    mistake = ""
+    if world.is_main:
+        try:
+            path, state = choose()
+        except (ValueError, checkpoint.CheckpointError) as error:
+            mistake = str(error)
+    path, mistake = distributed.broadcast_object((path, mistake), world)
+    if mistake:
+        raise ValueError(mistake)
+    if path and not world.is_main:
+        state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
+    return path, state
 
 
 # What may not change within a run; everything else (paths, threads, logging, precision) may.
 FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",
          "train.accumulation", "data.fingerprint")  # fmt: skip
+
+
+def check_allowed(config: schema.Config, allowed: list[str]) -> None:
+    """Refuses an --allow-change that cannot be meant."""
+    known = [key for key in [*flatten(config.model_dump()), "data.fingerprint"] if key.startswith(FIXED)]
+    for key in allowed:
+        if key.startswith("model."):
+            raise ValueError(
+                f"--allow-change {key}: the weights of another network do not fit; begin a new run"
+            )
+        if key not in known:
+            raise ValueError(f"--allow-change {key}: not one of {', '.join(known)}")
 
 
 def check_same_run(
@@ -404,7 +494,7 @@ def knn_accuracy(
     world: "World",
     calibrate: bool,
 ) -> float:
-    """kNN top-1 in per cent: bank data.path, queries eval.path, the ranks share the images.
+    """kNN top-1 in per cent (NaN if a feature is not finite): bank data.path, queries eval.path, ranks share them.
 
     Args:
         calibrate: average the batch-norm statistics over 2,048 plain images first (in a copy): an untrained
@@ -433,12 +523,15 @@ def knn_accuracy(
         ids = share(
             source, min(2048, len(source)) // world.size * world.size
         )  # as many batches on every rank
-        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config))
+        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, 256 // world.size))
     classes = int(max(source.labels.max(), queries.labels.max())) + 1
-    accuracy = evaluate.knn_accuracy(
-        *features(source), *features(queries), classes, config.eval.k, config.eval.temperature
+    bank, bank_labels = features(source)
+    tested, tested_labels = features(queries)
+    if not (bank.isfinite().all() and tested.isfinite().all()):
+        return math.nan
+    return 100 * evaluate.knn_accuracy(
+        bank, bank_labels, tested, tested_labels, classes, config.eval.k, config.eval.temperature
     )
-    return 100 * accuracy
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ ShareInterval = Annotated[tuple[_Share, _Share], AfterValidator(_ordered)]
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class DataConfig(Section):
@@ -133,9 +133,9 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0)]
+    epochs: Annotated[float, Field(gt=0, le=1e6)]
     """Length of the run in images seen: total steps = int(epochs * images / batch_size), as the reference."""
-    batch_size: Annotated[int, Field(ge=2)]
+    batch_size: Annotated[int, Field(ge=2, le=2**24)]
     """Images per optimizer step over all ranks."""
     accumulation: Annotated[int, Field(ge=1)] = 1
     """Micro-batches per optimizer step; batch-norm statistics are those of a micro-batch."""
@@ -154,7 +154,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     path: str | None = None
     """Labelled images for kNN accuracy; the bank is data.path, which must be labelled too. null: no kNN."""
-    every_epochs: Annotated[float, Field(gt=0)] = 10
+    every_epochs: Annotated[float, Field(gt=0, le=1e6)] = 10
     """kNN accuracy is taken before the first step, every so many epochs, and at the end."""
     k: Annotated[int, Field(ge=1)] = 200
     """Neighbours that vote (clamped to the size of the bank)."""
@@ -257,15 +257,22 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     if malformed:
         raise ValueError(f"overrides are written section.key=value, not: {' '.join(malformed)}")
     try:
-        raw = OmegaConf.to_container(
-            OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides)), resolve=True
-        )
+        parts = [OmegaConf.load(path)]
     except FileNotFoundError:
         raise ValueError(f"config file {path} does not exist{_nearest_file(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} cannot be read: {error}") from None
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"config file {path} is not a valid YAML mapping: {error}") from None
+    for override in overrides:
+        try:
+            parts.append(OmegaConf.from_dotlist([override]))
+        except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ValueError(f"override {override}: {error}") from None
+    try:
+        raw = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
+    except (OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"config file {path} with its overrides does not resolve: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"config file {path} holds no settings")
     try:

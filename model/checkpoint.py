@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -43,7 +44,7 @@ class _Hashing:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its name on success and is removed on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -78,7 +79,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"checkpoint-{step:09d}.pt"
     for stale in folder.glob(".checkpoint-*.tmp"):
         stale.unlink(missing_ok=True)
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
                 file.write(b"\0" * _HEADER_BYTES)
@@ -86,8 +87,12 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
                 torch.save(state, cast(BinaryIO, body))
                 file.seek(0)
                 file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
-        except RuntimeError as error:  # what torch.save makes of a full disk
-            raise OSError(f"checkpoint {path} cannot be written: {error}") from error
+        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+            free = shutil.disk_usage(folder).free
+            raise OSError(
+                f"checkpoint {path} cannot be written, {free / 1e6:.0f} MB are free there; free some space, or lower "
+                f"run.keep_checkpoints ({error})"
+            ) from error
     for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -145,5 +150,5 @@ def export_encoder(path: Path, state_dict: dict[str, Tensor], metadata: dict[str
         metadata: strings that go into the file's header.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_bytes(to_safetensors(tensors, metadata))

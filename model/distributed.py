@@ -46,7 +46,7 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device is {device!r}; set auto, cpu or cuda")
+        raise ValueError(f"train.device={device} is unknown; set auto, cpu or cuda")
     present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
     started_by_torchrun = "RANK" in present or "WORLD_SIZE" in present
     if started_by_torchrun and len(present) < len(_TORCHRUN_VARIABLES):
@@ -85,8 +85,8 @@ def _place(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ValueError(
-            f"device is {device!r} but process {local_rank} of this machine finds {gpus} GPUs; "
-            "set device cpu or lower torchrun's --nproc-per-node"
+            f"train.device={device}, but process {local_rank} of this machine finds {gpus} GPUs; "
+            "set train.device=cpu or lower torchrun's --nproc-per-node"
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)

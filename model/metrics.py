@@ -1,7 +1,6 @@
 """What a run shows: metrics.jsonl, TensorBoard, a console line or bar, and two pictures."""
 
 import json
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,10 +8,13 @@ from typing import Any
 
 import matplotlib
 import torch
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from model.checkpoint import replacing
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -25,17 +27,20 @@ class MetricLog:
         """
         Args:
             out: folder of the run.
-            first_step: rows at or after it, left by a run that went on past its last checkpoint, are dropped.
+            first_step: steps done. Later rows, left by a run that went on past its last checkpoint, are dropped;
+                with 0 all are.
         """
         self.path = out / "metrics.jsonl"
-        rows = [row for row in read_rows(self.path) if row["step"] < first_step]
-        self._file = self.path.open("w", buffering=1)
-        for row in rows:
-            self._file.write(json.dumps(row) + "\n")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step or None)
+        self._rows = [row for row in read_rows(self.path) if 0 < first_step >= row["step"]]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
+        self._file = self.path.open("a", buffering=1)
+        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one row; the names become TensorBoard's tags."""
+        """Writes one row; the names become TensorBoard's tags. A row that a resumed run takes again is left out."""
+        if any(row["step"] == step and row.keys() >= values.keys() for row in self._rows):
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
@@ -46,46 +51,43 @@ class MetricLog:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl; what is no row, such as a last line that a kill cut short, is left out."""
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(row, dict) and "step" in row:
+            rows.append(row)
     return rows
 
 
 class Display:
-    """A progress bar on a terminal; elsewhere one line per row. Silent on all ranks but the first."""
+    """A progress bar with a line of numbers on a terminal; elsewhere one line per row. Silent unless enabled."""
 
     def __init__(self, first_step: int, total_steps: int, enabled: bool) -> None:
         self._enabled, self._total = enabled, total_steps
         self._start, self._first = time.perf_counter(), first_step
         self._console = Console(stderr=True, highlight=False)
-        self._progress = Progress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not (enabled and self._console.is_terminal),
-        )
-        self._task = self._progress.add_task("training", total=total_steps, completed=first_step, text="")
+        self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step)
+        self._live = Live(self._bar, console=self._console) if self._console.is_terminal and enabled else None
 
     def __enter__(self) -> "Display":
-        self._progress.start()
+        if self._live:
+            self._live.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        if self._live:
+            self._live.stop()
 
     def step(self, step: int) -> None:
         """Moves the bar to so many steps done."""
-        self._progress.update(self._task, completed=step)
+        self._bar.update(self._task, completed=step)
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """Shows a row of numbers."""
@@ -94,17 +96,16 @@ class Display:
             f"tau {values['tau']:.5f}  {values['images_per_second']:.0f} images/s  "
             f"data wait {values['data_wait_percent']:.1f} %"
         )
-        self._progress.update(self._task, text=text)
-        if self._enabled and not self._console.is_terminal:
-            done = step - self._first
-            left = (time.perf_counter() - self._start) / max(done, 1) * (self._total - step)
-            self.say(f"step {step}/{self._total}  {text}  ETA {_clock(left)}")
+        if self._live:
+            self._live.update(Group(text, self._bar))
+            return
+        left = (time.perf_counter() - self._start) / max(step - self._first, 1) * (self._total - step)
+        self.say(f"step {step}/{self._total}  {text}  ETA {_clock(left)}")
 
     def say(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
         if self._enabled:
             self._console.print(text, soft_wrap=True, markup=False)
-            sys.stderr.flush()
 
 
 def _clock(seconds: float) -> str:
@@ -157,5 +158,6 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def _save_figure(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)

@@ -143,7 +143,8 @@ class TrainStep:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` gave, for the same precision."""
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where the run was not fp16 until now
+            self.scaler.load_state_dict(state["scaler"])
 
 
 @torch.no_grad()

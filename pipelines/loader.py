@@ -61,7 +61,8 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
         place = "GPU" if device.type == "cuda" else "CPU"
-        reason = f"data.backend={choice}: DALI on the {place}, {threads} threads"
+        why = ", because it is installed" if choice == "auto" else ""
+        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
     return TorchBackend(config.augment, device, dtype, threads), reason
@@ -231,8 +232,8 @@ def plain_images(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Unaugmented images for evaluation: the centre square, resized and normalised.
 
-    The square is the central 7/8 of the short side, as the reference evaluates; an image no larger than a view is
-    taken whole.
+    The square is the central 7/8 of the short side, rounded and placed as the reference does
+    (byol/utils/dataset.py); of an image no larger than a view it is the whole short side.
 
     Args:
         source: labelled images; an undecodable one is left out.
@@ -266,5 +267,5 @@ def _centre(image: Tensor, size: int) -> Tensor:
     height, width = image.shape[:2]
     side = min(height, width)
     if side > size:
-        side = max(size, round(side * 7 / 8))
-    return resize_bicubic(image, (height - side) // 2, (width - side) // 2, side, side, size)
+        side = int(side * 7 / 8)
+    return resize_bicubic(image, (height - side + 1) // 2, (width - side + 1) // 2, side, side, size)

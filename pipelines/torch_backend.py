@@ -86,13 +86,16 @@ class UndecodableError(Exception):
 
 
 def decode(encoded: bytes) -> Tensor:
-    """An encoded image as uint8 (H, W, 3); grey becomes three equal channels; EXIF orientation is ignored.
+    """An encoded image as uint8 (H, W, 3); grey becomes three equal channels, of 16 bits the high byte is taken,
+    EXIF orientation is ignored.
 
     Raises:
         ValueError: it does not decode.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"does not decode: {error}") from None

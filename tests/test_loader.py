@@ -163,14 +163,14 @@ def test_close_ends_the_thread_and_waiting_is_counted() -> None:
 
 
 def test_plain_images_are_the_centre() -> None:
-    """A 20 x 30 image at size 8: the central 18 x 18 pixels (7/8 of the short side), resized."""
+    """A 20 x 30 image at size 8: the central 17 x 17 pixels (7/8 of the short side), resized."""
     from pipelines.torch_backend import decode, resize_bicubic
 
     source, config = Damaged({2: lambda _: b""}), make_config()
     pixels, labels = zip(*plain_images(source, np.array([0, 2, 1]), config, batch_size=2), strict=True)
     assert [len(p) for p in pixels] == [1, 1]  # the broken one is left out
     assert torch.cat(labels).tolist() == source.labels[[0, 1]].tolist()
-    expected = resize_bicubic(decode(source.read(1)), 1, 6, 18, 18, 8)
+    expected = resize_bicubic(decode(source.read(1)), 2, 7, 17, 17, 8)
     mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
     assert torch.allclose(pixels[1][0].permute(1, 2, 0), (expected - mean) / std, atol=1e-6)
 
