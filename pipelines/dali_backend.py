@@ -33,14 +33,18 @@ from pipelines.torch_backend import GRAY_WEIGHTS, UndecodableError, decode
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
-_TOGETHER = 64  # images that are decoded before their views are made: what fits in the cache is not read twice
+_TOGETHER = (
+    64  # images that are decoded before their views are made: what fits in the cache is not read twice
+)
 _PER_VIEW = ("start", "end", "matrix", "mean_matrix", "offset", "blur", "sigma", "window", "solarize")
 
 
 class DaliBackend:
     """Decodes and augments one batch with DALI; same interface and same parameters as TorchBackend."""
 
-    def __init__(self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
         """
         Args:
             augment: size of the views, mean and std.
@@ -100,7 +104,9 @@ class DaliBackend:
             inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
             (images,) = self._run(encoded[rows], inputs)
             address = np.array([images[i].data_ptr() for i in range(len(box))])
-            make_views(Pixels(address, box), (part1, part2), self._augment, [v[rows] for v in views], self._pool)
+            make_views(
+                Pixels(address, box), (part1, part2), self._augment, [v[rows] for v in views], self._pool
+            )
         return [torch.from_numpy(view) for view in views]
 
     def _memory(self, count: int) -> npt.NDArray[np.float32]:
@@ -155,7 +161,9 @@ def _graph(augment: AugmentConfig, on: str, dtype: Any) -> Any:
     # The manifest's sizes, and the windows drawn from them, ignore EXIF.
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if on == "cpu":
-        start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+        start, shape = (
+            fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape")
+        )
         return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
     image = fn.decoders.image(encoded, device="mixed", **options)
     return _view(image, "1", augment, dtype), _view(image, "2", augment, dtype)

@@ -37,11 +37,12 @@ _ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5,
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
 _TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 _TABLE = 1024  # the reference tabulates the cubic kernel in so many steps between two pixels
-_NEGLIGIBLE = 1e-6  # a blur tap that much lighter than the centre is dropped; all dropped ones weigh below 2e-6
+_NEGLIGIBLE = (
+    1e-6  # a blur tap that much lighter than the centre is dropped; all dropped ones weigh below 2e-6
+)
 _MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
 _NOTHING = 255  # in the place of a colour operation
 _CHUNK = 16  # images that a thread takes at a time
-
 
 _compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
@@ -81,7 +82,9 @@ def _four_pixels(_context: Any, line: Any, columns: Any, weights: Any, x: Any, r
 
         def limit(value: Any, comparison: str, bound: float) -> Any:
             constant = ir.Constant(four, [bound] * 4)
-            return builder.select(builder.fcmp_ordered(comparison, value, constant, flags=["fast"]), value, constant)
+            return builder.select(
+                builder.fcmp_ordered(comparison, value, constant, flags=["fast"]), value, constant
+            )
 
         pixels = []
         for i in range(4):
@@ -159,9 +162,9 @@ def _brightness(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
 
 
 @_compiled
-def _contrast(row: Floats, value: np.float32, mean: np.float32) -> None:
-    for x in range(len(row)):
-        row[x] = _clip((row[x] - mean) * value + mean)
+def _contrast(row: Floats, value: np.float32, mean: np.float32, out: Floats) -> None:
+    for x in range(len(out)):
+        out[x] = _clip((row[x] - mean) * value + mean)
 
 
 @_compiled
@@ -245,7 +248,9 @@ def _blur_taps(sigma: np.float32, taps: int, weights: Floats) -> int:
 
 
 @_compiled
-def _first_taps(s: Floats, i: Any, w0: Any, a: Any, b: Any, w1: Any, c: Any, d: Any, w2: Any, out: Floats) -> None:
+def _first_taps(
+    s: Floats, i: Any, w0: Any, a: Any, b: Any, w1: Any, c: Any, d: Any, w2: Any, out: Floats
+) -> None:
     for x in range(len(out)):
         k = np.uint64(x)
         out[x] = w0 * s[i + k] + w1 * (s[a + k] + s[b + k]) + w2 * (s[c + k] + s[d + k])
@@ -276,7 +281,9 @@ def _blur(source: Floats, at: int, step: int, weights: Floats, radius: int, out:
 
 
 @_compiled
-def _deliver(r: Floats, g: Floats, b: Floats, solarize: bool, scale: Floats, shift: Floats, out: Floats) -> None:
+def _deliver(
+    r: Floats, g: Floats, b: Floats, solarize: bool, scale: Floats, shift: Floats, out: Floats
+) -> None:
     """Clipped, solarized, normalised (x scale + shift), interleaved: (size,) three times to (3 * size,)."""
     s0, s1, s2, t0, t1, t2 = scale[0], scale[1], scale[2], shift[0], shift[1], shift[2]
     limit = _HALF if solarize else _TWO
@@ -306,97 +313,153 @@ class Pixels(NamedTuple):
     box: npt.NDArray[np.int64]  # (N, 4) top, left, height, width of what was decoded
 
 
+class Work(NamedTuple):
+    """Memory of one thread, and what is the same for all views; pad rows and pixels stay zero: the blur's border."""
+
+    planes: Floats  # (3, (size + 2 pad) * size) rows of each channel, pad rows above and below
+    line: Floats  # (3, size + 2 pad) a row of each channel, pad pixels left and right
+    rows: npt.NDArray[np.int64]  # (size,) first tap, with its weights, along the height
+    row_weights: Floats  # (size, 4)
+    columns: npt.NDArray[np.int64]
+    column_weights: Floats
+    blur_weights: Floats  # (pad + 1,)
+    blur_taps: int
+    steps: npt.NDArray[
+        np.int64
+    ]  # 1 and size. As constants the compiler would know that rows of taps overlap, carry
+    #                               loads from pixel to pixel and not vectorise: five times slower.
+    scale: Floats  # (3,) normalisation: x scale + shift
+    shift: Floats
+
+
 @_compiled
-def _view(image: Any, box: Any, i: int, recipe: Recipe, taps: int, planes: Floats, work: Any, out: Floats) -> None:
-    """View i of `recipe`, to out (size, 3 * size); image is uint8 (height, 3 * width), box its place in the stored one."""
-    columns, column_weights, rows, row_weights, padded, blurred, blur_weights, steps, scale, shift = work
-    size, pad = len(out), taps // 2 + 1
-    top, left = recipe.window[i, 0] - box[0], 3 * (recipe.window[i, 1] - box[1])
-    height, width = recipe.window[i, 2], recipe.window[i, 3]
+def _resize(image: Any, top: int, left: int, height: int, width: int, flip: bool, operations: Any, values: Floats,
+            work: Work) -> Any:  # fmt: skip
+    """First walk: the window, resized, with the colour operations before contrast, to work.planes; its means (3,)."""
+    size = len(work.rows)
+    pad = len(work.blur_weights) - 1
+    _cubic_taps(height, size, False, 1 / 255, work.rows, work.row_weights)
+    _cubic_taps(width, size, flip, 1.0, work.columns, work.column_weights)
+    line = np.zeros(3 * (width + 2 * _MARGIN) + 1, np.float32)
+    interior = line[3 * _MARGIN : 3 * (_MARGIN + width)]
+    start, stop = 3 * left, 3 * (left + width)
+    sums = np.zeros(3)
+    for y in range(size):
+        first = work.rows[y] - _MARGIN
+        a = image[
+            top + min(max(first, 0), height - 1), start:stop
+        ]  # outside the window: any row, its weight is 0
+        b = image[top + min(max(first + 1, 0), height - 1), start:stop]
+        c = image[top + min(max(first + 2, 0), height - 1), start:stop]
+        d = image[top + min(max(first + 3, 0), height - 1), start:stop]
+        _blend_rows(a, b, c, d, work.row_weights[y], interior)
+        at = (pad + y) * size
+        red, green, blue = (
+            work.planes[0, at : at + size],
+            work.planes[1, at : at + size],
+            work.planes[2, at : at + size],
+        )
+        _blend_columns(line, work.columns, work.column_weights, red, green, blue)
+        _color(red, green, blue, operations, values)
+        sums[0] += _sum(red)
+        sums[1] += _sum(green)
+        sums[2] += _sum(blue)
+    return sums / (size * size)
+
+
+@_compiled
+def _view(image: Any, box: Any, i: int, recipe: Recipe, work: Work, out: Floats) -> None:
+    """View i of `recipe`, to out (size, 3 * size).
+
+    Args:
+        image: uint8 (height, 3 * width), what was decoded: `box` (4,) of the stored image.
+        i: which sample.
+        recipe: all samples' parameters.
+        work: memory.
+        out: float32.
+    """
+    size = len(out)
+    pad = len(work.blur_weights) - 1
     order, values = recipe.order[i], recipe.value[i]
     place = 0
     while place < 4 and order[place] != CONTRAST:
         place += 1
-
-    _cubic_taps(height, size, False, 1 / 255, rows, row_weights)
-    _cubic_taps(width, size, recipe.flip[i], 1.0, columns, column_weights)
-    line = np.zeros(3 * (width + 2 * _MARGIN) + 1, np.float32)
-    interior = line[3 * _MARGIN : 3 * (_MARGIN + width)]
-    sums = np.zeros(3)
-    for y in range(size):
-        first = rows[y] - _MARGIN
-        a = image[top + min(max(first, 0), height - 1), left : left + 3 * width]
-        b = image[top + min(max(first + 1, 0), height - 1), left : left + 3 * width]
-        c = image[top + min(max(first + 2, 0), height - 1), left : left + 3 * width]
-        d = image[top + min(max(first + 3, 0), height - 1), left : left + 3 * width]
-        _blend_rows(a, b, c, d, row_weights[y], interior)
-        at = (pad + y) * size
-        red, green, blue = planes[0, at : at + size], planes[1, at : at + size], planes[2, at : at + size]
-        _blend_columns(line, columns, column_weights, red, green, blue)
-        _color(red, green, blue, order[:place], values)
-        if place < 4:
-            sums[0] += _sum(red)
-            sums[1] += _sum(green)
-            sums[2] += _sum(blue)
-
+    contrast = values[CONTRAST] if place < 4 else _ONE
+    top, left, height, width = (
+        recipe.window[i, 0],
+        recipe.window[i, 1],
+        recipe.window[i, 2],
+        recipe.window[i, 3],
+    )
+    means = _resize(
+        image, top - box[0], left - box[1], height, width, recipe.flip[i], order[:place], values, work
+    )  # fmt: skip
+    radius = _blur_taps(recipe.sigma[i], work.blur_taps, work.blur_weights)
     channels = 1 if recipe.gray[i] else 3
-    radius = _blur_taps(recipe.sigma[i], taps, blur_weights)
+    red, green, blue = (
+        work.line[0, pad : pad + size],
+        work.line[1, pad : pad + size],
+        work.line[2, pad : pad + size],
+    )
+    second, third = (red, red) if channels == 1 else (green, blue)
     for y in range(size):
         at = (pad + y) * size
-        red, green, blue = planes[0, at : at + size], planes[1, at : at + size], planes[2, at : at + size]
-        if place < 4:
-            for k in range(3):
-                mean = np.float32(sums[k] / (size * size))
-                _contrast(planes[k, at : at + size], values[CONTRAST], mean)
-            _color(red, green, blue, order[place + 1 :], values)
-        if recipe.gray[i]:
+        for c in range(3):
+            mean = np.float32(means[c])
+            _contrast(work.planes[c, at : at + size], contrast, mean, work.line[c, pad : pad + size])
+        _color(red, green, blue, order[place + 1 :], values)
+        if channels == 1:
             _gray(red, green, blue)
         if radius:
-            for k in range(channels):
-                padded[pad : pad + size] = planes[k, at : at + size]
-                _blur(padded, pad, steps[0], blur_weights, radius, planes[k, at : at + size])
-
-    for y in range(size):
-        at = (pad + y) * size
-        if radius:
-            for k in range(channels):
-                _blur(planes[k], at, steps[1], blur_weights, radius, blurred[k])
-            red, green, blue = blurred[0], blurred[channels // 2], blurred[channels - 1]
+            for c in range(channels):
+                _blur(
+                    work.line[c],
+                    pad,
+                    work.steps[0],
+                    work.blur_weights,
+                    radius,
+                    work.planes[c, at : at + size],
+                )
         else:
-            red = planes[0, at : at + size]
-            green, blue = planes[channels // 2, at : at + size], planes[channels - 1, at : at + size]
-        _deliver(red, green, blue, recipe.solarize[i], scale, shift, out[y])
+            _deliver(red, second, third, recipe.solarize[i], work.scale, work.shift, out[y])
+    if radius:
+        for y in range(size):
+            at = (pad + y) * size
+            for c in range(channels):
+                line = work.line[c, pad : pad + size]
+                _blur(work.planes[c], at, work.steps[1], work.blur_weights, radius, line)
+            _deliver(red, second, third, recipe.solarize[i], work.scale, work.shift, out[y])
 
 
 def _views(
     start: int, stop: int, pixels: Pixels, recipes: Any, taps: int, steps: Any, norm: Floats, outs: Any
 ) -> None:
+    """The views of images start to stop; compiled below."""
     size, pad = outs[0].shape[1], taps // 2 + 1
-    planes = np.zeros((3, (size + 2 * pad) * size), np.float32)  # rows of zeros above and below: the blur's border
-    work = (
-        np.empty(size, np.int64),
-        np.empty((size, 4), np.float32),
-        np.empty(size, np.int64),
-        np.empty((size, 4), np.float32),
-        np.zeros(size + 2 * pad, np.float32),
-        np.empty((3, size), np.float32),
-        np.empty(pad + 1, np.float32),
-        steps,
-        norm[0],
-        norm[1],
+    work = Work(
+        planes=np.zeros((3, (size + 2 * pad) * size), np.float32),
+        line=np.zeros((3, size + 2 * pad), np.float32),
+        rows=np.empty(size, np.int64),
+        row_weights=np.empty((size, 4), np.float32),
+        columns=np.empty(size, np.int64),
+        column_weights=np.empty((size, 4), np.float32),
+        blur_weights=np.empty(pad + 1, np.float32),
+        blur_taps=taps,
+        steps=steps,
+        scale=norm[0],
+        shift=norm[1],
     )
     for i in range(start, stop):
         box = pixels.box[i]
         image = numba.carray(_pointer(pixels.address[i]), (box[2], 3 * box[3]), np.uint8)
         for k in range(len(outs)):
-            _view(image, box, i, recipes[k], taps, planes, work, outs[k][i])
+            _view(image, box, i, recipes[k], work, outs[k][i])
 
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 try:
-    _views = numba.njit(cache=True, **_OPTIONS)(_views)
-except RuntimeError:  # "cannot cache function: no locator available": no folder to keep the code in
-    _views = numba.njit(**_OPTIONS)(_views)
+    _views = numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)(_views)
+except RuntimeError:  # "cannot cache function: no locator available": each process compiles anew
+    _views = _compiled(_views)
 
 
 def recipe(params: ViewParams) -> Recipe:
