@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart quickstart-data test test-slow lint clean
 
-SHARDS := $(foreach split,train val,datasets/quickstart-shards/$(split)/manifest.json)
-quickstart: .venv/main.done $(SHARDS)  ## watch BYOL learn on this machine
+quickstart: .venv/main.done quickstart-data  ## watch BYOL learn on this machine
 	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
+
+quickstart-data: $(foreach split,train val,datasets/quickstart-shards/$(split)/manifest.json)
 
 datasets/quickstart-images: | .venv/main.done
 	$(BIN)/python tools/quickstart_images.py $@

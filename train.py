@@ -1,9 +1,9 @@
 """Pre-trains an encoder with BYOL. One file, read top to bottom:
 
-    settings → world → data → model → resume → loop → results
+settings → world → data → model → resume → loop → results
 
-    python train.py --config configs/quickstart.yaml
-    torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=runs/r50 --resume auto
+python train.py --config configs/quickstart.yaml
+torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=runs/r50 --resume auto
 """
 
 import argparse
@@ -41,9 +41,15 @@ class Stop:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument("--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH")
     parser.add_argument(
-        "--allow-change", action="append", default=[], metavar="KEY", help="resume although this setting differs"
+        "--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH"
+    )
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="resume although this setting differs",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
@@ -78,14 +84,18 @@ def describe(config: schema.Config) -> str:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
     lines.append(f"# peak learning rate: {config.peak_lr:g}")
-    lines.append(f"# images per rank and micro-batch: {config.images_per_rank(world_size)} on {world_size} rank(s)")
+    lines.append(
+        f"# images per rank and micro-batch: {config.images_per_rank(world_size)} on {world_size} rank(s)"
+    )
     try:
         images, origin = len(open_source(config.data.path)), config.data.path
     except ValueError:
         images, origin = config.data.expected_images or 0, "data.expected_images; data.path is not there"
     if images:
         lines.append(f"# images: {images} ({origin})")
-        lines.append(f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}")
+        lines.append(
+            f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}"
+        )
     else:
         lines.append(f"# steps: unknown until data.path={config.data.path} is there")
     return "\n".join(lines)
@@ -111,7 +121,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         if precision == "auto":
             precision = "bf16" if on_gpu else "fp32"
         if not on_gpu:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.size))
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
         torch.backends.cudnn.benchmark = on_gpu
         torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
@@ -148,7 +159,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
 
         # ------------------------------------------------------------------------------------------ resume
         out.mkdir(parents=True, exist_ok=True)
-        found, state = find_checkpoint(out, resume)
+        found, state = find_checkpoint(out, resume, world)
         step, seconds_before, knn_untrained = 0, 0.0, None
         if found:
             check_same_run(config, source.fingerprint, found, state, allowed)
@@ -215,8 +226,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             )
             if config.data.expected_images not in (None, len(source)):
                 display.say(
-                    f"the recipe was written for {config.data.expected_images} images, {config.data.path} holds "
-                    f"{len(source)}: the schedules follow the latter"
+                    f"the recipe was written for {config.data.expected_images} images, {config.data.path} "
+                    f"holds {len(source)}: the schedules follow the latter"
                 )
             if step == 0:
                 knn_untrained = evaluate(untrained=True)
@@ -252,8 +263,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     loss = distributed.all_reduce_mean(loss_sum, world).item() / (step - logged_step)
                     if not finite and precision != "fp16":  # fp16 lowers its scale and goes on
                         raise FloatingPointError(
-                            f"a loss or gradient is not finite after step {logged_step}; nothing was updated by it. "
-                            "Lower optimizer.base_lr, or set train.precision=fp32"
+                            f"a loss or gradient is not finite after step {logged_step}; nothing was updated by "
+                            "it. Lower optimizer.base_lr, or set train.precision=fp32"
                         )
                     seconds = time.monotonic() - logged_at
                     row = {
@@ -284,7 +295,9 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             save()
             if stopping:
                 number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
-                display.say(f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto")
+                display.say(
+                    f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto"
+                )
                 return 128 + number
             knn_trained = evaluate()
             if log:
@@ -324,23 +337,31 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
         )
 
 
-def find_checkpoint(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from and its state; (None, {}) for a new run."""
-    from model import checkpoint
+def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to continue from and its state; (None, {}) for a new run. Rank 0 chooses for all."""
+    from model import checkpoint, distributed
 
     if resume not in (None, "auto"):
         return Path(resume), checkpoint.load(Path(resume))
-    path, state, damaged = checkpoint.load_newest(out)
-    if resume is None and (path or damaged):
-        raise ValueError(
-            f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
-            "or choose another run.out"
-        )
-    for sentence in damaged:
-        print(f"warning: {sentence}; passed over", file=sys.stderr)
-    if damaged and path is None:
-        raise ValueError(f"run.out={out} holds damaged checkpoints only; restore one, or choose another run.out")
-    return path, state
+    path: Path | None = None
+    state: dict[str, Any] = {}
+    if world.is_main:
+        path, state, damaged = checkpoint.load_newest(out)
+        if resume is None and (path or damaged):
+            raise ValueError(
+                f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
+                "or choose another run.out"
+            )
+        for sentence in damaged:
+            print(f"warning: {sentence}; passed over", file=sys.stderr)
+        if damaged and path is None:
+            raise ValueError(
+                f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out"
+            )
+    chosen = distributed.broadcast_object(path, world)
+    if chosen and not world.is_main:
+        state = checkpoint.load(chosen)  # fails by name where the ranks do not share run.out
+    return chosen, state
 
 
 # What may not change within a run; everything else (paths, threads, logging, precision) may.
@@ -409,7 +430,9 @@ def knn_accuracy(
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
-        ids = share(source, min(2048, len(source)) // world.size * world.size)  # as many batches on every rank
+        ids = share(
+            source, min(2048, len(source)) // world.size * world.size
+        )  # as many batches on every rank
         evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config))
     classes = int(max(source.labels.max(), queries.labels.max())) + 1
     accuracy = evaluate.knn_accuracy(

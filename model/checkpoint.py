@@ -13,7 +13,7 @@ import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
 from safetensors.torch import save as to_safetensors
@@ -83,7 +83,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             with temporary.open("wb") as file:
                 file.write(b"\0" * _HEADER_BYTES)
                 body = _Hashing(file)
-                torch.save(state, body)
+                torch.save(state, cast(BinaryIO, body))
                 file.seek(0)
                 file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
         except RuntimeError as error:  # what torch.save makes of a full disk
@@ -123,7 +123,7 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     Returns:
         Its path (None if there is none), its state, and one sentence for each damaged one that was passed over.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in _newest_first(folder):
         try:
             return path, load(path), damaged

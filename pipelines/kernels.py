@@ -98,7 +98,11 @@ def _four_pixels(_context: Any, line: Any, columns: Any, weights: Any, x: Any, r
             pixels.append(limit(limit(total, ">", 0.0), "<", 1.0))
         low = [shuffle(pixels[i], pixels[i + 1], [0, 4, 1, 5]) for i in (0, 2)]
         high = [shuffle(pixels[i], pixels[i + 1], [2, 6, 2, 6]) for i in (0, 2)]
-        channels = shuffle(*low, [0, 1, 4, 5]), shuffle(*low, [2, 3, 6, 7]), shuffle(*high, [0, 1, 4, 5])
+        channels = (
+            shuffle(low[0], low[1], [0, 1, 4, 5]),
+            shuffle(low[0], low[1], [2, 3, 6, 7]),
+            shuffle(high[0], high[1], [0, 1, 4, 5]),
+        )
         for target, channel in zip(arrays[4:], channels, strict=True):
             builder.store(channel, place(target, arrays[3]), align=4)
         return context.get_dummy_value()
@@ -295,9 +299,9 @@ def _deliver(
 
 
 class Recipe(NamedTuple):
-    """One view of N samples in the kernel's terms; made from ViewParams by `recipe`."""
+    """One view of N decoded images, in the kernels' terms."""
 
-    window: npt.NDArray[np.int64]  # (N, 4) top, left, height, width in the stored image
+    window: npt.NDArray[np.int64]  # (N, 4) top, left, height, width in what was decoded
     flip: npt.NDArray[np.bool_]
     order: npt.NDArray[np.uint8]  # (N, 4) colour operations, _NOTHING without jitter
     value: Floats  # (N, 4) by operation
@@ -307,58 +311,53 @@ class Recipe(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """Decoded images, each the whole or a part of a stored one: uint8 (height, width, 3) at an address."""
+    """N decoded images, each the whole or a part of a stored one: uint8 (height, width, 3) at an address."""
 
     address: npt.NDArray[np.int64]  # (N,)
     box: npt.NDArray[np.int64]  # (N, 4) top, left, height, width of what was decoded
 
 
 class Work(NamedTuple):
-    """Memory of one thread, and what is the same for all views; pad rows and pixels stay zero: the blur's border."""
+    """A thread's memory, and what is the same for all views. The pad at every end stays zero: the blur's border."""
 
-    planes: Floats  # (3, (size + 2 pad) * size) rows of each channel, pad rows above and below
-    line: Floats  # (3, size + 2 pad) a row of each channel, pad pixels left and right
-    rows: npt.NDArray[np.int64]  # (size,) first tap, with its weights, along the height
+    planes: Floats  # (3, (pad + size + pad) * size) rows of each channel
+    line: Floats  # (3, pad + size + pad) one row of each channel
+    rows: npt.NDArray[np.int64]  # (size,) first taps along the height
     row_weights: Floats  # (size, 4)
-    columns: npt.NDArray[np.int64]
+    columns: npt.NDArray[np.int64]  # the same along the width
     column_weights: Floats
     blur_weights: Floats  # (pad + 1,)
-    blur_taps: int
-    steps: npt.NDArray[
-        np.int64
-    ]  # 1 and size. As constants the compiler would know that rows of taps overlap, carry
-    #                               loads from pixel to pixel and not vectorise: five times slower.
+    # 1 and size: as a constant, the 1 would tell the compiler that neighbours share taps; it then carries them from
+    # pixel to pixel and does not vectorise, which is five times slower.
+    steps: npt.NDArray[np.int64]
     scale: Floats  # (3,) normalisation: x scale + shift
     shift: Floats
 
 
 @_compiled
-def _resize(image: Any, top: int, left: int, height: int, width: int, flip: bool, operations: Any, values: Floats,
-            work: Work) -> Any:  # fmt: skip
-    """First walk: the window, resized, with the colour operations before contrast, to work.planes; its means (3,)."""
-    size = len(work.rows)
-    pad = len(work.blur_weights) - 1
+def _channels(planes: Floats, at: int, size: int) -> Any:
+    return planes[0, at : at + size], planes[1, at : at + size], planes[2, at : at + size]
+
+
+@_compiled
+def _resize(image: Any, window: Any, flip: bool, operations: Any, values: Floats, work: Work) -> Any:
+    """First walk: the window, resized, with the operations drawn before contrast, to work.planes; its means (3,)."""
+    top, left, height, width = window[0], window[1], window[2], window[3]
+    size, pad = len(work.rows), len(work.blur_weights) - 1
     _cubic_taps(height, size, False, 1 / 255, work.rows, work.row_weights)
     _cubic_taps(width, size, flip, 1.0, work.columns, work.column_weights)
     line = np.zeros(3 * (width + 2 * _MARGIN) + 1, np.float32)
-    interior = line[3 * _MARGIN : 3 * (_MARGIN + width)]
+    inside = line[3 * _MARGIN : 3 * (_MARGIN + width)]
     start, stop = 3 * left, 3 * (left + width)
     sums = np.zeros(3)
     for y in range(size):
-        first = work.rows[y] - _MARGIN
-        a = image[
-            top + min(max(first, 0), height - 1), start:stop
-        ]  # outside the window: any row, its weight is 0
+        first = work.rows[y] - _MARGIN  # a row outside the window weighs 0: any other is as good
+        a = image[top + min(max(first, 0), height - 1), start:stop]
         b = image[top + min(max(first + 1, 0), height - 1), start:stop]
         c = image[top + min(max(first + 2, 0), height - 1), start:stop]
         d = image[top + min(max(first + 3, 0), height - 1), start:stop]
-        _blend_rows(a, b, c, d, work.row_weights[y], interior)
-        at = (pad + y) * size
-        red, green, blue = (
-            work.planes[0, at : at + size],
-            work.planes[1, at : at + size],
-            work.planes[2, at : at + size],
-        )
+        _blend_rows(a, b, c, d, work.row_weights[y], inside)
+        red, green, blue = _channels(work.planes, (pad + y) * size, size)
         _blend_columns(line, work.columns, work.column_weights, red, green, blue)
         _color(red, green, blue, operations, values)
         sums[0] += _sum(red)
@@ -368,73 +367,45 @@ def _resize(image: Any, top: int, left: int, height: int, width: int, flip: bool
 
 
 @_compiled
-def _view(image: Any, box: Any, i: int, recipe: Recipe, work: Work, out: Floats) -> None:
-    """View i of `recipe`, to out (size, 3 * size).
-
-    Args:
-        image: uint8 (height, 3 * width), what was decoded: `box` (4,) of the stored image.
-        i: which sample.
-        recipe: all samples' parameters.
-        work: memory.
-        out: float32.
-    """
-    size = len(out)
-    pad = len(work.blur_weights) - 1
-    order, values = recipe.order[i], recipe.value[i]
+def _view(image: Any, recipe: Recipe, i: int, taps: int, work: Work, out: Floats) -> None:
+    """View i of `recipe`: image uint8 (height, 3 * width), out float32 (size, 3 * size)."""
+    size, pad = len(out), len(work.blur_weights) - 1
+    order, values, solarize = recipe.order[i], recipe.value[i], recipe.solarize[i]
     place = 0
     while place < 4 and order[place] != CONTRAST:
         place += 1
-    contrast = values[CONTRAST] if place < 4 else _ONE
-    top, left, height, width = (
-        recipe.window[i, 0],
-        recipe.window[i, 1],
-        recipe.window[i, 2],
-        recipe.window[i, 3],
-    )
-    means = _resize(
-        image, top - box[0], left - box[1], height, width, recipe.flip[i], order[:place], values, work
-    )  # fmt: skip
-    radius = _blur_taps(recipe.sigma[i], work.blur_taps, work.blur_weights)
+    factor = values[CONTRAST] if place < 4 else _ONE
+    means = _resize(image, recipe.window[i], recipe.flip[i], order[:place], values, work)
+
+    radius = _blur_taps(recipe.sigma[i], taps, work.blur_weights)
     channels = 1 if recipe.gray[i] else 3
-    red, green, blue = (
-        work.line[0, pad : pad + size],
-        work.line[1, pad : pad + size],
-        work.line[2, pad : pad + size],
-    )
+    red, green, blue = _channels(work.line, pad, size)
     second, third = (red, red) if channels == 1 else (green, blue)
     for y in range(size):
-        at = (pad + y) * size
-        for c in range(3):
-            mean = np.float32(means[c])
-            _contrast(work.planes[c, at : at + size], contrast, mean, work.line[c, pad : pad + size])
+        rows = _channels(work.planes, (pad + y) * size, size)
+        _contrast(rows[0], factor, np.float32(means[0]), red)
+        _contrast(rows[1], factor, np.float32(means[1]), green)
+        _contrast(rows[2], factor, np.float32(means[2]), blue)
         _color(red, green, blue, order[place + 1 :], values)
         if channels == 1:
             _gray(red, green, blue)
         if radius:
             for c in range(channels):
-                _blur(
-                    work.line[c],
-                    pad,
-                    work.steps[0],
-                    work.blur_weights,
-                    radius,
-                    work.planes[c, at : at + size],
-                )
+                _blur(work.line[c], pad, work.steps[0], work.blur_weights, radius, rows[c])
         else:
-            _deliver(red, second, third, recipe.solarize[i], work.scale, work.shift, out[y])
+            _deliver(red, second, third, solarize, work.scale, work.shift, out[y])
     if radius:
+        lines = (red, green, blue)
         for y in range(size):
-            at = (pad + y) * size
             for c in range(channels):
-                line = work.line[c, pad : pad + size]
-                _blur(work.planes[c], at, work.steps[1], work.blur_weights, radius, line)
-            _deliver(red, second, third, recipe.solarize[i], work.scale, work.shift, out[y])
+                _blur(work.planes[c], (pad + y) * size, work.steps[1], work.blur_weights, radius, lines[c])
+            _deliver(red, second, third, solarize, work.scale, work.shift, out[y])
 
 
 def _views(
     start: int, stop: int, pixels: Pixels, recipes: Any, taps: int, steps: Any, norm: Floats, outs: Any
 ) -> None:
-    """The views of images start to stop; compiled below."""
+    """All views of images start to stop; compiled below."""
     size, pad = outs[0].shape[1], taps // 2 + 1
     work = Work(
         planes=np.zeros((3, (size + 2 * pad) * size), np.float32),
@@ -444,16 +415,15 @@ def _views(
         columns=np.empty(size, np.int64),
         column_weights=np.empty((size, 4), np.float32),
         blur_weights=np.empty(pad + 1, np.float32),
-        blur_taps=taps,
         steps=steps,
         scale=norm[0],
         shift=norm[1],
     )
     for i in range(start, stop):
-        box = pixels.box[i]
-        image = numba.carray(_pointer(pixels.address[i]), (box[2], 3 * box[3]), np.uint8)
+        height, width = pixels.box[i, 2], pixels.box[i, 3]
+        image = numba.carray(_pointer(pixels.address[i]), (height, 3 * width), np.uint8)
         for k in range(len(outs)):
-            _view(image, box, i, recipes[k], work, outs[k][i])
+            _view(image, recipes[k], i, taps, work, outs[k][i])
 
 
 try:
@@ -462,20 +432,19 @@ except RuntimeError:  # "cannot cache function: no locator available": each proc
     _views = _compiled(_views)
 
 
-def recipe(params: ViewParams) -> Recipe:
-    """N drawn views as the kernel takes them."""
-    window = np.stack([params.top, params.left, params.height, params.width], 1).astype(np.int64)
+def _recipe(params: ViewParams, box: npt.NDArray[np.int64]) -> Recipe:
     value = np.empty((len(params), 4), np.float32)
     value[:, BRIGHTNESS], value[:, CONTRAST] = params.brightness, params.contrast
     value[:, SATURATION], value[:, HUE] = params.saturation, params.hue
+    top, left = params.top - box[:, 0], params.left - box[:, 1]
     return Recipe(
-        window=window,
-        flip=np.ascontiguousarray(params.flip),
-        order=np.where(params.jitter[:, None], params.order, np.uint8(_NOTHING)),
+        window=np.stack([top, left, params.height, params.width], 1).astype(np.int64),
+        flip=np.ascontiguousarray(params.flip, np.bool_),
+        order=np.where(params.jitter[:, None], params.order, _NOTHING).astype(np.uint8),
         value=value,
-        gray=np.ascontiguousarray(params.gray),
-        sigma=np.where(params.blur, params.sigma, np.float32(0)).astype(np.float32),
-        solarize=np.ascontiguousarray(params.solarize),
+        gray=np.ascontiguousarray(params.gray, np.bool_),
+        sigma=np.where(params.blur, params.sigma, 0).astype(np.float32),
+        solarize=np.ascontiguousarray(params.solarize, np.bool_),
     )
 
 
@@ -490,18 +459,24 @@ def make_views(
 
     Args:
         pixels: the decoded images; the caller keeps their memory alive.
-        params: N drawn views each, whose windows lie inside the images' boxes.
+        params: for each view, N drawn ones; their windows lie inside the images' boxes.
         augment: size, mean and std.
-        outs: for each of `params` a C-contiguous float32 (N, size, size, 3), to which the normalised views go.
+        outs: for each view a C-contiguous float32 (N, size, size, 3); the normalised pixels go there.
         pool: threads to share the work; None for the caller's own.
+
+    Raises:
+        ValueError: a window is not inside its image's box. (The kernels read memory without checks.)
     """
     n, size = len(pixels.address), augment.size
+    recipes = tuple(_recipe(drawn, pixels.box) for drawn in params)
+    for window in (recipe.window for recipe in recipes):
+        if (window[:, :2] < 0).any() or (window[:, 2:] < 1).any():
+            raise ValueError("a window begins outside its image, or is empty")
+        if (window[:, :2] + window[:, 2:] > pixels.box[:, 2:]).any():
+            raise ValueError("a window reaches beyond its image")
     std = np.array(augment.std)
     norm = np.array([1 / std, -np.array(augment.mean) / std], np.float32)
-    # Numbers the compiler must not see: knowing a step of 1 it carries loads from pixel to pixel, not vectorised.
-    steps = np.array([1, size])
-    recipes = tuple(recipe(drawn) for drawn in params)
-    rows = tuple(out.reshape(n, size, 3 * size) for out in outs)
+    steps, rows = np.array([1, size]), tuple(out.reshape(n, size, 3 * size) for out in outs)
 
     def work(start: int, stop: int) -> None:
         _views(start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -136,10 +137,8 @@ class Loader:
         """Stops the thread; batches made ahead are dropped."""
         self._stop.set()
         while self._thread.is_alive():
-            try:
+            with suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
-            except queue.Empty:
-                pass
 
     def __enter__(self) -> "Loader":
         return self
@@ -207,7 +206,9 @@ class Loader:
             return str(error)
         expected = int(self._source.heights[number]), int(self._source.widths[number])
         if (header.height, header.width) != expected:
-            return f"is {header.height} x {header.width} pixels, the manifest says {expected[0]} x {expected[1]}"
+            return (
+                f"is {header.height} x {header.width} pixels, the manifest says {expected[0]} x {expected[1]}"
+            )
         return None
 
     def _count_corrupt(self, number: int, reason: str) -> None:

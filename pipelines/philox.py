@@ -71,4 +71,4 @@ def uniform(
     seed: int, epoch: int, ids: npt.NDArray[np.integer], stream: int, slots: int
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers in [0, 1), multiples of 2**-32, shape (slots, N); arguments as `random_bits`."""
-    return random_bits(seed, epoch, ids, stream, slots) * 2.0**-32
+    return np.ldexp(random_bits(seed, epoch, ids, stream, slots).astype(np.float64), -32)

@@ -24,7 +24,9 @@ GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
 class TorchBackend:
     """Decodes and augments one batch on the CPU, in a pool of threads, and moves the result to the device."""
 
-    def __init__(self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
         """
         Args:
             augment: size of the views, mean and std.
@@ -51,19 +53,21 @@ class TorchBackend:
         Raises:
             UndecodableError: names the images of the batch that do not decode.
         """
-        images = list(self._pool.map(_decode_or_reason, encoded))
-        bad = {i: image for i, image in enumerate(images) if isinstance(image, str)}
-        if bad:
-            raise UndecodableError(bad)
+        size, taps = self._augment.size, self._augment.blur_taps
 
-        def work(i: int) -> tuple[Tensor, Tensor]:
+        def work(i: int) -> tuple[Tensor, Tensor] | str:
+            try:
+                image = decode(encoded[i])
+            except ValueError as error:
+                return str(error)
             row = slice(i, i + 1)
-            return (
-                apply(images[i], params1[row], self._augment.size, self._augment.blur_taps),
-                apply(images[i], params2[row], self._augment.size, self._augment.blur_taps),
-            )
+            return apply(image, params1[row], size, taps), apply(image, params2[row], size, taps)
 
-        both = list(self._pool.map(work, range(len(encoded))))
+        results = list(self._pool.map(work, range(len(encoded))))
+        reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
+        if reasons:
+            raise UndecodableError(reasons)
+        both = [result for result in results if not isinstance(result, str)]
         mean, std = torch.tensor(self._augment.mean), torch.tensor(self._augment.std)
 
         def deliver(views: list[Tensor]) -> Tensor:
@@ -92,13 +96,6 @@ def decode(encoded: bytes) -> Tensor:
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"does not decode: {error}") from None
-
-
-def _decode_or_reason(encoded: bytes) -> Tensor | str:
-    try:
-        return decode(encoded)
-    except ValueError as error:
-        return str(error)
 
 
 def apply(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
@@ -239,9 +236,7 @@ def _rgb_to_hsv(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     v = image.amax(-1)
     spread = v - image.amin(-1)
     safe = torch.where(spread > 0, spread, 1)
-    sector = torch.where(
-        v == r, (g - b) / safe, torch.where(v == g, (b - r) / safe + 2, (r - g) / safe + 4)
-    )
+    sector = torch.where(v == r, (g - b) / safe, torch.where(v == g, (b - r) / safe + 2, (r - g) / safe + 4))
     h = torch.where(spread > 0, sector / 6, 0.0) % 1.0
     s = torch.where(v > 0, spread / torch.where(v > 0, v, 1), 0.0)
     return h, s, v

@@ -26,7 +26,9 @@ class ViewParams:
     width: npt.NDArray[np.int32]
     flip: npt.NDArray[np.bool_]
     jitter: npt.NDArray[np.bool_]  # whether the next five fields apply
-    order: npt.NDArray[np.uint8]  # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
+    order: npt.NDArray[
+        np.uint8
+    ]  # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
     brightness: npt.NDArray[np.float32]  # added, range [0, 1]
     contrast: npt.NDArray[np.float32]  # factor about the per-channel mean
     saturation: npt.NDArray[np.float32]  # factor in HSV

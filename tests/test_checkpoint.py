@@ -11,13 +11,20 @@ from model.checkpoint import CheckpointError
 
 
 def state(step: int) -> dict:
-    return {"step": step, "model": {"w": torch.arange(6.0).view(2, 3) + step}, "config": {"a": [1, None, "x"]}}
+    return {
+        "step": step,
+        "model": {"w": torch.arange(6.0).view(2, 3) + step},
+        "config": {"a": [1, None, "x"]},
+    }
 
 
 def test_round_trip_and_keep(tmp_path: Path) -> None:
     for step in (5, 10, 15):
         checkpoint.save(tmp_path, step, state(step), keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000000010.pt", "checkpoint-000000015.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint-000000010.pt",
+        "checkpoint-000000015.pt",
+    ]
     path, loaded, damaged = checkpoint.load_newest(tmp_path)
     assert path == tmp_path / "checkpoint-000000015.pt" and damaged == []
     assert loaded["step"] == 15 and loaded["config"] == {"a": [1, None, "x"]}
@@ -71,7 +78,9 @@ def test_failed_write_leaves_the_last_checkpoint_and_no_temporary(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(tmp_path, 1, state(1), keep=1)
-    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full")))
+    monkeypatch.setattr(
+        torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full"))
+    )
     with pytest.raises(OSError, match="cannot be written"):
         checkpoint.save(tmp_path, 2, state(2), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000001.pt"]

@@ -47,7 +47,9 @@ class Damaged(SyntheticSource):
         return self._damage.get(i, lambda data: data)(super().read(i))
 
 
-def take(config: Config, steps: int, source: SyntheticSource | None = None, **options: object) -> list[list[Batch]]:
+def take(
+    config: Config, steps: int, source: SyntheticSource | None = None, **options: object
+) -> list[list[Batch]]:
     backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
     with Loader(config, source or Damaged({}), backend, **options) as loader:  # type: ignore[arg-type]
         batches = iter(loader)
@@ -73,7 +75,8 @@ def test_ranks_and_micro_batches_share_the_same_global_batch(ranks: int, accumul
     """Together they see the same samples with the same pixels as one rank alone."""
     alone = take(make_config(), 2)
     parts = [
-        take(make_config(train={"accumulation": accumulation}), 2, rank=rank, world_size=ranks) for rank in range(ranks)
+        take(make_config(train={"accumulation": accumulation}), 2, rank=rank, world_size=ranks)
+        for rank in range(ranks)
     ]
     for step in range(2):
         rows = [parts[rank][step][micro] for micro in range(accumulation) for rank in range(ranks)]
@@ -141,7 +144,7 @@ def test_error_while_reading_reaches_the_step() -> None:
         raise OSError("shard gone")
 
     with pytest.raises(OSError, match="shard gone"):
-        take(make_config(), 5, Damaged({i: fail for i in range(N)}))
+        take(make_config(), 5, Damaged(dict.fromkeys(range(N), fail)))
 
 
 def test_batch_larger_than_the_data_set() -> None:

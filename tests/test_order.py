@@ -34,7 +34,13 @@ def test_random_bits_have_addresses() -> None:
     base = random_bits(1, 2, ids, 0, 6)
     assert base.shape == (6, 3) and len(np.unique(base)) == 18
     assert np.array_equal(base[:3, 2:], random_bits(1, 2, ids[2:], 0, 3))
-    for other in ((2, 2, ids, 0), (1 + 2**32, 2, ids, 0), (1, 3, ids, 0), (1, 2, ids, 1), (1, 2, ids, ORDER_STREAM)):
+    for other in (
+        (2, 2, ids, 0),
+        (1 + 2**32, 2, ids, 0),
+        (1, 3, ids, 0),
+        (1, 2, ids, 1),
+        (1, 2, ids, ORDER_STREAM),
+    ):
         assert not (random_bits(*other, 6) == base).any()
 
 

@@ -119,7 +119,9 @@ AUGMENT = AugmentConfig(
 def test_backend_applies_drawn_parameters_and_normalises() -> None:
     encoded = _jpegs(3)
     ids, heights, widths = np.arange(3), np.full(3, 40), np.full(3, 50)
-    params = [draw(view, 0, 0, ids, i, heights, widths) for i, view in enumerate((AUGMENT.view1, AUGMENT.view2))]
+    params = [
+        draw(view, 0, 0, ids, i, heights, widths) for i, view in enumerate((AUGMENT.view1, AUGMENT.view2))
+    ]
     backend = TorchBackend(AUGMENT, torch.device("cpu"), torch.float32, threads=2)
     views = backend(encoded, *params)
     for view, drawn in zip(views, params, strict=True):

@@ -63,7 +63,11 @@ class Run:
 
     def __call__(self, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
         return subprocess.run(
-            self.command(*arguments, ranks=ranks), env=environment(), capture_output=True, text=True, timeout=120
+            self.command(*arguments, ranks=ranks),
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
 
     def rows(self) -> list[dict]:
@@ -83,7 +87,9 @@ def run(tmp_path: Path, images: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Run, subprocess.CompletedProcess]:
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, images: Path
+) -> tuple[Run, subprocess.CompletedProcess]:
     """One whole run of 8 steps, on DALI where it is installed."""
     run = Run(tmp_path_factory.mktemp("finished"), images, backend="auto")
     return run, run()
@@ -108,7 +114,11 @@ def test_exported_encoder_is_the_online_encoder(finished: tuple[Run, subprocess.
     run, _ = finished
     exported = load_file(run.out / "encoder.safetensors")
     make_encoder("resnet8", "cifar").load_state_dict(exported)
-    online = {k.removeprefix("online.encoder."): v for k, v in run.weights().items() if k.startswith("online.encoder.")}
+    online = {
+        k.removeprefix("online.encoder."): v
+        for k, v in run.weights().items()
+        if k.startswith("online.encoder.")
+    }
     assert exported.keys() == online.keys()
     assert all(torch.equal(exported[key], online[key]) for key in online)
 
@@ -122,7 +132,9 @@ def test_interrupted_run_continues_to_the_bit(run: Run, images: Path, tmp_path: 
     assert whole().returncode == 0
     ours, theirs = run.weights(), whole.weights()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    losses = [{r["step"]: r["loss"] for r in x.rows() if r.get("loss") and r["step"] > 4} for x in (run, whole)]
+    losses = [
+        {r["step"]: r["loss"] for r in x.rows() if r.get("loss") and r["step"] > 4} for x in (run, whole)
+    ]
     assert losses[0] == losses[1]
 
 
@@ -192,7 +204,11 @@ def test_mistake_is_one_line(arguments: list[str], part: str, run: Run) -> None:
 
 def test_batch_that_ranks_cannot_share(run: Run) -> None:
     done = subprocess.run(
-        run.command(), env={**environment(), "WORLD_SIZE": "3", "RANK": "0"}, capture_output=True, text=True, timeout=60
+        run.command(),
+        env={**environment(), "WORLD_SIZE": "3", "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
     assert done.returncode == 2
     assert "train.batch_size=8 is not divisible by 3 ranks" in done.stderr

@@ -46,7 +46,13 @@ def test_window_reaches_every_edge_equally(views: tuple[ViewParams, ViewParams])
 
 @pytest.mark.parametrize(
     ("field", "expected"),
-    [("flip", (0.5, 0.5)), ("jitter", (0.8, 0.8)), ("gray", (0.2, 0.2)), ("blur", (1.0, 0.1)), ("solarize", (0.0, 0.2))],
+    [
+        ("flip", (0.5, 0.5)),
+        ("jitter", (0.8, 0.8)),
+        ("gray", (0.2, 0.2)),
+        ("blur", (1.0, 0.1)),
+        ("solarize", (0.0, 0.2)),
+    ],
 )
 def test_probabilities(field: str, expected: tuple, views: tuple[ViewParams, ViewParams]) -> None:
     for view, probability in zip(views, expected, strict=True):
@@ -56,14 +62,22 @@ def test_probabilities(field: str, expected: tuple, views: tuple[ViewParams, Vie
 
 @pytest.mark.parametrize(
     ("field", "low", "high"),
-    [("brightness", -0.4, 0.4), ("contrast", 0.6, 1.4), ("saturation", 0.8, 1.2), ("hue", -0.1, 0.1), ("sigma", 0.1, 2)],
+    [
+        ("brightness", -0.4, 0.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.8, 1.2),
+        ("hue", -0.1, 0.1),
+        ("sigma", 0.1, 2),
+    ],
 )
 def test_ranges(field: str, low: float, high: float, views: tuple[ViewParams, ViewParams]) -> None:
     deciles = np.linspace(0, 1, 11)
     for view in views:
         values = getattr(view, field)
         assert values.min() >= np.float32(low) and values.max() <= np.float32(high)
-        assert np.abs(np.quantile(values, deciles) - (low + (high - low) * deciles)).max() < 0.01 * (high - low)
+        assert np.abs(np.quantile(values, deciles) - (low + (high - low) * deciles)).max() < 0.01 * (
+            high - low
+        )
 
 
 def test_all_24_orders_are_equally_likely(views: tuple[ViewParams, ViewParams]) -> None:
@@ -78,7 +92,9 @@ def test_views_epochs_and_samples_are_independent(views: tuple[ViewParams, ViewP
         first, second, other = (getattr(v, name).astype(float) for v in (*views, later))
         for a, b in ((first, second), (first, other), (first[:-1], first[1:])):
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.016
-    both = np.stack([getattr(views[0], n).astype(float) for n in ("flip", "jitter", "gray", "brightness", "hue", "left")])
+    both = np.stack(
+        [getattr(views[0], n).astype(float) for n in ("flip", "jitter", "gray", "brightness", "hue", "left")]
+    )
     assert np.abs(np.corrcoef(both) - np.eye(6)).max() < 0.016
 
 
@@ -91,7 +107,12 @@ def test_a_sample_is_drawn_alike_in_any_batch(views: tuple[ViewParams, ViewParam
 
 def test_one_pixel_image() -> None:
     view = draw(VIEW1, 0, 0, IDS, 0, np.ones(N, int), np.ones(N, int))
-    assert (view.height == 1).all() and (view.width == 1).all() and (view.top == 0).all() and (view.left == 0).all()
+    assert (
+        (view.height == 1).all()
+        and (view.width == 1).all()
+        and (view.top == 0).all()
+        and (view.left == 0).all()
+    )
 
 
 def test_slice_keeps_rows_together(views: tuple[ViewParams, ViewParams]) -> None:

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipelines.encoded import MAX_PIXELS
+from pipelines.order import global_batch
 from pipelines.originals import Entry, Listing, list_originals
 from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, index_tar, join
 from pipelines.writer import Done, Job, Unusable, interrupts_ignored, make_shard, read_note, start_worker
@@ -52,7 +53,8 @@ def parse_split(text: str | None) -> dict[str, float]:
 
 def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) -> dict[str, list[Job]]:
     """Which entry goes to which shard: a pure function of the source's names and sizes and the settings."""
-    order = np.random.default_rng(args.seed).permutation(len(listing.entries))
+    number = len(listing.entries)
+    order = global_batch(args.seed, 0, 0, number, number)  # the same with every release of numpy
     bounds = np.rint(np.cumsum([0.0, *split.values()]) * len(order)).astype(int)
     jobs: dict[str, list[Job]] = {}
     for (name, share), start, stop in zip(split.items(), bounds[:-1], bounds[1:], strict=True):
