@@ -37,9 +37,7 @@ _ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5,
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
 _TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 _TABLE = 1024  # the reference tabulates the cubic kernel in so many steps between two pixels
-_NEGLIGIBLE = (
-    1e-6  # a blur tap that much lighter than the centre is dropped; all dropped ones weigh below 2e-6
-)
+_NEGLIGIBLE = 1e-6  # a blur tap lighter than the centre by this factor is dropped; together they weigh < 2e-6
 _MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
 _NOTHING = 255  # in the place of a colour operation
 _CHUNK = 16  # images that a thread takes at a time
