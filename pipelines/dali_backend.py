@@ -33,9 +33,7 @@ from pipelines.torch_backend import GRAY_WEIGHTS, UndecodableError, decode
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
-_TOGETHER = (
-    64  # images that are decoded before their views are made: what fits in the cache is not read twice
-)
+TOGETHER = 64  # images that are decoded before their views are made: what fits in the cache is not read twice
 _PER_VIEW = ("start", "end", "matrix", "mean_matrix", "offset", "blur", "sigma", "window", "solarize")
 
 
@@ -56,7 +54,10 @@ class DaliBackend:
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self.pool = (
+            ThreadPoolExecutor(threads) if threads > 1 else None
+        )  # makes views; None: the caller's thread
+        self._decoded: Any = None
         self._free: list[npt.NDArray[np.float32]] = []
 
     def __call__(
@@ -97,17 +98,19 @@ class DaliBackend:
 
     def _on_cpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
         views = [self._memory(len(encoded)), self._memory(len(encoded))]
-        for start in range(0, len(encoded), _TOGETHER):
-            rows = slice(start, start + _TOGETHER)
-            part1, part2 = params1[rows], params2[rows]
-            box = _union(part1, part2)
-            inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
-            (images,) = self._run(encoded[rows], inputs)
-            address = np.array([images[i].data_ptr() for i in range(len(box))])
-            make_views(
-                Pixels(address, box), (part1, part2), self._augment, [v[rows] for v in views], self._pool
-            )
+        for start in range(0, len(encoded), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            params = params1[rows], params2[rows]
+            pixels = self.decode(encoded[rows], *params)
+            make_views(pixels, params, self._augment, [view[rows] for view in views], self.pool)
         return [torch.from_numpy(view) for view in views]
+
+    def decode(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> Pixels:
+        """On the CPU: what the windows cover of at most TOGETHER images; DALI's memory until the next call."""
+        box = _union(params1, params2)
+        inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
+        (self._decoded,) = self._run(encoded, inputs)
+        return Pixels(np.array([self._decoded[i].data_ptr() for i in range(len(box))]), box)
 
     def _memory(self, count: int) -> npt.NDArray[np.float32]:
         """(count, size, size, 3): memory whose tensors are gone is used again, new pages cost 0.1 ms an image."""
