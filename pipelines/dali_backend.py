@@ -1,16 +1,23 @@
-"""The DALI graph: encoded images in, two normalised views out, on the GPU or the CPU from one definition.
+"""DALI decodes; on the CPU compiled kernels make the views, on the GPU DALI's own operators do.
 
-    encoded ─► decode ─┬─► window → bicubic → flip ─► colour ─► blur? ─► solarize? ─► normalise ─► view 1
-    ViewParams ────────┴─► ...                                                                 ─► view 2
+    CPU   encoded ─► decode what the two windows cover ─► pipelines/kernels.py: the whole view, exact ─► view 1, view 2
+    GPU   encoded ─► decode ─► window → bicubic → flip ─► colour ─► blur? ─► solarize? ─► normalise ─► view 1, view 2
 
-An image is decoded once. Every number comes in from outside (`pipelines.views` draws them): the graph has no random
-operator. Colour is one affine map per image, out = A x + B mean(x) + c, composed in `color_affine` from the drawn
-operations in their drawn order. That is exact for brightness, contrast and grey; saturation and hue, which the
-reference defines in HSV, become their linear counterparts about the luma, and clipping happens once at the end
-instead of after each operation. tests/test_backends.py measures the difference to the reference.
+An image is decoded once. Every number comes in from outside (`pipelines.views` draws them): nothing here is random.
+
+On the CPU the pixels are those of pipelines/torch_backend.py to 1e-5 (tests/test_backends.py). DALI decodes in its
+threads and hands over addresses, the kernels run in a pool of as many threads without the GIL. They are not operators
+in the graph (DALI's numba_function), because those are compiled anew, for a second or more, whenever a graph is built.
+
+On the GPU they are **not exact yet**. Colour is one affine map per image, out = A x + B mean(x) + c, composed in
+`color_affine` from the drawn operations in their drawn order: exact for brightness, contrast and grey, while saturation
+and hue become their linear counterparts about the luma, and clipping happens once at the end. The cubic resize repeats
+the window's edge pixel instead of dropping taps, and the blur drops taps beyond 3 sigma.
 """
 
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,27 +28,37 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from configs.schema import AugmentConfig
+from pipelines.kernels import Pixels, make_views
 from pipelines.torch_backend import GRAY_WEIGHTS, UndecodableError, decode
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
 _DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
+TOGETHER = 64  # images that are decoded before their views are made: what fits in the cache is not read twice
 _PER_VIEW = ("start", "end", "matrix", "mean_matrix", "offset", "blur", "sigma", "window", "solarize")
 
 
 class DaliBackend:
     """Decodes and augments one batch with DALI; same interface and same parameters as TorchBackend."""
 
-    def __init__(self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
         """
         Args:
             augment: size of the views, mean and std.
             device: "cuda": decoding by nvJPEG and all the rest on that GPU; "cpu": everything on the CPU.
-            dtype: float32, float16 or bfloat16 (DALI has no bfloat16: float32, then converted on the device).
-            threads: CPU threads of DALI.
+            dtype: float32, float16 or bfloat16. The kernels make float32 and DALI has no bfloat16: what is missing
+                is converted at the end, on the device.
+            threads: CPU threads that decode and, on the CPU, augment.
         """
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
+        self.pool = (
+            ThreadPoolExecutor(threads) if threads > 1 else None
+        )  # makes views; None: the caller's thread
+        self._decoded: Any = None
+        self._free: list[npt.NDArray[np.float32]] = []
 
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
@@ -60,43 +77,81 @@ class DaliBackend:
         Raises:
             UndecodableError: names the images of the batch that do not decode. The backend stays usable.
         """
-        if self._pipeline is None or len(encoded) > self._batch_size:
-            self._batch_size = len(encoded)
-            self._pipeline = build(self._augment, self._device, self._dtype, self._batch_size, self._threads)
-        inputs: dict[str, Any] = {"encoded": [np.frombuffer(data, np.uint8) for data in encoded]}
-        for view, params in (("1", params1), ("2", params2)):
-            for name, value in _arguments(params, self._augment).items():
-                inputs[name + view] = value
+        make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         try:
-            for name, value in inputs.items():
-                self._pipeline.feed_input(name, value)
-            outputs = self._pipeline.run()
+            views = make(encoded, params1, params2)
         except RuntimeError:
             self._pipeline = None  # a pipeline that raised cannot be used again
             reasons = _undecodable(encoded)
             if not reasons:
                 raise
             raise UndecodableError(reasons) from None
-        first, second = (self._deliver(output) for output in outputs)
+        first, second = (view.to(self._dtype).permute(0, 3, 1, 2) for view in views)
         return first, second
 
-    def _deliver(self, output: Any) -> Tensor:
-        """DALI's (N, size, size, 3) memory as an NCHW tensor, without a copy unless the dtype changes."""
-        return torch.from_dlpack(output.as_tensor()).to(self._dtype).permute(0, 3, 1, 2)
+    def _on_gpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
+        inputs: dict[str, Any] = {}
+        for view, params in (("1", params1), ("2", params2)):
+            for name, value in _arguments(params, self._augment).items():
+                inputs[name + view] = value
+        return [torch.from_dlpack(output.as_tensor()) for output in self._run(encoded, inputs)]
+
+    def _on_cpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
+        views = [self._memory(len(encoded)), self._memory(len(encoded))]
+        for start in range(0, len(encoded), TOGETHER):
+            rows = slice(start, start + TOGETHER)
+            params = params1[rows], params2[rows]
+            pixels = self.decode(encoded[rows], *params)
+            make_views(pixels, params, self._augment, [view[rows] for view in views], self.pool)
+        return [torch.from_numpy(view) for view in views]
+
+    def decode(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> Pixels:
+        """On the CPU: what the windows cover of at most TOGETHER images; DALI's memory until the next call."""
+        box = _union(params1, params2)
+        inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
+        (self._decoded,) = self._run(encoded, inputs)
+        return Pixels(np.array([self._decoded[i].data_ptr() for i in range(len(box))]), box)
+
+    def _memory(self, count: int) -> npt.NDArray[np.float32]:
+        """(count, size, size, 3): memory whose tensors are gone is used again, new pages cost 0.1 ms an image."""
+        shape = count, self._augment.size, self._augment.size, 3
+        while self._free:
+            memory = self._free.pop()
+            if memory.shape == shape:
+                break
+        else:
+            memory = np.empty(shape, np.float32)
+        view = memory[:]  # torch.from_numpy keeps this object as long as any tensor shows its memory
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return view
+
+    def _run(self, encoded: Sequence[bytes], inputs: dict[str, Any]) -> Any:
+        if self._pipeline is None or len(encoded) > self._batch_size:
+            self._batch_size = len(encoded)
+            self._pipeline = build(self._augment, self._device, self._dtype, self._batch_size, self._threads)
+        self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
+        for name, value in inputs.items():
+            self._pipeline.feed_input(name, value)
+        return self._pipeline.run()
 
 
 def build(
     augment: AugmentConfig, device: torch.device, dtype: torch.dtype, batch_size: int, threads: int
 ) -> Pipeline:
-    """The compiled graph. Output memory is DALI's and is freed with the tensors that show it (exec_dynamic)."""
+    """The compiled graph: views on the GPU, decoded windows on the CPU.
+
+    On the GPU output memory is freed with the tensors that show it (exec_dynamic); on the CPU it is used again by the
+    next run, when the kernels are done with it.
+    """
+    on_gpu = device.type == "cuda"
     graph = _graph(
         augment=augment,
-        on="gpu" if device.type == "cuda" else "cpu",
+        on="gpu" if on_gpu else "cpu",
         dtype=_DTYPES.get(dtype, types.FLOAT),
         batch_size=batch_size,
         num_threads=threads,
-        device_id=(device.index or 0) if device.type == "cuda" else None,
-        exec_dynamic=True,
+        device_id=(device.index or 0) if on_gpu else None,
+        exec_dynamic=on_gpu,
         prefetch_queue_depth=1,  # the loader's own thread runs ahead of the training step
     )
     graph.build()
@@ -106,13 +161,23 @@ def build(
 @pipeline_def(enable_conditionals=True)
 def _graph(augment: AugmentConfig, on: str, dtype: Any) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-    image = fn.decoders.image(
-        encoded,
-        device="mixed" if on == "gpu" else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,  # the manifest's sizes, and the windows drawn from them, ignore EXIF
-    )
+    # The manifest's sizes, and the windows drawn from them, ignore EXIF.
+    options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
+    if on == "cpu":
+        start, shape = (
+            fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape")
+        )
+        return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
+    image = fn.decoders.image(encoded, device="mixed", **options)
     return _view(image, "1", augment, dtype), _view(image, "2", augment, dtype)
+
+
+def _union(params1: ViewParams, params2: ViewParams) -> npt.NDArray[np.int64]:
+    """(N, 4): top, left, height, width of the smallest part of each image that holds both its windows."""
+    top, left = np.minimum(params1.top, params2.top), np.minimum(params1.left, params2.left)
+    bottom = np.maximum(params1.top + params1.height, params2.top + params2.height)
+    right = np.maximum(params1.left + params1.width, params2.left + params2.width)
+    return np.stack([top, left, bottom - top, right - left], 1).astype(np.int64)
 
 
 def _view(image: Any, index: str, augment: AugmentConfig, dtype: Any) -> Any:

@@ -1,0 +1,231 @@
+"""The compiled kernels against the torch back end and the reference's own numbers: each operation, alone and composed.
+
+Ceilings are for float32 in [0, 1]. Where both compute in float32 they differ by rounding (a few 1e-7 an operation); the
+blur leaves out taps lighter than 1e-6 of the centre. An 8-bit level is 3.9e-3.
+"""
+
+import importlib.util
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numba.core import caching
+
+from configs.schema import AugmentConfig, ViewConfig
+from pipelines import kernels, torch_backend
+from pipelines.kernels import Pixels, make_views
+from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
+
+PLAIN = ViewConfig(blur=0, solarize=0)
+
+
+def params_of(count: int, height: int, width: int, **changes: object) -> ViewParams:
+    """The whole of `count` images, with no operation but what `changes` says."""
+    zeros, off = np.zeros(count, np.int32), np.zeros(count, bool)
+    value = np.zeros(count, np.float32)
+    params = ViewParams(
+        top=zeros, left=zeros, height=zeros + height, width=zeros + width, flip=off, jitter=off,
+        order=np.tile(np.arange(4, dtype=np.uint8), (count, 1)), brightness=value, contrast=value + 1,
+        saturation=value + 1, hue=value, gray=off, blur=off, sigma=value + 1, solarize=off,
+    )  # fmt: skip
+    arrays = {
+        name: np.full(count, change) if np.ndim(change) == 0 else change for name, change in changes.items()
+    }
+    return replace(params, **arrays)
+
+
+def augment_of(size: int) -> AugmentConfig:
+    return AugmentConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1), view1=PLAIN, view2=PLAIN)
+
+
+def run(
+    images: list[np.ndarray],
+    params: ViewParams,
+    augment: AugmentConfig,
+    pool: ThreadPoolExecutor | None = None,
+) -> np.ndarray:
+    """(N, size, size, 3) of whole images uint8 (H, W, 3)."""
+    box = np.array([[0, 0, *image.shape[:2]] for image in images])
+    pixels = Pixels(np.array([image.ctypes.data for image in images]), box)
+    out = np.full((len(images), augment.size, augment.size, 3), np.nan, np.float32)
+    make_views(pixels, [params], augment, [out], pool)
+    return out
+
+
+def expected(images: list[np.ndarray], params: ViewParams, augment: AugmentConfig) -> np.ndarray:
+    views = [
+        torch_backend.apply(torch.from_numpy(image), params[i : i + 1], augment.size, augment.blur_taps)
+        for i, image in enumerate(images)
+    ]
+    return torch.cat(views).numpy()
+
+
+def pictures(count: int, height: int, width: int) -> list[np.ndarray]:
+    """Smooth colours with noise, black, white and grey patches: every branch of HSV, and both clips."""
+    rng = np.random.default_rng(height * 1000 + width)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    out = []
+    for _ in range(count):
+        waves = [np.sin(6 * (a * y + b * x) + c) for a, b, c in rng.uniform(-1, 1, (3, 3))]
+        image = 127 + 140 * np.stack(waves, 2) + rng.normal(0, 20, (height, width, 3))
+        image[: height // 4, : width // 4] = rng.choice([0, 255, 90])
+        out.append(image.clip(0, 255).astype(np.uint8))
+    return out
+
+
+@pytest.fixture(scope="module")
+def reference(fixtures: Path) -> dict[str, np.ndarray]:
+    with np.load(fixtures / "augment.npz") as data:
+        return dict(data)
+
+
+@pytest.mark.parametrize("size", [32, 64, 224])
+def test_resize_equals_reference(size: int, fixtures: Path) -> None:
+    with np.load(fixtures / "resize.npz") as data:
+        image, wanted = data["in_u8"], data[f"out{size}"]
+    ours = run([image], params_of(1, *image.shape[:2]), augment_of(size))[0]
+    assert np.abs(ours[: wanted.shape[0], : wanted.shape[1]] - wanted).max() < 1e-5
+
+
+OPERATIONS = {
+    "brightness/-0.4": {"brightness": -0.4}, "brightness/0.4": {"brightness": 0.4},
+    "contrast/0.6": {"contrast": 0.6}, "contrast/1.4": {"contrast": 1.4},
+    "saturation/0.8": {"saturation": 0.8}, "saturation/1.2": {"saturation": 1.2},
+    "hue/-0.1": {"hue": -0.1}, "hue/0.1": {"hue": 0.1},
+    "gray": {"gray": True}, "solarize": {"solarize": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_equals_reference(name: str, reference: dict[str, np.ndarray]) -> None:
+    """At the image's own size the resize is the identity; the other jitter values are neutral."""
+    image = reference["in_u8"]
+    params = params_of(1, 48, 48, jitter="/" in name, **OPERATIONS[name])
+    assert np.abs(run([image], params, augment_of(48))[0] - reference[name]).max() < 1e-5
+
+
+def test_blur_equals_reference(reference: dict[str, np.ndarray]) -> None:
+    """5 taps belong to 48 pixels; the 23 of the other numbers are asked of the kernel directly."""
+    image = reference["in_u8"]
+    ours = run([image], params_of(1, 48, 48, blur=True, sigma=1.0), augment_of(48))[0]
+    assert np.abs(ours - reference["blur5/1.0"]).max() < 1e-5
+    for sigma in (0.1, 1.0, 2.0):
+        ours = run_with_taps(image, params_of(1, 48, 48, blur=True, sigma=sigma), 23)
+        assert np.abs(ours - reference[f"blur23/{sigma}"]).max() < 1e-5
+
+
+def test_composition_equals_reference(reference: dict[str, np.ndarray]) -> None:
+    params = params_of(
+        1, 48, 48, jitter=True, order=np.array([[CONTRAST, HUE, SATURATION, BRIGHTNESS]], np.uint8),
+        contrast=1.3, hue=0.07, saturation=0.85, brightness=-0.2, blur=True, sigma=1.5, solarize=True,
+    )  # fmt: skip
+    ours = run_with_taps(reference["in_u8"], params, 23)
+    assert np.abs(ours - reference["compose"]).max() < 1e-5
+
+
+def run_with_taps(image: np.ndarray, params: ViewParams, taps: int) -> np.ndarray:
+    class Augment:
+        size, mean, std, blur_taps = 48, (0, 0, 0), (1, 1, 1), taps
+
+    return run([image], params, Augment())[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [8, 13, 24, 32, 45, 224])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (40, 1), (2, 3), (37, 61), (260, 190)])
+def test_windows_of_any_shape(size: int, height: int, width: int) -> None:
+    """Random windows, flips and every operation, enlarging and reducing, sizes that no vector length divides."""
+    count = 6
+    images = pictures(count, height, width)
+    sides = np.full(count, height), np.full(count, width)
+    view = ViewConfig(blur=0.7, solarize=0.5, jitter=0.9, gray=0.2)
+    params = draw(view, size, 0, np.arange(count), 0, *sides)
+    augment = augment_of(size)
+    assert np.abs(run(images, params, augment) - expected(images, params, augment)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "name", ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "flip"]
+)
+def test_each_operation_over_its_range(name: str) -> None:
+    count = 16
+    images = pictures(count, 50, 70)
+    grid = {
+        "brightness": np.linspace(-1, 1, count), "contrast": np.linspace(0, 2, count),
+        "saturation": np.linspace(0, 2, count), "hue": np.linspace(-0.5, 0.5, count),
+    }  # fmt: skip
+    changes: dict[str, object] = (
+        {"jitter": True, name: grid[name].astype(np.float32)} if name in grid else {name: True}
+    )
+    if name == "blur":
+        changes["sigma"] = np.linspace(0.05, 5, count, dtype=np.float32)
+    params, augment = params_of(count, 50, 70, **changes), augment_of(64)
+    ours = run(images, params, augment)
+    assert np.abs(ours - expected(images, params, augment)).max() < 5e-6
+    assert np.abs(ours - run(images, params_of(count, 50, 70), augment)).max() > 0.01
+
+
+def test_every_order_of_the_colour_operations() -> None:
+    count = len(JITTER_ORDERS)
+    images = pictures(count, 40, 40)
+    params = params_of(
+        count, 40, 40, jitter=True, order=JITTER_ORDERS, brightness=np.float32(0.3), contrast=np.float32(1.4),
+        saturation=np.float32(1.2), hue=np.float32(-0.08),
+    )  # fmt: skip
+    augment = augment_of(40)
+    ours = run(images, params, augment)
+    assert np.abs(ours - expected(images, params, augment)).max() < 5e-6
+    of_one = run(images[:1] * count, params, augment)
+    apart = [np.abs(a - b).max() for a, b in itertools.combinations(of_one, 2)]
+    assert (
+        sum(distance < 1e-3 for distance in apart) == 6
+    )  # 12 orders have hue beside saturation: these two commute
+
+
+def test_part_of_an_image_gives_what_the_whole_gives() -> None:
+    """Pixels may be a part: what lies outside the window is never read, and what was decoded around it has no say."""
+    (image,), augment = pictures(1, 90, 80), augment_of(32)
+    params = params_of(1, 41, 33, top=30, left=20)
+    part = np.ascontiguousarray(image[25:80, 18:60])
+    out = np.empty((1, 32, 32, 3), np.float32)
+    make_views(Pixels(np.array([part.ctypes.data]), np.array([[25, 18, 55, 42]])), [params], augment, [out])
+    assert np.array_equal(out, run([image], params, augment))
+
+
+@pytest.mark.parametrize("change", [{"top": 50}, {"left": -1}, {"height": 61}, {"width": 0}])
+def test_window_outside_the_pixels_is_refused(change: dict[str, int]) -> None:
+    params = replace(params_of(1, 60, 60), **{name: np.full(1, value) for name, value in change.items()})
+    with pytest.raises(ValueError, match="window"):
+        run(pictures(1, 60, 60), params, augment_of(16))
+
+
+def test_normalisation() -> None:
+    images = pictures(3, 30, 30)
+    augment = AugmentConfig(size=30, view1=PLAIN, view2=PLAIN)
+    params = params_of(3, 30, 30)
+    plain = (expected(images, params, augment) - np.array(augment.mean)) / np.array(augment.std)
+    assert np.abs(run(images, params, augment) - plain).max() < 1e-5
+
+
+def test_threads_and_batch_do_not_matter() -> None:
+    count = 50
+    images, augment = pictures(count, 33, 47), augment_of(32)
+    sides = np.full(count, 33), np.full(count, 47)
+    params = draw(ViewConfig(blur=0.5, solarize=0.2), 0, 0, np.arange(count), 0, *sides)
+    alone = [run(images[i : i + 1], params[i : i + 1], augment)[0] for i in range(count)]
+    with ThreadPoolExecutor(3) as pool:
+        assert np.array_equal(run(images, params, augment, pool), np.stack(alone))
+
+
+def test_without_a_cache_folder_it_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba raises where neither the package's folder nor the user's can be written."""
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    spec = importlib.util.spec_from_file_location("kernels_without_cache", kernels.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module._views.stats.cache_path is None
+    assert kernels._views.stats.cache_path is not None
