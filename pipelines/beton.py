@@ -97,7 +97,8 @@ class BetonSource:
         Its rows are in no order, and an empty region has the same pointer as the one that follows it: the largest
         size counts.
         """
-        starts = np.append(np.unique(self._pointers[rows]), layout.table)
+        starts = np.sort(np.append(self._pointers[rows], layout.table))  # np.unique takes .4 s of a million
+        starts = starts[np.append(True, starts[1:] != starts[:-1])]
         found = np.zeros(len(starts), np.uint64)
         for _, piece in _pieces(layout, ALLOCATION, layout.table, layout.allocations):
             pointer = piece["pointer"].view(np.int64)
