@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from configs.schema import AugmentConfig, Config, ViewConfig
-from pipelines.beton import ALLOCATION, FIELD, HEADER, IMAGE, INT_TYPE, TYPES, BetonSource
+from pipelines.beton import ALLOCATION, FIELD, HEADER, IMAGE, IMAGE_TYPE, INT_TYPE, TYPES, BetonSource
 from pipelines.encoded import inspect
 from pipelines.loader import Batch, Loader, make_backend
 from pipelines.sources import Source, open_source
@@ -27,7 +27,7 @@ from pipelines.views import draw
 
 CPU = torch.device("cpu")
 PAGE = 1 << 21
-JSON_TYPE, CUSTOM_TYPE = 5, 255
+JSON_TYPE = 5
 
 
 class Sample(NamedTuple):
@@ -43,7 +43,9 @@ class Sample(NamedTuple):
 def write_beton(
     path: Path, samples: Sequence[Sample], types: Sequence[int] = (2, 1), shuffle_table: bool = False
 ) -> Path:
-    """A file of one page per 2 MiB, as the format's description says. JSON fields hold an empty region."""
+    """A file as the format's description says. JSON fields hold an empty region; a second image field holds one
+    black pixel, a second int field 99.
+    """
     record = np.dtype([(f"f{k}", TYPES[kind][1]) for k, kind in enumerate(types)], align=True)
     metadata, table = np.zeros(len(samples), record), []
     fields = np.zeros(len(types), FIELD)
@@ -52,20 +54,23 @@ def write_beton(
     pointer = first_page = -(-start // PAGE) * PAGE
     data = bytearray()
     for i, sample in enumerate(samples):
-        if pointer % PAGE + len(sample.data) > PAGE:
+        if pointer % PAGE + len(sample.data) + 3 > PAGE:
             data += bytes(-pointer % PAGE)
             pointer = first_page + len(data)
         for k, kind in enumerate(types):
-            if kind == 2:
+            if kind in types[:k] and kind == IMAGE_TYPE:
+                metadata[i][f"f{k}"] = 1, 1, 1, pointer + len(sample.data)
+                table.append((i, pointer + len(sample.data), 3))
+            elif kind == IMAGE_TYPE:
                 metadata[i][f"f{k}"] = sample.mode, sample.width, sample.height, pointer
                 table.append((i, pointer, len(sample.data)))
             elif kind == INT_TYPE:
-                metadata[i][f"f{k}"] = sample.label
+                metadata[i][f"f{k}"] = 99 if kind in types[:k] else sample.label
             elif kind == JSON_TYPE:
                 metadata[i][f"f{k}"] = pointer, 0
                 table.append((i, pointer, 0))
-        data += sample.data
-        pointer += len(sample.data)
+        data += sample.data + bytes(3 * (types.count(IMAGE_TYPE) - 1))
+        pointer = first_page + len(data)
     data += bytes(-pointer % PAGE)
     rows = np.array(table, ALLOCATION)
     if shuffle_table:
@@ -99,7 +104,9 @@ def mixed(count: int, height: int = 0, width: int = 0) -> list[Sample]:
 
 
 @pytest.fixture
-def beton(tmp_path: Path) -> Path:
+def beton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """12 samples, read 5 at a time."""
+    monkeypatch.setattr("pipelines.beton._PIECE", 5)
     return write_beton(tmp_path / "a.beton", mixed(12))
 
 
@@ -179,8 +186,10 @@ def test_bytes_are_those_written(beton: Path) -> None:
         assert (source.heights[i], source.widths[i], source.labels[i]) == (sample.height, sample.width, i % 3)
         assert decode(source.read(i)).shape == (sample.height, sample.width, 3)
     assert source.labels.dtype == source.heights.dtype == source.widths.dtype == np.int64
-    with pytest.raises(IndexError):
-        source.read(12)
+    assert source.describe(-1) == source.describe(11)
+    for outside in (12, -13):
+        with pytest.raises(IndexError):
+            source.describe(outside)
 
 
 @pytest.mark.parametrize(
@@ -221,22 +230,25 @@ def test_a_file_whose_name_has_a_comma(tmp_path: Path) -> None:
     assert open_source(path).describe(1) == f"{path} sample 1"
 
 
-def test_fingerprint_follows_every_column_and_the_pixels(tmp_path: Path) -> None:
-    def fingerprint(**changes: object) -> str:
-        samples = mixed(6)
-        samples[2] = samples[2]._replace(**changes)
-        return BetonSource([write_beton(tmp_path / "a.beton", samples)]).fingerprint
+def test_fingerprint_follows_every_column_and_some_pixels(tmp_path: Path) -> None:
+    def fingerprint(samples: list[Sample], at: int, **changes: object) -> str:
+        changed = [*samples[:at], samples[at]._replace(**changes), *samples[at + 1 :]]
+        return BetonSource([write_beton(tmp_path / "a.beton", changed)]).fingerprint
 
-    original = mixed(6)[2]
+    few, many = mixed(6), mixed(200, 20, 31)  # of the 200, number 2 is not among those whose bytes are read
+    black = bytes(3 * 20 * 31)
+    assert fingerprint(few, 2) == fingerprint(few, 2) != fingerprint(few, 2, data=bytes(len(few[2].data)))
     variants = [
-        fingerprint(),
-        fingerprint(label=9),
-        fingerprint(data=bytes(len(original.data))),
-        fingerprint(height=original.width, width=original.height),
-        fingerprint(mode=0),
+        fingerprint(many, 2),
+        fingerprint(many, 3, data=jpeg(20, 31, 77)),
+        fingerprint(many, 2, label=9),
+        fingerprint(many, 2, height=31, width=20),
+        fingerprint(many, 2, height=10, width=62),
+        fingerprint(many, 2, mode=0),
+        fingerprint(many, 2, mode=0, height=1),
+        fingerprint(many, 2, mode=0, data=black[1:]),
     ]
     assert len(set(variants)) == len(variants)
-    assert fingerprint() == variants[0]
 
 
 def test_threads_forks_and_pickles_read_the_same(beton: Path) -> None:
@@ -344,6 +356,7 @@ DAMAGE: list[tuple[str, Callable[[bytearray], None], str]] = [
         poke("<Q", TABLE + 16, 1859),
         "sample 0: its raw image has not 3 x height x width bytes",
     ),
+    ("raw too narrow", poke("<H", METADATA + 1, 30), "sample 0: its raw image has not 3 x height x width"),
     ("raw too wide", poke("<H", METADATA + 1, 32), "sample 0: its raw image has not 3 x height x width"),
 ]
 
@@ -359,11 +372,22 @@ def test_damage_is_refused_by_name(damage: Callable[[bytearray], None], message:
     assert str(beton) in str(caught.value)
 
 
-def test_the_damaged_one_of_several_files_is_named(beton: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (poke("<Q", FIRST_POINTER + 7 * 24, 0), r"b\.beton sample 7: its image lies inside the header"),
+        (poke("<Q", TABLE + 7 * 24 + 16, 0), r"b\.beton sample 7: its image has no bytes"),
+        (poke("<Q", TABLE + 7 * 24 + 16, 9000), r"b\.beton sample 7: its image reaches into the next"),
+        (poke("<H", METADATA + 6 * 24 + 1, 30), r"b\.beton sample 6: its raw image has not"),
+    ],
+)
+def test_the_damaged_one_of_several_files_is_named(
+    damage: Callable[[bytearray], None], message: str, beton: Path, tmp_path: Path
+) -> None:
     damaged = bytearray(beton.read_bytes())
-    poke("<Q", FIRST_POINTER + 3 * 24, 0)(damaged)
+    damage(damaged)
     (tmp_path / "b.beton").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"b\.beton sample 3: its image lies inside the header"):
+    with pytest.raises(ValueError, match=message):
         BetonSource([beton, tmp_path / "b.beton"])
 
 
