@@ -4,12 +4,15 @@ A decoder is handed bytes only after they passed here: DALI's CPU decoder ends t
 or non-image samples in batches of 64 and more. Nothing is decoded; a damaged interior is for `convert.prove`.
 """
 
+import re
 from typing import NamedTuple
 
 MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 2 * (1 GiB / 4 / 3)
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PPM = b"P6"
+_PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # width, height; as beton.py writes it
 _EOI = b"\xff\xd9"
 _IEND = b"IEND\xaeB`\x82"
 _TAIL = 65536  # bytes at the end that are searched for the end marker before the whole file is
@@ -30,22 +33,25 @@ class ImageHeader(NamedTuple):
 
 
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Reads the header of a JPEG or PNG and checks that its end is there.
+    """Reads the header of a JPEG, PNG or binary PPM and checks that its end is there.
 
-    Bytes after the end marker are tolerated: decoders ignore them.
+    Bytes after the end marker are tolerated: decoders ignore them. A PPM, raw pixels of a .beton, has no end
+    marker: its header is accepted in one form only, and its size must fit to the byte.
 
     Args:
         data: The whole encoded image.
         max_pixels: Largest height x width that is accepted.
 
     Raises:
-        ValueError: Empty, not JPEG or PNG, cut short, zero size, more than `max_pixels`, or a kind that no
+        ValueError: Empty, not JPEG, PNG or PPM, cut short, zero size, more than `max_pixels`, or a kind that no
             common decoder reads (lossless or hierarchical JPEG, 12-bit JPEG); the message is the reason.
     """
     if data[:2] == _JPEG:
         header = _inspect_jpeg(data)
     elif data[:8] == _PNG:
         header = _inspect_png(data)
+    elif data[:2] == _PPM:
+        header = _inspect_ppm(data)
     else:
         raise ValueError("not a JPEG or PNG" if data else "empty")
     pixels = header.height * header.width
@@ -122,3 +128,18 @@ def _inspect_png(data: bytes) -> ImageHeader:
     if data.rfind(_IEND, max(33, len(data) - _TAIL)) < 0 and data.find(_IEND, 33) < 0:
         raise ValueError("cut short: PNG has no end chunk (IEND)")
     return ImageHeader("png", height, width, _PNG_CHANNELS[colour], 8 if colour == 3 else bits)
+
+
+def _inspect_ppm(data: bytes) -> ImageHeader:
+    match = _PPM_HEADER.match(data)
+    if not match:
+        raise ValueError("PPM header is not 'P6', 'WIDTH HEIGHT' and '255' on a line each")
+    width, height = map(int, match.groups())
+    expected = match.end() + 3 * height * width
+    if len(data) < expected:
+        raise ValueError(
+            f"cut short: PPM of {len(data):,} bytes, {height} x {width} pixels need {expected:,}"
+        )
+    if len(data) > expected:
+        raise ValueError(f"PPM has {len(data) - expected:,} bytes after its pixels")
+    return ImageHeader("ppm", height, width, 3, 8)

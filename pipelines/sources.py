@@ -1,4 +1,4 @@
-"""Where encoded images come from: one interface over tars, a folder and made-up images.
+"""Where encoded images come from: one interface over tars, .beton files, a folder and made-up images.
 
     len(source), source.read(i) -> bytes, source.labels | heights | widths, source.describe(i)
 
@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from pipelines.beton import BetonSource
 from pipelines.encoded import inspect
 from pipelines.shards import MANIFEST, Manifest
 
@@ -53,7 +54,9 @@ class Source(Protocol):
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens what `path` names: a folder of shards, a folder of images, or "synthetic:NUM:HxW".
+    """Opens what `path` names: a folder of shards, a folder of images, .beton files, or "synthetic:NUM:HxW".
+
+    Several .beton files, separated by commas, are one data set in that order.
 
     Raises:
         ValueError: It is none of these, or the data set is damaged; names the path and the remedy.
@@ -65,10 +68,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"data path {text!r}: synthetic images are written synthetic:NUM:HxW")
         return SyntheticSource(*map(int, match.groups()))
     folder = Path(text)
+    files = [text] if folder.exists() else [part.strip() for part in text.split(",")]
+    if any(file.endswith(".beton") for file in files):
+        return BetonSource(files)
     if not folder.exists():
         raise ValueError(f"data path {text!r} does not exist: make it with tools/make_shards.py SRC {text}")
-    if folder.suffix == ".beton":
-        raise ValueError(f"data path {text!r}: .beton files are not supported: use tools/make_shards.py")
     if not folder.is_dir():
         raise ValueError(f"data path {text!r} is a file: name the folder of a data set, or of images")
     if (folder / MANIFEST).exists():
@@ -77,6 +81,8 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         raise ValueError(
             f"data path {text!r} holds tars without {MANIFEST}: run tools/make_shards.py --index {text}"
         )
+    if any(folder.glob("*.beton")):
+        raise ValueError(f"data path {text!r} holds .beton files: name them instead, separated by commas")
     return FolderSource(folder)
 
 

@@ -37,6 +37,7 @@ WHOLE = encode()
         (encode("RGBA", kind="PNG"), ("png", 24, 40, 4, 8)),
         (encode("P", kind="PNG"), ("png", 24, 40, 3, 8)),
         (encode("I;16", kind="PNG"), ("png", 24, 40, 1, 16)),
+        (encode(kind="PPM"), ("ppm", 24, 40, 3, 8)),
     ],
 )
 def test_reads_the_header(data: bytes, expected: tuple[str, int, int, int, int]) -> None:
@@ -77,6 +78,17 @@ def test_bytes_after_the_end_are_tolerated(tail: bytes) -> None:
         (WHOLE.replace(struct.pack(">HH", 24, 40), b"\xff\xdc\xff\xdc"), "above the limit of 178,956,970"),
         (encode(kind="PNG")[:-4], "no end chunk"),
         (encode(kind="PNG")[:20], "cut short"),
+        (encode(kind="PPM")[:-1], "cut short: PPM of 2,892 bytes, 24 x 40 pixels need 2,893"),
+        (encode(kind="PPM") + b"\n", "PPM has 1 bytes after its pixels"),
+        (b"P6\n1 1\n65535\n" + bytes(6), "PPM header is not"),
+        (b"P6\n1 1\n127\n" + bytes(3), "PPM header is not"),
+        (b"P6\n0 1\n255\n", "PPM header is not"),
+        (b"P6\n-1 1\n255\n", "PPM header is not"),
+        (b"P6\n#\n1 1\n255\n" + bytes(3), "PPM header is not"),
+        (b"P6 1 1 255\n" + bytes(3), "PPM header is not"),
+        (b"P6", "PPM header is not"),
+        (b"P5\n1 1\n255\n0", "not a JPEG or PNG"),
+        (b"P6\n99999 99999\n255\n", "cut short"),
     ],
 )
 def test_refuses_with_the_reason(data: bytes, reason: str) -> None:
@@ -84,17 +96,17 @@ def test_refuses_with_the_reason(data: bytes, reason: str) -> None:
         inspect(data)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "PPM"])
 def test_every_cut_is_noticed(kind: str) -> None:
     data = encode(kind=kind)
     for length in range(len(data)):
-        with pytest.raises(ValueError, match=r"cut short|empty|not a JPEG or PNG|no end"):
+        with pytest.raises(ValueError, match=r"cut short|empty|not a JPEG or PNG|no end|PPM header"):
             inspect(data[:length])
 
 
 @given(st.binary(max_size=60), st.integers(0, len(WHOLE) - 1))
 def test_any_bytes_give_a_header_or_a_value_error(junk: bytes, at: int) -> None:
-    for data in (junk, b"\xff\xd8" + junk, WHOLE[:at] + junk + WHOLE[at + len(junk) :]):
+    for data in (junk, b"\xff\xd8" + junk, b"P6\n" + junk, WHOLE[:at] + junk + WHOLE[at + len(junk) :]):
         try:
             header = inspect(data)
         except ValueError:

@@ -139,17 +139,27 @@ def test_synthetic() -> None:
 
 def test_refused_paths(tmp_path: Path, images: Path) -> None:
     (tmp_path / "x.beton").write_bytes(b"")
+    (tmp_path / "folder.beton").mkdir()
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above/images").symlink_to(images)
+    (tmp_path / "betons").mkdir()
+    (tmp_path / "betons/a.beton").write_bytes(b"")
     (tmp_path / "empty").mkdir()
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars/a.tar").write_bytes(b"")
     (images / "class0/readme.txt").write_text("hi")
     cases: list[tuple[Path | str, str]] = [
         (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "x.beton", "beton files are not supported"),
+        (tmp_path / "x.beton", r"x\.beton is cut short inside the header \(0 bytes\)"),
+        (tmp_path / "no.beton", r"no\.beton' does not exist"),
+        (f"{tmp_path}/x.beton,", r"x\.beton is cut short"),
+        (f"{tmp_path}/no, {tmp_path}/x.beton", r"no' does not exist: name a \.beton file"),
+        (tmp_path / "folder.beton", r"folder\.beton' cannot be read: Is a directory"),
+        (tmp_path / "betons", r"holds \.beton files: name them instead, separated by commas"),
         (images / "class0/readme.txt", "is a file"),
         (tmp_path / "empty", "holds no images"),
         (tmp_path / "tars", "make_shards.py --index"),
-        (tmp_path, "no image lies directly in a class folder|not usable"),
+        (images.parent / "above", "no image lies directly in a class folder"),
         (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
         ("synthetic:10:5", "synthetic:NUM:HxW"),
         ("synthetic:0:5x5", "NUM = 0"),

@@ -1,0 +1,254 @@
+"""FFCV's .beton files as a source, without ffcv: version 2 of the format, as ffcv 0.0.3 to 1.0.2 write it.
+
+    header 24 B | fields, 1,041 B each | one metadata record per sample | pages of data | allocation table
+
+A record holds an image's mode, size and pointer; how many bytes the image has stands only in the allocation
+table and is joined by pointer. Everything is checked at opening, in pieces, so that memory stays flat.
+"""
+
+import bisect
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+VERSION = 2
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")]
+)  # table: byte offset of the allocation table, which reaches to the end of the file
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 B
+REGION = np.dtype([("pointer", "<u8"), ("size", "<u8")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+JPEG, RAW = 0, 1  # IMAGE's mode; raw: height x width x RGB, uint8
+INT_TYPE, IMAGE_TYPE = 1, 2
+TYPES: dict[int, tuple[str, np.dtype]] = {
+    0: ("float", np.dtype("<f8")),
+    INT_TYPE: ("int", np.dtype("<i8")),
+    IMAGE_TYPE: ("RGB image", IMAGE),
+    3: ("bytes", REGION),
+    4: ("array", np.dtype("<u8")),
+    5: ("json", REGION),
+    6: ("tensor", np.dtype("<u8")),
+}  # what a metadata record holds for a field, by its type
+
+_PIECE = 1 << 14  # records that are read at a time
+_FINGERPRINTED = 64  # images whose bytes go into the fingerprint
+_REMEDY = "copy the file again, or write it again"
+
+
+class BetonSource:
+    """One or several .beton files as one data set. Read by `os.pread`: a cut file is an error, not SIGBUS.
+
+    The image is the first RGB image field, the label the first int field. An image is handed on as it is stored:
+    JPEG as its bytes, raw pixels behind a PPM header, which every decoder reads. See `sources.Source`.
+    """
+
+    classes: list[str] | None = None  # the format has no names for labels
+
+    def __init__(self, paths: Sequence[str | os.PathLike[str]]) -> None:
+        """
+        Args:
+            paths: The files, in the order of their samples.
+
+        Raises:
+            ValueError: Missing, not a .beton of version 2, unfinished, cut short, without an image field, with a
+                field of a custom type, or with an image that is not where the file says; names file and sample.
+        """
+        self._paths = [os.fspath(path) for path in paths]
+        self._descriptors: list[int] = []
+        layouts = []
+        for path in self._paths:
+            self._descriptors.append(_open(path))
+            layouts.append(_layout(path, self._descriptors[-1]))
+        self._ends = list(itertools.accumulate(layout.samples for layout in layouts))
+        total = self._ends[-1]
+        self.labels = np.full(total, -1, np.int64)
+        self.heights, self.widths = np.empty(total, np.int64), np.empty(total, np.int64)
+        self._pointers, self._sizes = np.empty(total, np.int64), np.empty(total, np.int64)
+        self._raw = np.empty(total, bool)
+        for layout, end in zip(layouts, self._ends, strict=True):
+            rows = slice(end - layout.samples, end)
+            self._read_metadata(layout, rows)
+            self._read_sizes(layout, rows)
+        self.fingerprint = self._fingerprint()
+
+    def _read_metadata(self, layout: "_Layout", rows: slice) -> None:
+        for first, piece in _pieces(layout, layout.record, layout.metadata, layout.samples):
+            image = piece[layout.image]
+            mode, pointer = image["mode"], image["pointer"]
+            layout.refuse(first, mode > RAW, "its image is neither JPEG nor raw")
+            layout.refuse(first, (image["height"] == 0) | (image["width"] == 0), "its image has no pixels")
+            layout.refuse(first, pointer < layout.metadata_end, "its image lies inside the header")
+            layout.refuse(first, pointer >= layout.table, "its image lies beyond the data")
+            part = slice(rows.start + first, rows.start + first + len(piece))
+            self.heights[part], self.widths[part] = image["height"], image["width"]
+            self._pointers[part], self._raw[part] = pointer, mode == RAW
+            if layout.label is not None:
+                self.labels[part] = piece[layout.label]
+
+    def _read_sizes(self, layout: "_Layout", rows: slice) -> None:
+        """Joins the allocation table to the images by pointer.
+
+        Its rows are in no order, and an empty region has the same pointer as the one that follows it: the largest
+        size counts.
+        """
+        starts = np.sort(np.append(self._pointers[rows], layout.table))  # np.unique takes .4 s of a million
+        starts = starts[np.append(True, starts[1:] != starts[:-1])]
+        found = np.zeros(len(starts), np.uint64)
+        for _, piece in _pieces(layout, ALLOCATION, layout.table, layout.allocations):
+            pointer = piece["pointer"].view(np.int64)
+            place = np.minimum(np.searchsorted(starts, pointer), len(starts) - 1)
+            hit = starts[place] == pointer
+            np.maximum.at(found, place[hit], piece["size"][hit])
+        for first in range(0, layout.samples, _PIECE):
+            part = slice(rows.start + first, min(rows.start + first + _PIECE, rows.stop))
+            place = np.searchsorted(starts, self._pointers[part])
+            size, room = found[place], starts[place + 1] - starts[place]
+            layout.refuse(first, size == 0, "its image has no bytes in the allocation table")
+            layout.refuse(
+                first, size > room.view(np.uint64), "its image reaches into the next, or beyond the data"
+            )
+            self._sizes[part] = size
+            unfit = self._raw[part] & (self._sizes[part] != 3 * self.heights[part] * self.widths[part])
+            layout.refuse(first, unfit, "its raw image has not 3 x height x width bytes")
+
+    def _fingerprint(self) -> str:
+        """Of labels, sizes and the bytes of a few images; where they lie, and in how many files, is no matter."""
+        digest = hashlib.sha256()
+        for column in (self.labels, self.heights, self.widths, self._sizes, self._raw):
+            digest.update(column.data)
+        for i in np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).astype(int).tolist():
+            digest.update(self.read(i))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> bytes:
+        length = int(self._sizes[i])
+        try:
+            data = os.pread(self._descriptors[self._locate(i)[0]], length, int(self._pointers[i]))
+        except OSError as error:
+            raise OSError(error.errno, f"{self.describe(i)}: {error.strerror}") from error
+        if len(data) != length:
+            raise OSError(
+                f"{self.describe(i)}: read {len(data)} of {length} bytes: the file was cut since it was opened"
+            )
+        return b"P6\n%d %d\n255\n" % (self.widths[i], self.heights[i]) + data if self._raw[i] else data
+
+    def describe(self, i: int) -> str:
+        file, number = self._locate(i)
+        return f"{self._paths[file]} sample {number}"
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The file of sample `i`, and its number there."""
+        i = range(len(self))[i]
+        file = bisect.bisect_right(self._ends, i)
+        return file, i - (self._ends[file - 1] if file else 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BetonSource, (self._paths,)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", ()):
+            os.close(descriptor)
+
+
+class _Layout(NamedTuple):
+    """What header and fields of one file say; offsets and sizes in bytes."""
+
+    path: str
+    descriptor: int
+    samples: int
+    record: np.dtype  # of the metadata
+    image: str  # member of `record`
+    label: str | None
+    metadata: int  # offset
+    metadata_end: int
+    table: int  # offset of the allocation table
+    allocations: int
+
+    def refuse(self, first: int, bad: npt.NDArray[np.bool_], reason: str) -> None:
+        """Raises ValueError if any of the samples from `first` on is bad."""
+        if bad.any():
+            sample = first + int(bad.argmax())
+            raise ValueError(f"{self.path} sample {sample}: {reason}: {_REMEDY}")
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ValueError(f"data path {path!r} does not exist: name a .beton file that does") from None
+    except OSError as error:
+        raise ValueError(f"data path {path!r} cannot be opened: {error.strerror}") from None
+
+
+def _layout(path: str, descriptor: int) -> _Layout:
+    try:
+        size = os.fstat(descriptor).st_size
+        start = os.pread(descriptor, HEADER.itemsize, 0)
+    except OSError as error:  # a folder
+        raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
+    if len(start) < HEADER.itemsize:
+        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+    header = np.frombuffer(start, HEADER)[0]
+    version, num_fields, samples, table = (int(header[k]) for k in ("version", "fields", "samples", "table"))
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is no .beton of version {VERSION}: it states {version}: write it with ffcv 1.0"
+        )
+    metadata = HEADER.itemsize + num_fields * FIELD.itemsize
+    fields = os.pread(descriptor, metadata - HEADER.itemsize, HEADER.itemsize)
+    if len(fields) < metadata - HEADER.itemsize:
+        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+    record, image, label = _members(path, np.frombuffer(fields, FIELD))
+    if not samples:
+        raise ValueError(f"{path} holds no samples")
+    metadata_end = metadata + samples * record.itemsize
+    if table == 0 or table == size:
+        raise ValueError(
+            f"{path} has no allocation table: its writer was stopped before the end: write it again"
+        )
+    if table < metadata_end:
+        raise ValueError(f"{path} is damaged: its allocation table lies inside the header: {_REMEDY}")
+    if table > size or (size - table) % ALLOCATION.itemsize:
+        raise ValueError(
+            f"{path} is cut short: it has {size:,} bytes, its allocation table begins at {table:,} and has rows "
+            f"of {ALLOCATION.itemsize}: {_REMEDY}"
+        )
+    rows = (size - table) // ALLOCATION.itemsize
+    return _Layout(path, descriptor, samples, record, image, label, metadata, metadata_end, table, rows)
+
+
+def _members(path: str, fields: np.ndarray) -> tuple[np.dtype, str, str | None]:
+    """The metadata record, and its members that hold the image and the label."""
+    names = [name.decode("ascii", "replace") for name in fields["name"].tolist()]
+    types = fields["type"].tolist()
+    for name, kind in zip(names, types, strict=True):
+        if kind not in TYPES:
+            raise ValueError(
+                f"{path}: field {name!r} has the custom type {kind}, and the size of its records is not in the "
+                "file: write it again without that field"
+            )
+    if IMAGE_TYPE not in types:
+        found = ", ".join(f"{name!r} ({TYPES[kind][0]})" for name, kind in zip(names, types, strict=True))
+        raise ValueError(f"{path} has no RGB image field, only {found or 'none at all'}: name another file")
+    record = np.dtype([(f"f{k}", TYPES[kind][1]) for k, kind in enumerate(types)], align=True)
+    label = f"f{types.index(INT_TYPE)}" if INT_TYPE in types else None
+    return record, f"f{types.index(IMAGE_TYPE)}", label
+
+
+def _pieces(layout: _Layout, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """`count` records from byte `offset` on, a piece at a time, with the number of its first record."""
+    for first in range(0, count, _PIECE):
+        length = min(_PIECE, count - first) * dtype.itemsize
+        data = os.pread(layout.descriptor, length, offset + first * dtype.itemsize)
+        if len(data) < length:
+            raise ValueError(f"{layout.path} was cut while it was being opened: {_REMEDY}")
+        yield first, np.frombuffer(data, dtype)
