@@ -392,7 +392,7 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
     for key, split in (("data.path", source), ("eval.path", queries)):
         if (split.labels < 0).any():
             raise ValueError(f"{key} holds unlabelled images, and kNN needs labels: set eval.path=null")
-    if source.classes != queries.classes:
+    if source.classes and queries.classes and source.classes != queries.classes:
         raise ValueError(
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
             f"{queries.classes} and {source.classes}"

@@ -37,7 +37,8 @@ class Section(BaseModel):
 
 class DataConfig(Section):
     path: str
-    """Training images: a folder made by tools/make_shards.py, a folder of images, or synthetic:COUNT:HxW."""
+    """Training images: a folder made by tools/make_shards.py, a folder of images, FFCV .beton files (with commas
+    between them), or synthetic:COUNT:HxW."""
     expected_images: Annotated[int, Field(gt=0)] | None = None
     """How many images the recipe was written for: a different number is reported, and used. Without the data
     set --print-config derives the steps from it."""

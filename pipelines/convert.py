@@ -4,7 +4,7 @@
     JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
     JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
     PNG, WebP, BMP, TIFF, GIF              first frame, alpha dropped as convert("RGB") does, JPEG --quality
-    16 bits a channel                      scaled to 8 bits, then as above
+    16 bits a channel                      the high byte, then as above
     anything else, damaged, too large      refused with the reason
 
 What an image is, its bytes say, never its name.
@@ -50,6 +50,8 @@ def to_jpeg(data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: in
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about size (checked here) and about palettes with alpha
             return _reencode(data, max_size, quality, max_pixels)
+    except MemoryError:
+        raise  # no fault of the image's: the run must not go on without it
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's readers raise far more than OSError on damaged bytes
@@ -72,10 +74,9 @@ def _reencode(data: bytes, max_size: int, quality: int, max_pixels: int) -> byte
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey stays grey, everything else becomes RGB. PIL alone would clip 16-bit grey at 255."""
+    """Grey stays grey, everything else becomes RGB. PIL takes the high byte of 16-bit colour, but clips grey at 255."""
     if image.mode in _SIXTEEN_BITS:
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise ValueError(f"samples of 32 bits have no stated range (mode {image.mode})")
     return image.convert("L" if image.mode in _GREY else "RGB")
@@ -92,11 +93,7 @@ def prove(data: bytes, header: ImageHeader) -> None:
         ValueError: With the decoder's reason.
     """
     if header.format != "jpeg":
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                image.load()
-        except Exception as error:  # as in `to_jpeg`
-            raise ValueError(str(error) or type(error).__name__) from None
+        _prove_with_pil(data)
         return
     colours = "CMYK" if header.channels == 4 else "GRAY"
     try:
@@ -113,4 +110,14 @@ def prove(data: bytes, header: ImageHeader) -> None:
     except ValueError as error:
         if "subsampling" not in str(error):
             raise ValueError(str(error)) from None
-        prove(data, header._replace(format="jpeg, unusual subsampling"))  # refused by the TurboJPEG API only
+        _prove_with_pil(data)  # only the TurboJPEG API refuses it
+
+
+def _prove_with_pil(data: bytes) -> None:
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `to_jpeg`
+        raise ValueError(str(error) or type(error).__name__) from None

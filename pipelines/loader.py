@@ -208,7 +208,7 @@ class Loader:
         expected = int(self._source.heights[number]), int(self._source.widths[number])
         if (header.height, header.width) != expected:
             return (
-                f"is {header.height} x {header.width} pixels, the manifest says {expected[0]} x {expected[1]}"
+                f"is {header.height} x {header.width} pixels, and {expected[0]} x {expected[1]} by the index"
             )
         return None
 

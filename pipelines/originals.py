@@ -9,17 +9,16 @@ import gzip
 import hashlib
 import lzma
 import os
-import shutil
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipelines import tar
-from pipelines.shards import Temporary
+from pipelines.shards import MAX_BYTES, Temporary
 from pipelines.sources import label_names, list_folder
 
-_MAX_BYTES = 1 << 30  # of one encoded image
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     b"\x1f\x8b": gzip.open,
@@ -79,7 +78,9 @@ def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
     path = source
     if source.is_dir():
         kind, places, refused = "folder", *_list_folder(source / prefix)
-    elif zipfile.is_zipfile(source):
+    elif not source.is_file():
+        raise ValueError(f"SRC {source} is neither a folder nor a regular file")
+    elif _starts_as_zip(source):
         kind, places, refused = "zip", *_list_zip(source)
     else:
         path = _plain_tar(source, scratch)
@@ -97,9 +98,9 @@ def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
     refused += [Refused(name, "lies beside the class folders") for name in stray]
     entries = [Entry(name, label, *places[name]) for name, label in zip(names, labels, strict=True)]
     for entry in entries:
-        if entry.length > _MAX_BYTES:
+        if entry.length > MAX_BYTES:
             refused.append(Refused(entry.name, f"{entry.length:,} bytes: more than an image has"))
-    entries = [entry for entry in entries if entry.length <= _MAX_BYTES]
+    entries = [entry for entry in entries if entry.length <= MAX_BYTES]
     return Listing(path, kind, prefix, entries, classes, sorted(refused))
 
 
@@ -148,9 +149,15 @@ def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
                     refused.append(Refused(info.filename, reason))
                 else:
                     places[info.filename] = (0, info.file_size)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"SRC {path} is a damaged zip: {error}") from None
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"SRC {path} is a damaged or unusual zip: {error}") from None
     return places, refused
+
+
+def _starts_as_zip(path: Path) -> bool:
+    """By the first bytes: zipfile.is_zipfile would take a tar whose last member is a zip for that zip."""
+    with open(path, "rb") as file:
+        return file.read(4) in (b"PK\3\4", b"PK\5\6")
 
 
 def _hidden(name: str) -> bool:
@@ -176,10 +183,23 @@ def _plain_tar(source: Path, scratch: Path) -> Path:
     if not path.exists():
         try:
             with opener(source) as compressed, Temporary(path) as plain:
-                shutil.copyfileobj(compressed, plain, 1 << 20)
-        except (lzma.LZMAError, EOFError, gzip.BadGzipFile) as error:
+                for chunk in _chunks(compressed):
+                    plain.write(chunk)
+        except _DamagedError as error:
             raise ValueError(f"SRC {source} is damaged: {error}") from None
     return path
+
+
+class _DamagedError(Exception):
+    """The compressed stream; an OSError while writing what comes out of it is something else."""
+
+
+def _chunks(compressed: Any) -> Iterator[bytes]:
+    try:
+        while chunk := compressed.read(1 << 20):
+            yield chunk
+    except (lzma.LZMAError, EOFError, OSError, zlib.error) as error:
+        raise _DamagedError(error) from None
 
 
 class Reader:
@@ -195,14 +215,20 @@ class Reader:
         """The file's bytes. Raises ValueError with the reason where they cannot be read."""
         try:
             if self._zip is not None:
-                return self._zip.read(self._prefix + entry.name)
-            if self._tar is not None:
-                return os.pread(self._tar.fileno(), entry.length, entry.offset)
-            return (self._root / entry.name).read_bytes()
+                data = self._zip.read(self._prefix + entry.name)
+            elif self._tar is not None:
+                data = os.pread(self._tar.fileno(), entry.length, entry.offset)
+            else:
+                data = (self._root / entry.name).read_bytes()
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror or error}") from None
+        except MemoryError:
+            raise  # no fault of the file's: the run must not go on without it
         except Exception as error:  # zlib.error, BadZipFile, RuntimeError (encrypted), NotImplementedError
             raise ValueError(f"cannot be unpacked: {error}") from None
+        if len(data) != entry.length:
+            raise ValueError(f"has {len(data):,} bytes, and had {entry.length:,} when SRC was listed")
+        return data
 
     def close(self) -> None:
         """Closes the archive, if it is one."""

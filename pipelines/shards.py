@@ -39,6 +39,8 @@ SAMPLE = np.dtype(
 
 _REMEDY = "make the data set again with tools/make_shards.py"
 _INDEX = "for tars made elsewhere run tools/make_shards.py --index on the folder"
+MAX_BYTES = 1 << 30  # of one encoded image
+TEMPORARY = ".byolt-tmp"  # suffix of files that are not whole yet
 
 
 class Shard(NamedTuple):
@@ -78,7 +80,7 @@ class Manifest:
             raw = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path} is missing: {_REMEDY}; {_INDEX}") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} cannot be read ({error}): {_REMEDY}") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
             raise ValueError(f"{path} is not a {FORMAT} manifest: {_REMEDY}; {_INDEX}")
@@ -92,6 +94,19 @@ class Manifest:
             stated, sha256 = raw["num_samples"], raw["samples_sha256"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks {error}: {_REMEDY}") from None
+        for shard in shards:
+            if not all(isinstance(x, int) and 0 <= x < 2**62 for x in (shard.size, shard.samples)):
+                raise ValueError(f"{path}: shard {shard.name!r} has no sound size or count: {_REMEDY}")
+            if (
+                not isinstance(shard.name, str)
+                or shard.name in ("", ".", "..")
+                or set(shard.name) & set("/\0")
+            ):
+                raise ValueError(f"{path}: {shard.name!r} is no plain file name: {_REMEDY}")
+        if classes is not None and not (
+            isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+        ):
+            raise ValueError(f"{path}: classes are neither null nor a list of names: {_REMEDY}")
         manifest = cls(shards, _map_samples(path.with_name(SAMPLES), sha256), classes, settings)
         if len(manifest.samples) != stated:
             raise ValueError(
@@ -132,23 +147,30 @@ class Manifest:
         if not len(samples):
             raise ValueError(f"{path}: the data set has no samples: {_REMEDY}")
         names = [shard.name for shard in self.shards]
-        if len(set(names)) != len(names) or any(Path(name).name != name for name in names):
-            raise ValueError(f"{path}: shard names must be distinct and plain: {_REMEDY}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"{path}: a shard is named twice: {_REMEDY}")
         if samples["shard"].max() >= len(names):
             raise ValueError(
                 f"{path}: a sample lies in shard {samples['shard'].max()} of {len(names)}: {_REMEDY}"
             )
         counts = np.bincount(samples["shard"], minlength=len(names))
         sizes = np.array([shard.size for shard in self.shards], np.uint64)
-        for shard, count in zip(self.shards, counts, strict=True):
-            if shard.samples != count:
+        for stated, count in zip(self.shards, counts, strict=True):
+            if stated.samples != count:
                 raise ValueError(
-                    f"{path}: {shard.name} states {shard.samples} samples, records say {count}: {_REMEDY}"
+                    f"{path}: {stated.name} states {stated.samples} samples, records say {count}: {_REMEDY}"
                 )
-        outside = np.flatnonzero(samples["offset"] + samples["length"] > sizes[samples["shard"]])
+        room = sizes[samples["shard"]]
+        outside = np.flatnonzero(
+            (samples["length"] > room) | (samples["offset"] > room - np.minimum(samples["length"], room))
+        )
         if len(outside):
             name = names[samples["shard"][outside[0]]]
             raise ValueError(f"{path}: sample {outside[0]} lies outside {name}: {_REMEDY}")
+        shard, offset = samples["shard"], samples["offset"]
+        ahead = (shard[1:] > shard[:-1]) | (shard[1:] == shard[:-1]) & (offset[1:] > offset[:-1])
+        if not ahead.all():
+            raise ValueError(f"{path}: sample {np.argmin(ahead) + 1} is out of order: {_REMEDY}")
         if not (samples["height"].all() and samples["width"].all() and samples["length"].all()):
             raise ValueError(f"{path}: a sample has zero length, height or width: {_REMEDY}")
         labels = len(self.classes) if self.classes is not None else np.iinfo(np.int32).max
@@ -161,19 +183,24 @@ def _map_samples(path: Path, sha256: str) -> np.ndarray:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {_REMEDY}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # whatever numpy's reader makes of foreign bytes
         raise ValueError(f"{path} cannot be read ({error}): {_REMEDY}") from None
+    if not isinstance(samples, np.ndarray):
+        raise ValueError(f"{path} is no array: {_REMEDY}")
     if hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest() != sha256:
         raise ValueError(f"{path} does not have the sha256 that {MANIFEST} states: {_REMEDY}")
     return samples
 
 
 class Temporary:
-    """A file that gets its name only when it is whole: temporary, fsync, rename; removed on failure."""
+    """A file that gets its name only when it is whole: temporary, fsync, rename; removed on failure.
+
+    The temporary's name is one that no user gives a file: leftovers of a killed run may be deleted by it.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self.temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
 
     def __enter__(self) -> Any:
         self.file = open(self.temporary, "wb")
@@ -274,6 +301,10 @@ def _record(path: Path, descriptor: int, key: str, members: dict[str, tar.Member
         found = ", ".join(sorted(members))
         raise ValueError(f"{path}: offset {first.header}: sample {key!r} needs one image, it has: {found}")
     image = images[0]
+    if image.length > MAX_BYTES:
+        raise ValueError(
+            f"{path}: offset {image.offset}: sample {key!r} has {image.length:,} bytes: more than an image has"
+        )
     data = os.pread(descriptor, image.length, image.offset)
     try:
         header = inspect(data)
@@ -283,11 +314,13 @@ def _record(path: Path, descriptor: int, key: str, members: dict[str, tar.Member
     if "cls" in members:
         member = members["cls"]
         text = os.pread(descriptor, min(member.length, 64), member.offset)
-        if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
+        if text.strip() == b"-1":
+            text = b""
+        elif not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
             raise ValueError(
                 f"{path}: offset {member.offset}: label of sample {key!r} is {text!r}, not an integer"
             )
-        label = int(text)
+        label = int(text) if text else UNLABELLED
     return 0, label, image.offset, image.length, header.height, header.width, zlib.crc32(data)
 
 

@@ -170,8 +170,12 @@ def _allow_descriptors(number: int) -> None:
 
 
 def list_folder(folder: Path) -> list[str]:
-    """Sorted relative names of all files; links to files and folders are followed, hidden ones ignored."""
-    return sorted(_walk(folder, "", frozenset()))
+    """Sorted relative names of all files; links to files and folders are followed, hidden ones ignored.
+
+    Within a class folder a real folder is entered once, whatever links lead to it; what cannot be entered or looked
+    at is listed as if it were a file, for whoever reads it to refuse.
+    """
+    return sorted(_walk(folder, "", set()))
 
 
 def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
@@ -185,15 +189,22 @@ def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | Non
         names or None; and the names that have no class, beside the class folders.
 
     Raises:
-        ValueError: No file lies directly in a class folder: the images are a level further down.
+        ValueError: Most images lie a level below the class folders, or beside them.
     """
     classed = [name for name in names if "/" in name]
     if not classed:
         return names, [-1] * len(names), None, []
-    if all(name.count("/") > 1 for name in classed):
+    deep = sum(name.count("/") > 1 for name in classed)
+    if 2 * deep > len(classed):
         tops = sorted({name.split("/", 1)[0] for name in classed})
         raise ValueError(
-            f"no image lies directly in a class folder ({', '.join(tops[:_NAMED])}): name one of them"
+            f"{deep} of {len(classed)} images lie a level below the class folders "
+            f"({', '.join(tops[:_NAMED])}): name one of them"
+        )
+    if len(names) - len(classed) > len(classed):
+        raise ValueError(
+            f"{len(names) - len(classed)} images lie beside the folders and {len(classed)} in them, so that it is "
+            "neither flat nor in classes: name one folder"
         )
     classes = sorted({name.split("/", 1)[0] for name in classed})
     number = {name: label for label, name in enumerate(classes)}
@@ -201,19 +212,20 @@ def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | Non
     return classed, labels, classes, [name for name in names if "/" not in name]
 
 
-def _walk(root: Path, inside: str, ancestors: frozenset[str]) -> list[str]:
-    folder = root / inside
-    real = os.path.realpath(folder)
-    if real in ancestors:  # a link that leads back up
+def _walk(root: Path, inside: str, entered: set[str]) -> list[str]:
+    real = os.path.realpath(root / inside)
+    if real in entered:  # a link to where we are, or were
         return []
+    entered.add(real)
     names = []
-    for entry in os.scandir(folder):
+    for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
         name = f"{inside}/{entry.name}" if inside else entry.name
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            names += _walk(root, name, ancestors | {real})
-        else:
+        try:
+            within = entered if inside else {real}  # each class folder on its own
+            names += _walk(root, name, within) if entry.is_dir() else [name]
+        except OSError:  # a link to itself, or a folder without permission
             names.append(name)
     return names
 
@@ -234,6 +246,8 @@ class FolderSource:
         digest = hashlib.sha256()
         for name, label in zip(self._names, labels, strict=True):
             try:
+                if not (self.folder / name).is_file():
+                    raise ValueError("not a regular file")
                 data = (self.folder / name).read_bytes()
                 header = inspect(data)
             except (OSError, ValueError) as error:

@@ -2,9 +2,11 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +46,6 @@ class Done(NamedTuple):
 
 
 _counters: Any = None  # images done, bytes done, and 1 to stop; shared by all workers
-_parent = 0
 
 
 @contextmanager
@@ -57,10 +58,23 @@ def interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def start_worker(counters: Any, parent: int) -> None:
+def die_with_parent() -> None:
+    """Called once in each process of a pool: ends it when the process that started it is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:  # None in a pool of threads
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def start_worker(counters: Any) -> None:
     """Called once in each worker."""
-    global _counters, _parent
-    _counters, _parent = counters, parent
+    global _counters
+    _counters = counters
+    die_with_parent()
 
 
 def make_shard(job: Job) -> None:
@@ -74,8 +88,6 @@ def make_shard(job: Job) -> None:
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as out,
         ):
             for number, entry in job.entries:
-                if os.getpid() != _parent and os.getppid() != _parent:
-                    os._exit(1)  # orphaned: another run may be at work on this folder
                 if _counters[2]:
                     raise Unusable("stopped")
                 data = None

@@ -262,7 +262,7 @@ def test_killed_and_started_again_is_byte_identical(tmp_path: Path) -> None:
     kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "dst").glob("*.tar")}
     assert not (tmp_path / "dst/manifest.json").exists()
     done = {path.stem for path in notes.glob("shard-*.json")}
-    (tmp_path / "dst/shard-000099.tar.1.tmp").write_bytes(b"left over")
+    (tmp_path / "dst/.shard-000099.tar.1.byolt-tmp").write_bytes(b"left over")
     assert run(source, tmp_path / "dst", "--shard-size", 1) == 0
     assert all((tmp_path / f"dst/{name}.tar").stat().st_mtime_ns == kept[f"{name}.tar"] for name in done)
     assert run(source, tmp_path / "straight", "--shard-size", 1) == 0
@@ -426,3 +426,78 @@ def test_real_photographs(shared_data: Path, tmp_path: Path) -> None:
     assert len(found) == 250
     assert all(data == (source / name).read_bytes() for name, (data, _) in found.items())
     assert verify([str(tmp_path / "dst"), "--workers", "2"]) == 0
+
+
+def test_files_of_the_user_are_left_alone(tmp_path: Path) -> None:
+    source, dst = write_images(tmp_path / "src"), tmp_path / "dst"
+    dst.mkdir()
+    (dst / "thesis.tmp").write_text("years of work")
+    assert run(source, dst) == 0
+    assert (dst / "thesis.tmp").read_text() == "years of work"
+
+
+def test_split_named_like_the_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write_images(tmp_path / "d/train")
+    before = hashes(tmp_path)
+    assert run(source, tmp_path / "d", "--split", "train=.5,val=.5") == 2
+    assert "is or lies inside SRC" in capsys.readouterr().err
+    assert hashes(tmp_path) == before
+
+
+def test_strict_holds_for_what_was_done_before(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write_images(tmp_path / "src")
+    (source / "c0/bad.jpg").write_text("no image")
+    assert run(source, tmp_path / "dst") == 0
+    assert run(source, tmp_path / "dst", "--strict") == 1
+    assert "bad.jpg" in capsys.readouterr().err
+
+
+def test_done_is_not_claimed_of_a_missing_shard(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source = write_images(tmp_path / "src")
+    assert run(source, tmp_path / "dst") == 0
+    (tmp_path / "dst/shard-000000.tar").unlink()
+    assert run(source, tmp_path / "dst") == 2
+    assert "shard-000000.tar" in capsys.readouterr().err
+
+
+def test_tar_that_ends_in_a_zip_is_a_tar(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "src")
+    with zipfile.ZipFile(source / "c1/zzz.zip", "w") as inner:
+        inner.write(source / "c0/0000.jpg", "x/0.jpg")
+    with tarfile.open(tmp_path / "src.tar", "w") as out:
+        out.add(source, ".")
+    assert run(tmp_path / "src.tar", tmp_path / "dst") == 0
+    assert len(Manifest.load(tmp_path / "dst").samples) == 20
+
+
+def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
+    source = write_images(tmp_path / "src", 60, side=400)
+    command = [sys.executable, "-m", "tools.make_shards", str(source), str(tmp_path / "dst")]
+    command += ["--shard-size", "1", "--workers", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+    while not list((tmp_path / "dst/.make_shards").glob("shard-*.json")):
+        assert process.poll() is None, "finished before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.communicate(timeout=30)  # ends when the last process that could write to stderr has ended
+
+
+def test_mistyped_source_leaves_nothing(tmp_path: Path) -> None:
+    assert run(tmp_path / "nosuch", tmp_path / "dst") == 2
+    assert not (tmp_path / "dst").exists()
+    (tmp_path / "empty/c").mkdir(parents=True)
+    (tmp_path / "empty/c/a.txt").write_text("no image")
+    assert run(tmp_path / "empty", tmp_path / "dst") == 1
+    assert run(write_images(tmp_path / "src"), tmp_path / "dst") == 0
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.bz2", "a.tar.xz"])
+def test_damaged_archive_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with tarfile.open(tmp_path / name, f"w:{name.rpartition('.')[2]}") as out:
+        out.add(write_images(tmp_path / "src"), "src")
+    data = bytearray((tmp_path / name).read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    data[len(data) // 2 + 1] ^= 0xFF
+    (tmp_path / name).write_bytes(data)
+    assert run(tmp_path / name, tmp_path / "dst", "--inside", "src") == 2
+    assert f"{name} is damaged" in capsys.readouterr().err

@@ -179,3 +179,23 @@ def test_temporary_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("size", -1),
+        ("size", 2**70),
+        ("size", None),
+        ("samples", "x"),
+        ("name", 5),
+        ("name", ".."),
+        ("name", ""),
+    ],
+)
+def test_edited_manifest_is_refused_by_name(key: str, value: object, folder: Path) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["shards"][0][key] = value
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest\.json"):
+        Manifest.load(folder)

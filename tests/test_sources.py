@@ -11,7 +11,14 @@ import pytest
 from PIL import Image
 
 from pipelines.encoded import inspect
-from pipelines.sources import FolderSource, SyntheticSource, TarSource, open_source
+from pipelines.sources import (
+    FolderSource,
+    SyntheticSource,
+    TarSource,
+    label_names,
+    list_folder,
+    open_source,
+)
 from tools.make_shards import main as make_shards
 
 
@@ -159,7 +166,7 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
         (images / "class0/readme.txt", "is a file"),
         (tmp_path / "empty", "holds no images"),
         (tmp_path / "tars", "make_shards.py --index"),
-        (images.parent / "above", "no image lies directly in a class folder"),
+        (images.parent / "above", "13 of 13 images lie a level below the class folders"),
         (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
         ("synthetic:10:5", "synthetic:NUM:HxW"),
         ("synthetic:0:5x5", "NUM = 0"),
@@ -167,3 +174,35 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
     for path, message in cases:
         with pytest.raises(ValueError, match=message):
             open_source(path)
+
+
+def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
+    """Eight folders, each with a link to every other: without a memory there would be 8! ways through them."""
+    for i in range(8):
+        (tmp_path / f"c{i}").mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / f"c{i}/a.jpg")
+        for j in range(8):
+            (tmp_path / f"c{i}/to{j}").symlink_to(tmp_path / f"c{j}")
+    (tmp_path / "c0/itself").symlink_to("itself")
+    names = list_folder(tmp_path)
+    assert len(names) == 8 * 8 + 8  # each class reaches all eight pictures; the link to itself is listed
+    assert names.count("c0/itself") == 1
+
+
+def test_fifo_is_refused_not_waited_for(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+    os.mkfifo(tmp_path / "b.jpg")
+    with pytest.raises(ValueError, match=r"b\.jpg: not a regular file"):
+        FolderSource(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["labels.csv", "top/a/0.jpg", "top/b/0.jpg", "top/c/0.jpg"], "3 of 3 images lie a level below"),
+        (["0.jpg", "1.jpg", "2.jpg", "masks/0.png"], "3 images lie beside the folders and 1 in them"),
+    ],
+)
+def test_stray_files_do_not_hide_the_wrong_level(names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        label_names(names)

@@ -76,7 +76,7 @@ def test_resize_reads_the_window_only(fixtures: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("height, width", [(1, 1), (1, 9), (2, 3)])
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 9), (2, 3)])
 def test_resize_of_a_constant_is_that_constant(height: int, width: int) -> None:
     image = torch.full((height, width, 3), 77, dtype=torch.uint8)
     out = ops.resize_bicubic(image, 0, 0, height, width, 32)

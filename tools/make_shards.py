@@ -27,8 +27,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pipelines.encoded import MAX_PIXELS
 from pipelines.order import global_batch
 from pipelines.originals import Entry, Listing, list_originals
-from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, index_tar, join
-from pipelines.writer import Done, Job, Unusable, interrupts_ignored, make_shard, read_note, start_worker
+from pipelines.shards import MANIFEST, TEMPORARY, Manifest, Shard, Temporary, file_sha256, index_tar, join
+from pipelines.sources import TarSource
+from pipelines.writer import (
+    Done,
+    Job,
+    Unusable,
+    die_with_parent,
+    interrupts_ignored,
+    make_shard,
+    read_note,
+    start_worker,
+)
 
 WORK = ".make_shards"  # in DST until it is finished
 QUARANTINE = "quarantine.jsonl"
@@ -118,8 +128,11 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
 def make(args: argparse.Namespace) -> str:
     """Makes the data set(s); returns the line that says what was made."""
     split = parse_split(args.split)
-    if args.src is not None and args.src.is_dir() and args.dst.resolve().is_relative_to(args.src.resolve()):
-        raise ValueError(f"DST {args.dst} lies inside SRC {args.src}: name another folder")
+    for folder in (args.dst, *(args.dst / name for name in split)):
+        if args.src.is_dir() and folder.resolve().is_relative_to(args.src.resolve()):
+            raise ValueError(f"DST {folder} is or lies inside SRC {args.src}: name another folder")
+    if not args.src.exists():
+        raise ValueError(f"SRC {args.src} does not exist")
     finished = [name for name in split if (args.dst / name / MANIFEST).exists()]
     work = args.dst / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -137,6 +150,11 @@ def make(args: argparse.Namespace) -> str:
                         f"DST {args.dst} holds a finished data set: {difference}: name another folder"
                     )
             if len(finished) == len(split):
+                for name in finished:
+                    TarSource(args.dst / name)  # every shard is there and has its size
+                quarantine = (args.dst / QUARANTINE).read_text()
+                if args.strict and quarantine:
+                    raise Unusable(f"{json.loads(quarantine.splitlines()[0])} (--strict)")
                 shutil.rmtree(work)
                 return f"{args.dst}: already done"
             _claim(work, args.dst, split, settings)
@@ -145,12 +163,19 @@ def make(args: argparse.Namespace) -> str:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         start = time.perf_counter()
+        notes = [read_note(job) for part in jobs.values() for job in part]
+        kept = sum(len(note.records) for note in notes if note is not None)
         done = run([job for part in jobs.values() for job in part], args.workers, len(listing.entries))
         images = sum(len(item.records) for item in done.values())
+        if args.strict:
+            quarantined = [row for item in done.values() for row in item.quarantine]
+            if quarantined:  # by an earlier, laxer start of the same run
+                raise Unusable(f"{quarantined[0]['file']}: {quarantined[0]['reason']} (--strict)")
         line = commit(args.dst, jobs, done, listing, settings)
         seconds = time.perf_counter() - start
         shutil.rmtree(work)
-    return f"{line}, {seconds:.1f} s, {images / seconds:,.0f} images/s"
+    made = images - kept
+    return f"{line}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
 
 
 class Lock:
@@ -191,7 +216,7 @@ def _claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, A
     for name in split:
         (dst / name).mkdir(exist_ok=True)
     for folder in (work, dst, *(dst / name for name in split)):
-        for path in folder.glob("*.tmp"):
+        for path in folder.glob(f".*{TEMPORARY}"):
             path.unlink(missing_ok=True)
 
 
@@ -202,7 +227,7 @@ def run(jobs: list[Job], workers: int, num_images: int) -> dict[Path, Done]:
     counters = context.Array("q", 3)
     kept = num_images - sum(len(job.entries) for job in todo)
     pool: futures.Executor
-    arguments = (counters, os.getpid())
+    arguments = (counters,)
     if min(workers, len(todo)) <= 1:
         pool = futures.ThreadPoolExecutor(1, initializer=start_worker, initargs=arguments)
     else:
@@ -239,6 +264,7 @@ def commit(
     for name, part in parts.items():
         shards = [item.shard for item in part if item.shard is not None]
         if not shards:
+            shutil.rmtree(dst / WORK)  # another SRC may be tried
             raise Unusable(
                 f"SRC: no file{f' for {name}' if name else ''} is an image, see {dst / QUARANTINE}"
             )
@@ -305,7 +331,7 @@ def index(folder: Path, workers: int) -> str:
         raise ValueError(
             f"--index {folder}: no .tar in it (compressed ones have no random access: unpack them)"
         )
-    with futures.ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn")) as pool:
+    with futures.ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"), die_with_parent) as pool:
         with interrupts_ignored():
             pending = pool.map(_index_one, paths)
         results = list(pending)

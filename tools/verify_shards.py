@@ -18,7 +18,7 @@ import numpy as np
 from pipelines.convert import prove
 from pipelines.encoded import inspect
 from pipelines.shards import Manifest, Shard, file_sha256, index_tar
-from pipelines.writer import interrupts_ignored
+from pipelines.writer import die_with_parent, interrupts_ignored
 
 
 class Task(NamedTuple):
@@ -106,7 +106,7 @@ def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str]]:
     if workers == 1:
         problems = [check_shard(task) for task in tasks]
     else:
-        with futures.ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        with futures.ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent) as pool:
             with interrupts_ignored():
                 pending = pool.map(check_shard, tasks)
             problems = list(pending)
