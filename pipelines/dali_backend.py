@@ -82,12 +82,27 @@ class DaliBackend:
             views = make(encoded, params1, params2)
         except RuntimeError:
             self._pipeline = None  # a pipeline that raised cannot be used again
-            reasons = _undecodable(encoded)
-            if not reasons:
-                raise
+            reasons = _undecodable(encoded) or self._refused_alone(encoded, params1, params2)
+            if not reasons or len(reasons) == len(encoded) > 1:
+                raise  # whatever is wrong, it is not one of the images
             raise UndecodableError(reasons) from None
         first, second = (view.to(self._dtype).permute(0, 3, 1, 2) for view in views)
         return first, second
+
+    def _refused_alone(
+        self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
+    ) -> dict[int, str]:
+        """The images that DALI does not decode though PIL does (a PNG with a wrong checksum, say), one by one."""
+        make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
+        reasons = {}
+        for i in range(len(encoded)):
+            row = slice(i, i + 1)
+            try:
+                make(encoded[row], params1[row], params2[row])
+            except RuntimeError as error:
+                self._pipeline = None
+                reasons[i] = f"DALI does not decode it: {' '.join(str(error).split())[:300]}"
+        return reasons
 
     def _on_gpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
         inputs: dict[str, Any] = {}

@@ -248,6 +248,21 @@ def test_window_outside_an_image_is_an_error(encoded: list[bytes]) -> None:
         backend(encoded[:2], params, params)
 
 
+def test_image_that_only_dali_refuses_is_named(encoded: list[bytes]) -> None:
+    """A PNG with a wrong checksum: PIL passes it, DALI does not."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (80, 60), (9, 80, 200)).save(buffer, "PNG")
+    png = bytearray(buffer.getvalue())
+    png[png.index(b"IEND") - 8] ^= 0xFF  # last byte but three of the checksum of the pixels
+    images = [*encoded[:4], bytes(png), *encoded[4:8]]
+    assert torch_backend.decode(images[4]).shape == (60, 80, 3)
+    heights, widths = _sizes(images)
+    params = draw(NONE, 0, 0, np.arange(9), 0, heights, widths)
+    backend = dali_backend.DaliBackend(_augment(32, NONE), CPU, torch.float32, threads=1)
+    with pytest.raises(UndecodableError, match="image 4 of the batch: DALI does not decode it"):
+        backend(images, params, params)
+
+
 def test_gpu_graph_is_well_formed() -> None:
     """Serializing checks names, devices and argument kinds of every operator, without a GPU."""
     view = ViewConfig(blur=0.5, solarize=0.2)
