@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import plan as planning
 from pipelines.encoded import inspect
 from pipelines.shards import Manifest
 from pipelines.sources import TarSource
@@ -109,7 +110,7 @@ def test_folder_tar_xz_and_zip_give_the_same_shards(source: Path, tmp_path: Path
 def test_number_of_processes_does_not_change_the_result(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(make_shards, "_chunks", lambda entries, size: _chunks_of(entries, 6))
+    monkeypatch.setattr(planning, "_chunks", lambda entries, size: _chunks_of(entries, 6))
     assert run(source, tmp_path / "one") == 0
     assert make_shards.main([str(source), str(tmp_path / "two"), "--workers", "2"]) == 0
     assert hashes(tmp_path / "one") == hashes(tmp_path / "two")
