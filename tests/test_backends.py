@@ -185,7 +185,7 @@ def test_difference_is_measured(shared_data: Path, capsys: pytest.CaptureFixture
         rows.append((name, cpu.mean().item(), cpu.max().item(), gpu.mean().item(), gpu.max().item()))
     with capsys.disabled():
         print(
-            f"\n|DALI - torch| in levels of 255, {len(images)} ImageNet images (GPU's operators: every tenth)"
+            f"\n|DALI - torch| in levels of 255, {len(images)} ImageNet images; one operation: every 5th; GPU: every 10th"
         )
         print(f"  {'':24} CPU mean     max   GPU's operators mean    max")
         for row in rows:
