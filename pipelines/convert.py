@@ -12,6 +12,8 @@ What an image is, its bytes say, never its name.
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
@@ -19,9 +21,8 @@ from PIL import Image
 
 from pipelines.encoded import MAX_PIXELS, ImageHeader, inspect
 
-Image.MAX_IMAGE_PIXELS = None  # `max_pixels` is the limit here; PIL's own cannot be raised by an argument
-
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+MAX_SIDE = 65500  # pixels: JPEG_MAX_DIMENSION of libjpeg
 _GREY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -46,30 +47,48 @@ def to_jpeg(data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: in
             return data
     elif not data:
         raise ValueError("empty")
+    return _reencode(data, max_size, quality, max_pixels)
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """PIL's image, not yet decoded. What goes wrong while it is open becomes a ValueError with the reason.
+
+    PIL's own limit of pixels cannot be raised by an argument; it is lifted while the image is open, and not when
+    this file is imported: other code of the process may rely on it.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about size (checked here) and about palettes with alpha
-            return _reencode(data, max_size, quality, max_pixels)
+            warnings.simplefilter("ignore")  # about palettes with alpha, odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                yield image
     except MemoryError:
         raise  # no fault of the image's: the run must not go on without it
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's readers raise far more than OSError on damaged bytes
         raise ValueError(str(error) or type(error).__name__) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def _reencode(data: bytes, max_size: int, quality: int, max_pixels: int) -> bytes:
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+    with _opened(data) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
+        if not max_size and max(image.size) > MAX_SIDE:
+            raise ValueError(
+                f"{image.height} x {image.width}: a JPEG side has at most {MAX_SIDE} pixels (--max-size)"
+            )
         image.load()
         plain = _eight_bits(image)
-    if max_size and max(plain.size) > max_size:
-        scale = max_size / max(plain.size)
-        size = max(1, round(plain.width * scale)), max(1, round(plain.height * scale))
-        plain = plain.resize(size, Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    plain.save(buffer, "JPEG", quality=quality)
+        if max_size and max(plain.size) > max_size:
+            scale = max_size / max(plain.size)
+            size = max(1, round(plain.width * scale)), max(1, round(plain.height * scale))
+            plain = plain.resize(size, Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        plain.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
@@ -114,10 +133,5 @@ def prove(data: bytes, header: ImageHeader) -> None:
 
 
 def _prove_with_pil(data: bytes) -> None:
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # as in `to_jpeg`
-        raise ValueError(str(error) or type(error).__name__) from None
+    with _opened(data) as image:
+        image.load()

@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from pipelines import tar
 from pipelines.shards import MAX_BYTES, Temporary
 from pipelines.sources import label_names, list_folder
 
+_MAX_ZIPPED = 256 << 20  # bytes of one entry of a zip: a few kilobytes may claim to unpack to more
 _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     b"\x1f\x8b": gzip.open,
@@ -27,12 +29,21 @@ _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
 
 
 class Entry(NamedTuple):
-    """One input file: name relative to the source, label (-1: none), place in a tar (0 elsewhere), bytes."""
+    """One input file.
+
+    Attributes:
+        name: Relative to the folder that was asked for.
+        label: Index of its class, -1 for none.
+        offset: Where its bytes start in a tar; its number in a zip; 0 in a folder.
+        length: Bytes.
+        modified: Of the file, or of its archive: nanoseconds since 1970.
+    """
 
     name: str
     label: int
     offset: int
     length: int
+    modified: int
 
 
 class Refused(NamedTuple):
@@ -59,6 +70,14 @@ class Listing(NamedTuple):
             digest.update(f"{entry.name}\0{entry.label}\0{entry.length}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
+    def modified(self) -> str:
+        """Changes when a file is written anew with the same size: a run must not be continued with it."""
+        times = [(entry.name, entry.modified) for entry in self.entries]
+        return hashlib.sha256(ascii(times).encode()).hexdigest()[:16]
+
+
+Places = dict[str, tuple[int, int, int]]  # name -> offset, length and modified, as in Entry
+
 
 def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
     """Lists the files of `source` below its folder `inside` ("" for all).
@@ -69,12 +88,15 @@ def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
         scratch: Where a compressed tar is decompressed to.
 
     Raises:
-        ValueError: It is none of these, damaged, empty, or has its images a level further down.
+        ValueError: It is none of these, damaged, empty, or has its images a level further down; `inside` leads
+            out of it.
         OSError: It cannot be read, or the disk is full.
     """
     if not source.exists():
         raise ValueError(f"SRC {source} does not exist")
-    prefix = f"{inside.strip('/')}/" if inside.strip("/") else ""
+    if ".." in inside.split("/"):
+        raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
+    prefix = f"{_plain(inside)}/" if _plain(inside) else ""
     path = source
     if source.is_dir():
         kind, places, refused = "folder", *_list_folder(source / prefix)
@@ -87,7 +109,7 @@ def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
         kind, places, refused = "tar", *_list_tar(path, source)
     if kind != "folder":
         places = {name[len(prefix) :]: place for name, place in places.items() if name.startswith(prefix)}
-        refused = [item for item in refused if item.file.startswith(prefix)]
+        refused = [Refused(file[len(prefix) :], why) for file, why in refused if file.startswith(prefix)]
     where = f"{source}, folder {inside}" if prefix else f"{source}"
     try:
         names, labels, classes, stray = label_names(sorted(places))
@@ -97,60 +119,74 @@ def list_originals(source: Path, inside: str, scratch: Path) -> Listing:
         raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
     refused += [Refused(name, "lies beside the class folders") for name in stray]
     entries = [Entry(name, label, *places[name]) for name, label in zip(names, labels, strict=True)]
+    limit = _MAX_ZIPPED if kind == "zip" else MAX_BYTES
     for entry in entries:
-        if entry.length > MAX_BYTES:
+        if entry.length > limit:
             refused.append(Refused(entry.name, f"{entry.length:,} bytes: more than an image has"))
-    entries = [entry for entry in entries if entry.length <= MAX_BYTES]
+    entries = [entry for entry in entries if entry.length <= limit]
     return Listing(path, kind, prefix, entries, classes, sorted(refused))
 
 
-def _list_folder(folder: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
+def _list_folder(folder: Path) -> tuple[Places, list[Refused]]:
     if not folder.is_dir():
         raise ValueError(f"SRC {folder} is not a folder")
     places = {}
     refused = []
     for name in list_folder(folder):
         path = folder / name
-        if path.is_file():
-            places[name] = (0, path.stat().st_size)
+        try:
+            found = path.stat()
+        except OSError as error:
+            refused.append(Refused(name, "broken link" if os.path.islink(path) else f"{error.strerror}"))
+            continue
+        if stat.S_ISREG(found.st_mode):
+            places[name] = (0, found.st_size, found.st_mtime_ns)
         else:
-            refused.append(Refused(name, "broken link" if path.is_symlink() else "not a regular file"))
+            refused.append(Refused(name, "not a regular file, or a folder that cannot be read"))
     return places, refused
 
 
-def _list_tar(path: Path, source: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
-    places: dict[str, tuple[int, int]] = {}
+def _list_tar(path: Path, source: Path) -> tuple[Places, list[Refused]]:
+    places: Places = {}
     refused = []
+    modified = source.stat().st_mtime_ns
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for member in tar.walk(source, descriptor):
-            name = member.name.removeprefix("./")
-            reason = _refusal(name) or ("" if member.kind == "file" else f"a {member.kind}, not a file")
+            name = _plain(member.name)
             if member.kind == "folder" or _hidden(name):
                 continue
-            if reason:
-                refused.append(Refused(name, reason))
+            if reason := _refusal(member.name):
+                refused.append(Refused(member.name, reason))
+            elif member.kind == "file":
+                places[name] = (member.offset, member.length, modified)  # the last of a name counts
+            elif member.kind == "hard link" and _plain(member.link) in places:
+                places[name] = places[_plain(member.link)]
             else:
-                places[name] = (member.offset, member.length)  # a name that comes again replaces the first
+                refused.append(Refused(name, f"a {member.kind}, not a file"))
     finally:
         os.close(descriptor)
     return places, refused
 
 
-def _list_zip(path: Path) -> tuple[dict[str, tuple[int, int]], list[Refused]]:
+def _list_zip(path: Path) -> tuple[Places, list[Refused]]:
     places = {}
     refused = []
+    modified = path.stat().st_mtime_ns
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.is_dir() or _hidden(info.filename):
+            for number, info in enumerate(archive.infolist()):
+                name = _plain(info.filename)
+                if info.is_dir() or _hidden(name):
                     continue
                 if reason := _refusal(info.filename):
                     refused.append(Refused(info.filename, reason))
                 else:
-                    places[info.filename] = (0, info.file_size)
+                    places[name] = (number, info.file_size, modified)
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(f"SRC {path} is a damaged or unusual zip: {error}") from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return places, refused
 
 
@@ -158,6 +194,11 @@ def _starts_as_zip(path: Path) -> bool:
     """By the first bytes: zipfile.is_zipfile would take a tar whose last member is a zip for that zip."""
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\3\4", b"PK\5\6")
+
+
+def _plain(name: str) -> str:
+    """Without what changes nothing: "./a//b" is "a/b"."""
+    return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
 def _hidden(name: str) -> bool:
@@ -207,15 +248,14 @@ class Reader:
 
     def __init__(self, path: Path, kind: str, prefix: str) -> None:
         self._root = path / prefix
-        self._prefix = prefix
         self._zip = zipfile.ZipFile(path) if kind == "zip" else None
-        self._tar = open(path, "rb", buffering=0) if kind == "tar" else None  # noqa: SIM115 (closed below)
+        self._tar = open(path, "rb", buffering=0) if kind == "tar" else None  # noqa: SIM115
 
     def read(self, entry: Entry) -> bytes:
         """The file's bytes. Raises ValueError with the reason where they cannot be read."""
         try:
             if self._zip is not None:
-                data = self._zip.read(self._prefix + entry.name)
+                data = self._zip.read(self._zip.infolist()[entry.offset])
             elif self._tar is not None:
                 data = os.pread(self._tar.fileno(), entry.length, entry.offset)
             else:
@@ -230,8 +270,7 @@ class Reader:
             raise ValueError(f"has {len(data):,} bytes, and had {entry.length:,} when SRC was listed")
         return data
 
-    def close(self) -> None:
-        """Closes the archive, if it is one."""
-        for file in (self._zip, self._tar):
+    def __del__(self) -> None:
+        for file in (getattr(self, "_zip", None), getattr(self, "_tar", None)):
             if file is not None:
                 file.close()

@@ -35,6 +35,7 @@ def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) ->
     number = len(listing.entries)
     order = global_batch(args.seed, 0, 0, number, number)  # the same with every release of numpy
     bounds = np.rint(np.cumsum([0.0, *split.values()]) * len(order)).astype(int)
+    bounds[-1] = len(order)  # the shares may sum to 1 - 1e-6
     jobs: dict[str, list[Job]] = {}
     for (name, share), start, stop in zip(split.items(), bounds[:-1], bounds[1:], strict=True):
         if start == stop:

@@ -1,4 +1,4 @@
-"""The manifest of a data set, and the index of one shard.
+"""The manifest of a data set: what is in which shard.
 
 A data set is a folder: tars in WebDataset form, `samples.npy` (a SAMPLE record for each, opened by mmap) and
 `manifest.json`, which is written last and by rename: where it is, the data set is complete. With offset and
@@ -8,7 +8,6 @@ length of every image a tar is as random-access as an array, so one global shuff
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,15 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipelines import tar
-from pipelines.encoded import inspect
-
 FORMAT = "byolt-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.npy"
 UNLABELLED = -1
-IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
 SAMPLE = np.dtype(
     [
         ("shard", "<u4"),  # index into Manifest.shards
@@ -97,16 +92,14 @@ class Manifest:
         for shard in shards:
             if not all(isinstance(x, int) and 0 <= x < 2**62 for x in (shard.size, shard.samples)):
                 raise ValueError(f"{path}: shard {shard.name!r} has no sound size or count: {_REMEDY}")
-            if (
-                not isinstance(shard.name, str)
-                or shard.name in ("", ".", "..")
-                or set(shard.name) & set("/\0")
-            ):
+            if not _is_file_name(shard.name):
                 raise ValueError(f"{path}: {shard.name!r} is no plain file name: {_REMEDY}")
         if classes is not None and not (
             isinstance(classes, list) and all(isinstance(c, str) for c in classes)
         ):
             raise ValueError(f"{path}: classes are neither null nor a list of names: {_REMEDY}")
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: settings are {settings!r}, not an object: {_REMEDY}")
         manifest = cls(shards, _map_samples(path.with_name(SAMPLES), sha256), classes, settings)
         if len(manifest.samples) != stated:
             raise ValueError(
@@ -178,6 +171,17 @@ class Manifest:
             raise ValueError(f"{path}: a label lies outside the {labels} classes: {_REMEDY}")
 
 
+def _is_file_name(name: object) -> bool:
+    """Whether it names a file inside the folder of the manifest, and nothing else."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\0"):
+        return False
+    try:
+        os.fsencode(name)  # JSON may hold half a character (a lone surrogate)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _map_samples(path: Path, sha256: str) -> np.ndarray:
     try:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -185,8 +189,8 @@ def _map_samples(path: Path, sha256: str) -> np.ndarray:
         raise ValueError(f"{path} is missing: {_REMEDY}") from None
     except Exception as error:  # whatever numpy's reader makes of foreign bytes
         raise ValueError(f"{path} cannot be read ({error}): {_REMEDY}") from None
-    if not isinstance(samples, np.ndarray):
-        raise ValueError(f"{path} is no array: {_REMEDY}")
+    if not isinstance(samples, np.ndarray) or samples.dtype != SAMPLE:
+        raise ValueError(f"{path} is no array of sample records: {_REMEDY}")
     if hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest() != sha256:
         raise ValueError(f"{path} does not have the sha256 that {MANIFEST} states: {_REMEDY}")
     return samples
@@ -235,93 +239,6 @@ def file_sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def index_tar(path: str | os.PathLike[str]) -> np.ndarray:
-    """Records of one WebDataset tar: consecutive members of one key (name up to a dot) are a sample.
-
-    A sample is one image (.jpg, .jpeg or .png) and, where it is labelled, a .cls with an integer. Its other
-    members are stepped over, as are folders, hidden files and names in double underscores.
-
-    Returns:
-        SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
-
-    Raises:
-        ValueError: Damaged or cut tar (see `tar.walk`), a link or device, an absolute name or one with `..`,
-            a key that occurs twice, a sample without exactly one image, an image whose header is not sound, a
-            .cls that is no integer. Names shard and offset.
-    """
-    path = Path(path)
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        records = []
-        seen: set[str] = set()
-        key: str | None = None
-        members: dict[str, tar.Member] = {}
-        for member in tar.walk(path, descriptor):
-            next_key, extension = _key_and_extension(path, member)
-            if next_key is None:
-                continue
-            if next_key != key:
-                if key is not None:
-                    records.append(_record(path, descriptor, key, members))
-                if next_key in seen:
-                    raise ValueError(f"{path}: offset {member.header}: the key {next_key!r} occurs twice")
-                seen.add(next_key)
-                key, members = next_key, {}
-            if extension in members:
-                raise ValueError(f"{path}: offset {member.header}: the member {member.name!r} occurs twice")
-            members[extension] = member
-        if key is not None:
-            records.append(_record(path, descriptor, key, members))
-        return np.array(records, SAMPLE)
-    finally:
-        os.close(descriptor)
-
-
-def _key_and_extension(path: Path, member: tar.Member) -> tuple[str | None, str]:
-    """Key (with its folder) and lower-case extension; key None for what belongs to no sample."""
-    folder, _, base = member.name.rpartition("/")
-    if member.name.startswith("/") or ".." in member.name.split("/"):
-        raise ValueError(f"{path}: offset {member.header}: unsafe member name {member.name!r}")
-    if member.kind == "folder":
-        return None, ""
-    if member.kind != "file":
-        raise ValueError(f"{path}: offset {member.header}: {member.name!r} is a {member.kind}, not a file")
-    stem, dot, extension = base.partition(".")
-    if not stem or not dot or base.startswith("__"):
-        return None, ""
-    return f"{folder}/{stem}" if folder else stem, extension.lower()
-
-
-def _record(path: Path, descriptor: int, key: str, members: dict[str, tar.Member]) -> tuple[int, ...]:
-    images = [member for extension, member in members.items() if extension in IMAGE_EXTENSIONS]
-    first = next(iter(members.values()))
-    if len(images) != 1:
-        found = ", ".join(sorted(members))
-        raise ValueError(f"{path}: offset {first.header}: sample {key!r} needs one image, it has: {found}")
-    image = images[0]
-    if image.length > MAX_BYTES:
-        raise ValueError(
-            f"{path}: offset {image.offset}: sample {key!r} has {image.length:,} bytes: more than an image has"
-        )
-    data = os.pread(descriptor, image.length, image.offset)
-    try:
-        header = inspect(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: offset {image.offset}: image of sample {key!r}: {error}") from None
-    label = UNLABELLED
-    if "cls" in members:
-        member = members["cls"]
-        text = os.pread(descriptor, min(member.length, 64), member.offset)
-        if text.strip() == b"-1":
-            text = b""
-        elif not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
-            raise ValueError(
-                f"{path}: offset {member.offset}: label of sample {key!r} is {text!r}, not an integer"
-            )
-        label = int(text) if text else UNLABELLED
-    return 0, label, image.offset, image.length, header.height, header.width, zlib.crc32(data)
 
 
 def join(records: Iterable[np.ndarray]) -> np.ndarray:

@@ -18,13 +18,25 @@ _MAX_EXTENSION = 1 << 20  # bytes; a name longer than this is damage
 
 
 class Member(NamedTuple):
-    """One member. `kind` is "file", "folder" or what else it is; `offset` is where its data start."""
+    """One member. `kind` is "file", "folder" or what else it is; `offset` is where its data start.
+
+    `link` is the name of the member that a hard link repeats.
+    """
 
     name: str
     kind: str
     header: int
     offset: int
     length: int
+    link: str = ""
+
+
+def read_at(path: Path, descriptor: int, length: int, offset: int) -> bytes:
+    """`os.pread` whose OSError names the file."""
+    try:
+        return os.pread(descriptor, length, offset)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def walk(path: Path, descriptor: int) -> Iterator[Member]:
@@ -37,13 +49,15 @@ def walk(path: Path, descriptor: int) -> Iterator[Member]:
     Raises:
         ValueError: Cut inside a header or data, or at a member boundary (no end-of-archive block), a header
             whose checksum is wrong, or data behind the end of the archive. Names the tar and the offset.
+        OSError: It cannot be read; names the tar.
     """
     size = os.fstat(descriptor).st_size
     at = 0
     long_name: str | None = None
+    long_link: str | None = None
     long_size: int | None = None
     while True:
-        header = os.pread(descriptor, BLOCK, at)
+        header = read_at(path, descriptor, BLOCK, at)
         if not header:
             raise _problem(path, at, "cut at a member boundary: the end-of-archive block is missing")
         if len(header) < BLOCK:
@@ -57,24 +71,45 @@ def walk(path: Path, descriptor: int) -> Iterator[Member]:
         length = _number(path, at, header[124:136])
         if flag not in _EXTENSIONS and long_size is not None:
             length = long_size
+        if flag in _KINDS:
+            length = 0  # whatever the header says: what follows is the next header
         offset = at + BLOCK
+        if flag == "S":
+            offset = _behind_sparse_map(path, descriptor, header, offset)
         if offset + length > size:
             raise _problem(path, at, f"cut inside a member's data: {size - offset} of {length} bytes")
         if flag in _EXTENSIONS:
             if length > _MAX_EXTENSION:
                 raise _problem(path, at, f"extension header of {length} bytes")
-            extension = os.pread(descriptor, length, offset)
+            extension = read_at(path, descriptor, length, offset)
             if flag == "L":
                 long_name = _text(extension.rstrip(b"\0"))
+            elif flag == "K":
+                long_link = _text(extension.rstrip(b"\0"))
             elif flag == "x":
                 records = _pax_records(path, at, extension)
                 long_name = records.get("path", long_name)
+                long_link = records.get("linkpath", long_link)
                 long_size = int(records["size"]) if "size" in records else long_size
         else:
             kind = "file" if flag in _REGULAR else _KINDS.get(flag, f"member of type {flag!r}")
-            yield Member(long_name if long_name is not None else _name(header), kind, at, offset, length)
-            long_name = long_size = None
+            name = long_name if long_name is not None else _name(header)
+            link = long_link if long_link is not None else _text(header[157:257].split(b"\0", 1)[0])
+            yield Member(name, kind, at, offset, length, link)
+            long_name = long_link = long_size = None
         at = offset + (length + BLOCK - 1) // BLOCK * BLOCK
+
+
+def _behind_sparse_map(path: Path, descriptor: int, header: bytes, offset: int) -> int:
+    """GNU's old sparse files (type S): the map goes on in blocks whose byte 504 says whether another follows."""
+    extended = header[482]
+    while extended:
+        block = read_at(path, descriptor, BLOCK, offset)
+        if len(block) < BLOCK:
+            raise _problem(path, offset, "cut inside the map of a sparse file")
+        extended = block[504]
+        offset += BLOCK
+    return offset
 
 
 def _problem(path: Path, offset: int, what: str) -> ValueError:
@@ -132,7 +167,7 @@ def _pax_records(path: Path, at: int, data: bytes) -> dict[str, str]:
 
 def _check_only_zeros(path: Path, descriptor: int, at: int) -> None:
     """What follows the end of the archive is padding, unless tars were concatenated: readers lose that."""
-    while chunk := os.pread(descriptor, 1 << 20, at):
+    while chunk := read_at(path, descriptor, 1 << 20, at):
         if chunk.count(0) != len(chunk):
             raise _problem(path, at, "data behind the end of the archive (concatenated tars?)")
         at += len(chunk)

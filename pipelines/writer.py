@@ -2,22 +2,19 @@
 
 import io
 import json
-import multiprocessing
-import os
-import signal
 import tarfile
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipelines.convert import to_jpeg
+from pipelines.encoded import inspect
+from pipelines.index import index_tar
 from pipelines.originals import Entry, Reader
-from pipelines.shards import SAMPLE, Shard, Temporary, file_sha256, index_tar
+from pipelines.shards import SAMPLE, Shard, Temporary, file_sha256
 
 
 class Unusable(Exception):
@@ -48,65 +45,46 @@ class Done(NamedTuple):
 _counters: Any = None  # images done, bytes done, and 1 to stop; shared by all workers
 
 
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-
-
-def die_with_parent() -> None:
-    """Called once in each process of a pool: ends it when the process that started it is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:  # None in a pool of threads
-
-        def wait() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=wait, daemon=True).start()
-
-
 def start_worker(counters: Any) -> None:
     """Called once in each worker."""
     global _counters
     _counters = counters
-    die_with_parent()
+    _reader.cache_clear()
+
+
+@lru_cache(maxsize=1)
+def _reader(source: tuple[Path, str, str]) -> Reader:
+    """One for all shards of a worker: the directory of a zip is parsed when it is opened."""
+    return Reader(*source)
 
 
 def make_shard(job: Job) -> None:
     """Streams the entries of one shard into a tar; its note, written last, says that it is whole."""
-    reader = Reader(*job.source)
+    reader = _reader(job.source)
     quarantine = []
     samples = 0
-    try:
-        with (
-            Temporary(job.shard) as file,
-            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as out,
-        ):
-            for number, entry in job.entries:
-                if _counters[2]:
-                    raise Unusable("stopped")
-                data = None
-                try:
-                    data = to_jpeg(reader.read(entry), **job.rules)
-                except ValueError as error:
-                    if job.strict:
-                        raise Unusable(f"{entry.name}: {error} (--strict)") from None
-                    quarantine.append({"file": entry.name, "reason": str(error)})
-                if data is not None:
-                    _add_sample(out, f"{number:0{job.digits}d}", data, entry)
-                    samples += 1
-                with _counters.get_lock():
-                    _counters[0] += 1
-                    _counters[1] += entry.length
-    finally:
-        reader.close()
+    with (
+        Temporary(job.shard) as file,
+        tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as out,
+    ):
+        for number, entry in job.entries:
+            if _counters[2]:
+                raise Unusable("stopped")
+            try:
+                data = to_jpeg(reader.read(entry), **job.rules)
+                inspect(data)  # training refuses more than MAX_PIXELS, whatever --max-pixels is
+            except ValueError as error:
+                if job.strict:
+                    raise Unusable(f"{entry.name}: {error} (--strict)") from None
+                quarantine.append({"file": entry.name, "reason": str(error)})
+            else:
+                _add_sample(out, f"{number:0{job.digits}d}", data, entry)
+                samples += 1
+            with _counters.get_lock():
+                _counters[0] += 1
+                _counters[1] += entry.length
     if samples:
-        records = index_tar(job.shard)
+        records = index_tar(job.shard).records
         shard = Shard(job.shard.name, job.shard.stat().st_size, file_sha256(job.shard), samples)
     else:
         job.shard.unlink()

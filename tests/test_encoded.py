@@ -2,8 +2,10 @@
 
 import io
 import struct
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -137,9 +139,54 @@ def test_proof_finds_damage_that_pil_does_not() -> None:
             to_jpeg(damaged)
 
 
-def test_max_pixels_is_the_only_limit() -> None:
+def test_max_pixels_is_the_only_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # PIL would refuse twice as many
     for data in (WHOLE, encode(kind="PNG"), encode(kind="BMP")):
         assert inspect(to_jpeg(data, max_pixels=24 * 40))[1:3] == (24, 40)
         with pytest.raises(ValueError, match="24 x 40 is above the limit of 959 pixels"):
             to_jpeg(data, max_pixels=24 * 40 - 1)
-    assert Image.MAX_IMAGE_PIXELS is None  # PIL's own limit would undercut a larger max_pixels
+        assert Image.MAX_IMAGE_PIXELS == 10  # others of the process may rely on it
+
+
+def test_sides_that_no_jpeg_has_are_refused_before_decoding() -> None:
+    buffer = io.BytesIO()
+    Image.new("1", (65501, 2)).save(buffer, "PNG")
+    with pytest.raises(ValueError, match=r"^2 x 65501: a JPEG side has at most 65500 pixels"):
+        to_jpeg(buffer.getvalue())
+    assert inspect(to_jpeg(buffer.getvalue(), max_size=100))[1:3] == (1, 100)
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A 16-bit PNG, grey (H, W) or RGB (H, W, 3); PIL writes none in colour."""
+    height, width = values.shape[:2]
+    rows = values.astype(">u2").reshape(height, -1).view(np.uint8).reshape(height, -1)
+    header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
+    chunks = (
+        (b"IHDR", header),
+        (b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))),
+        (b"IEND", b""),
+    )
+    body = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def test_sixteen_bits_have_one_rule_for_grey_and_colour() -> None:
+    grey = np.repeat(np.arange(256)[:, None] * 256 + 255, 16, axis=1)  # rounding would give the next value
+    colour = np.stack([grey] * 3, axis=-1)
+    decoded = []
+    for values in (grey, colour):
+        with Image.open(io.BytesIO(to_jpeg(png16(values), quality=100))) as image:
+            decoded.append(np.asarray(image.convert("L")).astype(int))
+    assert np.abs(decoded[0] - (grey >> 8)).mean() < 0.2
+    assert np.abs(decoded[0] - decoded[1]).max() <= 1
+
+
+@pytest.mark.parametrize("data", [WHOLE, encode(kind="PNG"), encode("CMYK")])
+def test_want_of_memory_is_no_fault_of_the_image(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", exhausted)
+    monkeypatch.setattr("simplejpeg.decode_jpeg", exhausted)
+    with pytest.raises(MemoryError):
+        to_jpeg(data)

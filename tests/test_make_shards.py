@@ -13,13 +13,16 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines import plan as planning
+from pipelines import writer
 from pipelines.encoded import inspect
+from pipelines.originals import Reader, list_originals
 from pipelines.shards import Manifest
 from pipelines.sources import TarSource
 from tools import make_shards
@@ -390,6 +393,7 @@ def test_index_of_tars_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixt
     assert {**hashes(tmp_path), **before} == hashes(tmp_path)
     assert verify([str(tmp_path)]) == 0
     (tmp_path / "manifest.json").unlink()
+    (tmp_path / "quarantine.jsonl").unlink()
     shard = tmp_path / "part1.tar"
     shard.write_bytes(shard.read_bytes()[:2048])
     assert run(tmp_path, "--index") == 2
@@ -502,3 +506,224 @@ def test_damaged_archive_is_named(name: str, tmp_path: Path, capsys: pytest.Capt
     (tmp_path / name).write_bytes(data)
     assert run(tmp_path / name, tmp_path / "dst", "--inside", "src") == 2
     assert f"{name} is damaged" in capsys.readouterr().err
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as out:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def jpeg(seed: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    noise(8, 9, seed).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = ("bad.jpg", jpeg()[:-2])
+    write_tar(tmp_path / "a.tar", [("README.txt", b"hi"), ("a.jpg", jpeg()), bad, ("c.webp", b"RIFF")])
+    assert run(tmp_path, "--index", "--strict") == 1
+    assert "a.tar: bad: offset" in capsys.readouterr().err
+    assert run(tmp_path, "--index") == 0
+    assert "1 samples in 1 shards, 0 labelled, 1 in quarantine, 2 names without" in capsys.readouterr().out
+    assert "cut short" in quarantine(tmp_path)["a.tar: bad"]
+    assert TarSource(tmp_path).read(0) == jpeg()
+    assert verify([str(tmp_path)]) == 0
+
+
+def test_index_without_any_sample_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", [("img.0001.jpg", jpeg()), ("img.0002.jpg", jpeg())])
+    assert run(tmp_path, "--index") == 2
+    assert "rename such files without further dots" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
+
+
+def half_done(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, dst)
+
+
+def test_source_that_changed_at_the_same_size_is_not_continued_with(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half_done(source, tmp_path / "dst", monkeypatch)
+    path = source / "c0/0000.jpg"
+    path.write_bytes(path.read_bytes())
+    os.utime(path, (1, 1))
+    assert run(source, tmp_path / "dst") == 2
+    assert "half done with other settings: source_modified was" in capsys.readouterr().err
+    assert run(source, tmp_path / "new") == 0
+    assert "source_modified" not in Manifest.load(tmp_path / "new").settings
+
+
+def test_strict_holds_for_shards_of_a_laxer_start(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "c0/bad.jpg").write_text("no image")
+    half_done(source, tmp_path / "dst", monkeypatch)
+    assert run(source, tmp_path / "dst", "--strict") == 1
+    assert "c0/bad.jpg: not an image" in capsys.readouterr().err
+    assert not (tmp_path / "dst/manifest.json").exists()
+    assert run(source, tmp_path / "dst") == 0
+
+
+def test_file_that_changes_while_it_is_read_is_refused(source: Path, tmp_path: Path) -> None:
+    listing = list_originals(source, "", tmp_path)
+    (source / listing.entries[0].name).write_bytes(jpeg())
+    with pytest.raises(ValueError, match=r"has \d+ bytes, and had [\d,]+ when SRC was listed"):
+        Reader(listing.path, listing.kind, listing.prefix).read(listing.entries[0])
+
+
+def test_folder_whose_files_cannot_be_looked_at(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = Path.stat
+
+    def denied(path: Path, **options: bool) -> os.stat_result:
+        if path.name == "0001.jpg":  # as in a folder of mode r--
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", denied)
+        assert run(source, tmp_path / "dst") == 0
+    assert quarantine(tmp_path / "dst") == {"c1/0001.jpg": "Permission denied"}
+
+
+@pytest.mark.parametrize("inside", ["../other", "a/../..", ".."])
+def test_inside_cannot_leave_the_source(
+    source: Path, tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(source, tmp_path / "dst", "--inside", inside) == 2
+    assert f"--inside {inside} leads out of SRC" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_names_of_archives_are_tidied_and_hard_links_followed(tmp_path: Path) -> None:
+    members = [("./top/./a/0.jpg", jpeg(0)), ("top//b/1.jpg", jpeg(1)), ("top/b/bad.jpg", b"x")]
+    write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as out:
+        for name, target in (("top/b/2.jpg", "top/./a/0.jpg"), ("top/b/3.jpg", "top/nowhere.jpg")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.LNKTYPE, target
+            out.addfile(link)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in members:
+            archive.writestr(name, data)
+    for name in ("a.tar", "a.zip"):
+        assert run(tmp_path / name, tmp_path / f"{name}-out", "--inside", "./top/") == 0
+    expected = {"a/0.jpg": (jpeg(0), 0), "b/1.jpg": (jpeg(1), 1)}
+    assert samples(tmp_path / "a.zip-out") == expected
+    assert samples(tmp_path / "a.tar-out") == {**expected, "b/2.jpg": (jpeg(0), 1)}
+    assert quarantine(tmp_path / "a.zip-out").keys() == {"b/bad.jpg"}
+    assert quarantine(tmp_path / "a.tar-out")["b/3.jpg"] == "a hard link, not a file"
+
+
+def test_entry_of_a_zip_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/0.jpg", jpeg())
+        with archive.open("a/bomb.png", "w") as file:
+            for _ in range(257):
+                file.write(bytes(1 << 20))
+    assert run(tmp_path / "a.zip", tmp_path / "dst") == 0
+    assert "269,484,032 bytes" in quarantine(tmp_path / "dst")["a/bomb.png"]
+
+
+def test_directory_of_a_zip_is_parsed_once_for_all_shards(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in source.rglob("*.jpg"):
+            archive.write(path, path.relative_to(source))
+    opened = []
+
+    class Counted(zipfile.ZipFile):
+        def __init__(self, *args: Any) -> None:
+            opened.append(args)
+            super().__init__(*args)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Counted)
+    monkeypatch.setattr(planning, "_chunks", lambda entries, size: _chunks_of(entries, 5))
+    assert run(tmp_path / "a.zip", tmp_path / "dst") == 0
+    assert len(Manifest.load(tmp_path / "dst").shards) == 4
+    assert len(opened) == 2  # to list it, and in the one worker
+
+
+def test_zip_with_a_version_nobody_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a/0.jpg", jpeg())
+    data = bytearray((tmp_path / "a.zip").read_bytes())
+    at = data.rfind(b"PK\1\2")
+    data[at + 6] = 99
+    (tmp_path / "a.zip").write_bytes(data)
+    assert run(tmp_path / "a.zip", tmp_path / "dst") == 2
+    assert "a.zip is a damaged or unusual zip" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_sources_that_would_never_end_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        assert run(path, tmp_path / "dst") == 2
+        assert "neither a folder nor a regular file" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+
+
+def test_want_of_memory_is_one_line(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "to_jpeg", exhausted)
+        assert run(source, tmp_path / "dst") == 1
+    assert "out of memory: use fewer --workers" in capsys.readouterr().err
+    assert run(source, tmp_path / "dst") == 0
+
+
+def test_sample_that_training_would_refuse_goes_to_quarantine(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "c0/bad.jpg").write_text("no image")
+    monkeypatch.setattr(writer, "to_jpeg", lambda data, **_: data)  # as with a --max-pixels above training's
+    assert run(source, tmp_path / "dst") == 0
+    assert quarantine(tmp_path / "dst") == {"c0/bad.jpg": "not a JPEG or PNG"}
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BlockingIOError(errno.EAGAIN, "x"), 2, "another make_shards is at work there"),
+        (OSError(errno.ENOLCK, "No locks available"), 1, "dst: cannot be locked: No locks available"),
+    ],
+)
+def test_lock_says_what_is_wrong(
+    source: Path,
+    tmp_path: Path,
+    error: OSError,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(make_shards.fcntl, "lockf", refuse)
+    assert run(source, tmp_path / "dst") == code
+    assert message in capsys.readouterr().err
+
+
+def test_shares_that_sum_to_almost_one_lose_no_image(source: Path, tmp_path: Path) -> None:
+    listing = list_originals(source, "", tmp_path)
+    entries = listing.entries * 30_000  # 600,000: a millionth of it rounds to one
+    args = make_shards.parse([str(source), str(tmp_path / "dst"), "--split", "a=.5,b=.499999"])
+    jobs = planning.plan(listing._replace(entries=entries), args, planning.parse_split(args.split))
+    assert sum(len(job.entries) for part in jobs.values() for job in part) == len(entries)

@@ -1,6 +1,7 @@
 """verify_shards: a whole data set passes; each kind of damage is named with shard, offset and sample."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,3 +126,18 @@ def test_limit_and_missing_manifest(dataset: Path, capsys: pytest.CaptureFixture
     (dataset / "manifest.json").write_text(json.dumps({**content, "version": 2}))
     assert verify([str(dataset)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_tars_beside_the_data_set_are_mentioned(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset / "more.tar").write_bytes(b"")
+    assert verify([str(dataset)]) == 0
+    captured = capsys.readouterr()
+    assert f"note: {dataset}/more.tar is not part of the data set" in captured.err
+    assert "8 samples are whole" in captured.out
+
+
+def test_fifo_in_the_place_of_a_shard_is_a_problem(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard(dataset).unlink()
+    os.mkfifo(shard(dataset))
+    assert verify([str(dataset)]) == 1
+    assert "shard-000000.tar is not a regular file" in capsys.readouterr().err

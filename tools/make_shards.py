@@ -15,32 +15,22 @@ import shutil
 import sys
 import time
 from concurrent import futures
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from pipelines.encoded import MAX_PIXELS
+from pipelines.index import Index, index_tar
+from pipelines.meter import Meter
 from pipelines.originals import Listing, list_originals
 from pipelines.plan import WORK, differences, parse_split, plan, settings_of
-from pipelines.shards import MANIFEST, TEMPORARY, Manifest, Shard, Temporary, file_sha256, index_tar, join
+from pipelines.shards import MANIFEST, TEMPORARY, Manifest, Shard, Temporary, file_sha256, join
 from pipelines.sources import TarSource
-from pipelines.writer import (
-    Done,
-    Job,
-    Unusable,
-    die_with_parent,
-    interrupts_ignored,
-    make_shard,
-    read_note,
-    start_worker,
-)
+from pipelines.workers import spread
+from pipelines.writer import Done, Job, Unusable, make_shard, read_note, start_worker
 
 QUARANTINE = "quarantine.jsonl"
-_LINE_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -54,8 +44,8 @@ def make(args: argparse.Namespace) -> str:
             raise ValueError(f"DST {folder} is or lies inside SRC {args.src}: name another folder")
     if not args.src.exists():
         raise ValueError(f"SRC {args.src} does not exist")
-    finished = [name for name in split if (args.dst / name / MANIFEST).exists()]
     work = args.dst / WORK
+    is_new = not args.dst.exists()
     work.mkdir(parents=True, exist_ok=True)
     with Lock(work):
         try:
@@ -64,39 +54,47 @@ def make(args: argparse.Namespace) -> str:
             if args.strict and listing.refused:
                 raise Unusable(f"{listing.refused[0].file}: {listing.refused[0].reason} (--strict)")
             jobs = plan(listing, args, split)
-            for name in finished:
-                difference = differences(Manifest.load(args.dst / name).settings, settings)
-                if difference:
-                    raise ValueError(
-                        f"DST {args.dst} holds a finished data set: {difference}: name another folder"
-                    )
-            if len(finished) == len(split):
-                for name in finished:
-                    TarSource(args.dst / name)  # every shard is there and has its size
-                quarantine = (args.dst / QUARANTINE).read_text()
-                if args.strict and quarantine:
-                    raise Unusable(f"{json.loads(quarantine.splitlines()[0])} (--strict)")
+            if _is_finished(args.dst, split, settings, args.strict):
                 shutil.rmtree(work)
                 return f"{args.dst}: already done"
-            _claim(work, args.dst, split, settings)
+            _claim(work, args.dst, split, {**settings, "source_modified": listing.modified()})
         except BaseException:
             if not (work / "settings.json").exists():
                 shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):
+                    if is_new:
+                        args.dst.rmdir()
             raise
         start = time.perf_counter()
-        notes = [read_note(job) for part in jobs.values() for job in part]
-        kept = sum(len(note.records) for note in notes if note is not None)
-        done = run([job for part in jobs.values() for job in part], args.workers, len(listing.entries))
-        images = sum(len(item.records) for item in done.values())
-        if args.strict:
-            quarantined = [row for item in done.values() for row in item.quarantine]
-            if quarantined:  # by an earlier, laxer start of the same run
-                raise Unusable(f"{quarantined[0]['file']}: {quarantined[0]['reason']} (--strict)")
-        line = commit(args.dst, jobs, done, listing, settings)
+        planned = [job for part in jobs.values() for job in part]
+        todo = [job for job in planned if read_note(job) is None]
+        run(todo, args.workers, len(listing.entries))
+        notes = {job.shard: read_note(job) for job in planned}
+        done = {path: note for path, note in notes.items() if note is not None}
+        line = commit(args.dst, jobs, done, listing, settings, args.strict)
         seconds = time.perf_counter() - start
         shutil.rmtree(work)
-    made = images - kept
+    made = sum(len(job.entries) for job in todo)
     return f"{line}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
+
+
+def _is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], strict: bool) -> bool:
+    """Whether all is there already; raises where what is there is another's, damaged or not strict enough."""
+    finished = [name for name in split if (dst / name / MANIFEST).exists()]
+    for name in finished:
+        difference = differences(Manifest.load(dst / name).settings, settings)
+        if difference:
+            raise ValueError(f"DST {dst} holds a finished data set: {difference}: name another folder")
+        TarSource(dst / name)  # every shard is there and has its size
+    if len(finished) < len(split):
+        return False
+    if strict and (rows := (dst / QUARANTINE).read_text().splitlines()):
+        raise _not_strict(json.loads(rows[0]))
+    return True
+
+
+def _not_strict(row: dict[str, str]) -> Unusable:
+    return Unusable(f"{row['file']}: {row['reason']} (--strict)")
 
 
 class Lock:
@@ -109,9 +107,12 @@ class Lock:
         self.file = open(self.path, "w")
         try:
             fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
             self.file.close()
-            raise ValueError(f"DST {self.path.parent.parent}: another make_shards is at work there") from None
+            dst = self.path.parent.parent
+            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either
+                raise ValueError(f"DST {dst}: another make_shards is at work there") from None
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(dst)) from None
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -141,46 +142,39 @@ def _claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, A
             path.unlink(missing_ok=True)
 
 
-def run(jobs: list[Job], workers: int, num_images: int) -> dict[Path, Done]:
-    """Makes the shards that are not there yet; returns the notes of all by shard path."""
-    todo = [job for job in jobs if read_note(job) is None]
-    context = get_context("spawn")
-    counters = context.Array("q", 3)
-    kept = num_images - sum(len(job.entries) for job in todo)
-    pool: futures.Executor
-    arguments = (counters,)
-    if min(workers, len(todo)) <= 1:
-        pool = futures.ThreadPoolExecutor(1, initializer=start_worker, initargs=arguments)
-    else:
-        pool = futures.ProcessPoolExecutor(min(workers, len(todo)), context, start_worker, arguments)
-    try:
-        with interrupts_ignored():
-            pending = {pool.submit(make_shard, job) for job in todo}
-        with Meter(num_images, kept) as meter:
-            while pending:
-                finished, pending = futures.wait(pending, 0.2, futures.FIRST_COMPLETED)
-                meter.update(*counters[:2])
-                for future in finished:
-                    future.result()
-    except BaseException:
-        counters[2] = 1  # each worker ends at its next image
-        pool.shutdown(cancel_futures=True)
-        raise
-    pool.shutdown()
-    notes = {job.shard: read_note(job) for job in jobs}
-    return {path: note for path, note in notes.items() if note is not None}
+def run(jobs: list[Job], workers: int, num_images: int) -> None:
+    """Makes the shards of these jobs; `num_images` counts those of finished shards as well."""
+    counters = get_context("spawn").Array("q", 3)
+    kept = num_images - sum(len(job.entries) for job in jobs)
+    with spread(make_shard, jobs, workers, start_worker, (counters,)) as pending:
+        try:
+            with Meter(num_images, kept) as meter:
+                waiting = set(pending)
+                while waiting:
+                    finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
+                    meter.update(*counters[:2])
+                    for future in finished:
+                        future.result()
+        except BaseException:
+            counters[2] = 1  # each worker ends at its next image
+            raise
 
 
 def commit(
-    dst: Path, jobs: dict[str, list[Job]], done: dict[Path, Done], listing: Listing, settings: dict[str, Any]
+    dst: Path,
+    jobs: dict[str, list[Job]],
+    done: dict[Path, Done],
+    listing: Listing,
+    settings: dict[str, Any],
+    strict: bool,
 ) -> str:
     """Writes the quarantine list, then each part's manifest."""
     parts = {name: [done[job.shard] for job in part] for name, part in jobs.items()}
     rows = [item._asdict() for item in listing.refused]
     rows += [row for part in parts.values() for item in part for row in item.quarantine]
-    with Temporary(dst / QUARANTINE) as file:
-        for row in sorted(rows, key=lambda row: row["file"]):
-            file.write(json.dumps(row).encode() + b"\n")
+    if strict and rows:  # of shards that an earlier start made, without --strict
+        raise _not_strict(rows[0])
+    _write_quarantine(dst, rows)
     manifests = {}
     for name, part in parts.items():
         shards = [item.shard for item in part if item.shard is not None]
@@ -199,50 +193,17 @@ def commit(
     return f"{dst}: {samples} samples in {number} shards, {classes}, {len(rows)} in quarantine"
 
 
-class Meter:
-    """Progress with images/s, MB/s and ETA: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, total: int, kept: int) -> None:
-        self.total, self.kept = total, kept
-        self.start = self.last = time.perf_counter()
-        console = Console(stderr=True)
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self.bar = Progress(*columns, console=console) if console.is_terminal else None
-
-    def __enter__(self) -> "Meter":
-        if self.bar is not None:
-            self.bar.start()
-            self.task = self.bar.add_task("", total=self.total, completed=self.kept, rate="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()
-
-    def update(self, images: int, size: int) -> None:
-        now = time.perf_counter()
-        speed = images / (now - self.start)
-        rate = f"{speed:,.0f} images/s, {size / (now - self.start) / 1e6:,.1f} MB/s"
-        if self.bar is not None:
-            self.bar.update(self.task, completed=self.kept + images, rate=rate)
-        elif now - self.last >= _LINE_EVERY and images:
-            self.last = now
-            left = (self.total - self.kept - images) / speed
-            print(
-                f"{self.kept + images:,}/{self.total:,} images, {rate}, {left:,.0f} s left", file=sys.stderr
-            )
+def _write_quarantine(folder: Path, rows: list[dict[str, str]]) -> None:
+    with Temporary(folder / QUARANTINE) as file:
+        for row in sorted(rows, key=lambda row: row["file"]):
+            file.write(json.dumps(row).encode() + b"\n")
 
 
 # ── tars made elsewhere ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def index(folder: Path, workers: int) -> str:
-    """Writes a manifest beside the WebDataset tars of a folder; the tars are only read."""
+def index(folder: Path, workers: int, strict: bool) -> str:
+    """Writes a manifest and the quarantine list beside the WebDataset tars of a folder; these are only read."""
     if not folder.is_dir():
         raise ValueError(f"--index {folder}: not a folder")
     if (folder / MANIFEST).exists():
@@ -252,20 +213,30 @@ def index(folder: Path, workers: int) -> str:
         raise ValueError(
             f"--index {folder}: no .tar in it (compressed ones have no random access: unpack them)"
         )
-    with futures.ProcessPoolExecutor(min(workers, len(paths)), get_context("spawn"), die_with_parent) as pool:
-        with interrupts_ignored():
-            pending = pool.map(_index_one, paths)
-        results = list(pending)
-    shards = [shard for shard, _ in results]
-    records = join(records for _, records in results)
-    Manifest(shards, records, None, {"indexed": True}).save(folder)
+    with spread(_index_one, paths, workers) as pending:
+        results = [future.result() for future in pending]
+    rows = [
+        {"file": f"{shard.name}: {key}", "reason": reason}
+        for shard, found in results
+        for key, reason in found.refused
+    ]
+    if strict and rows:
+        raise _not_strict(rows[0])
+    records = join(found.records for _, found in results)
+    imageless = sum(found.imageless for _, found in results)
+    counts = f"{len(rows)} in quarantine, {imageless} names without an image (.jpg, .jpeg or .png)"
+    if not len(records):
+        example = f", as {rows[0]['file']}: {rows[0]['reason']}" if rows else ""
+        raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
+    _write_quarantine(folder, rows)
+    Manifest([shard for shard, _ in results], records, None, {"indexed": True}).save(folder)
     labelled = int((records["label"] >= 0).sum())
-    return f"{folder}: {len(records):,} samples in {len(shards)} shards, {labelled:,} labelled"
+    return f"{folder}: {len(records):,} samples in {len(paths)} shards, {labelled:,} labelled, {counts}"
 
 
-def _index_one(path: Path) -> tuple[Shard, np.ndarray]:
-    records = index_tar(path)
-    return Shard(path.name, path.stat().st_size, file_sha256(path), len(records)), records
+def _index_one(path: Path) -> tuple[Shard, Index]:
+    found = index_tar(path)
+    return Shard(path.name, path.stat().st_size, file_sha256(path), len(found.records)), found
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────
@@ -316,13 +287,17 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed on the way, 2 a mistake in what was asked for, 130 interrupted."""
     args = parse(argv)
     try:
-        print(index(args.src, args.workers) if args.index else make(args))
+        print(index(args.src, args.workers, args.strict) if args.index else make(args))
         return 0
     except ValueError as error:
         print(f"make_shards: {error}", file=sys.stderr)
         return 2
     except (Unusable, futures.BrokenExecutor) as error:
         print(f"make_shards: {error}", file=sys.stderr)
+    except MemoryError:
+        print(
+            "make_shards: out of memory: use fewer --workers, or start it again to continue", file=sys.stderr
+        )
     except OSError as error:
         where = error.filename or args.dst or args.src
         print(

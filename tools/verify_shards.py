@@ -9,7 +9,6 @@ import sys
 import time
 import zlib
 from concurrent import futures
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,9 @@ import numpy as np
 
 from pipelines.convert import prove
 from pipelines.encoded import inspect
-from pipelines.shards import Manifest, Shard, file_sha256, index_tar
-from pipelines.writer import die_with_parent, interrupts_ignored
+from pipelines.index import index_tar
+from pipelines.shards import Manifest, Shard, file_sha256
+from pipelines.workers import spread
 
 
 class Task(NamedTuple):
@@ -34,6 +34,8 @@ class Task(NamedTuple):
 def check_shard(task: Task) -> list[str]:
     """Problems of one shard, each with shard, offset and sample as far as they are known."""
     path, shard, records = task.path, task.shard, task.records
+    if path.exists() and not path.is_file():
+        return [f"{path} is not a regular file"]
     try:
         size = path.stat().st_size
         sha256 = file_sha256(path)
@@ -46,7 +48,7 @@ def check_shard(task: Task) -> list[str]:
         problems.append(f"{path}: sha256 is {sha256}, the manifest states {shard.sha256}")
     found = None
     try:
-        found = index_tar(path)
+        found = index_tar(path).records
     except ValueError as error:
         problems.append(str(error))
     if found is not None and len(found) != len(records):
@@ -90,8 +92,11 @@ def _compare(found: np.ndarray, record: np.ndarray) -> str:
     return ""
 
 
-def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str]]:
-    """Checks every shard; returns the number of samples and all problems in the order of the samples.
+def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str], list[Path]]:
+    """Checks every shard.
+
+    Returns:
+        The number of samples, all problems in the order of the samples, and the tars that are not in the manifest.
 
     Raises:
         ValueError: The manifest itself cannot be used.
@@ -102,15 +107,10 @@ def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str]]:
         Task(folder / shard.name, shard, np.array(manifest.samples[start:stop]), int(start), decode)
         for shard, start, stop in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True)
     ]
-    workers = min(workers, len(tasks))
-    if workers == 1:
-        problems = [check_shard(task) for task in tasks]
-    else:
-        with futures.ProcessPoolExecutor(workers, get_context("spawn"), die_with_parent) as pool:
-            with interrupts_ignored():
-                pending = pool.map(check_shard, tasks)
-            problems = list(pending)
-    return len(manifest.samples), [problem for part in problems for problem in part]
+    with spread(check_shard, tasks, workers) as pending:
+        problems = [future.result() for future in pending]
+    strangers = set(folder.glob("*.tar")) - {task.path for task in tasks}
+    return len(manifest.samples), [problem for part in problems for problem in part], sorted(strangers)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -127,13 +127,15 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--workers and --limit must be at least 1")
     start = time.perf_counter()
     try:
-        samples, problems = verify(args.dataset, not args.no_decode, args.workers)
+        samples, problems, strangers = verify(args.dataset, not args.no_decode, args.workers)
     except (ValueError, OSError, futures.BrokenExecutor) as error:
         print(f"verify_shards: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("verify_shards: interrupted", file=sys.stderr)
         return 130
+    for path in strangers:
+        print(f"verify_shards: note: {path} is not part of the data set: nothing reads it", file=sys.stderr)
     for problem in problems[: args.limit]:
         print(problem, file=sys.stderr)
     if problems:

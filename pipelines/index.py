@@ -1,0 +1,120 @@
+"""The samples of one WebDataset tar: where each image lies, how large it is, and its label.
+
+Members in a row whose names are equal up to the first dot are a sample. Damage to the tar itself is an error; a
+sample that cannot be used is left out and named.
+"""
+
+import os
+import zlib
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from pipelines import tar
+from pipelines.encoded import inspect
+from pipelines.shards import MAX_BYTES, SAMPLE, UNLABELLED
+
+IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
+_Keyed = tuple[str, str, tar.Member]  # key with its folder, lower-case extension, member
+
+
+class Index(NamedTuple):
+    """What one tar holds.
+
+    Attributes:
+        records: SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
+        refused: Key and reason, with the offset, of each sample that cannot be used.
+        imageless: Number of keys without an image: captions, readme files, kinds of image that are not read.
+    """
+
+    records: np.ndarray
+    refused: list[tuple[str, str]]
+    imageless: int
+
+
+def index_tar(path: str | os.PathLike[str]) -> Index:
+    """Reads a whole tar once; the samples are one .jpg, .jpeg or .png each and perhaps a .cls with an integer.
+
+    Other members of a sample are stepped over, as are folders, hidden files and names in double underscores.
+
+    Raises:
+        ValueError: Not a regular file, or a damaged or cut tar (see `tar.walk`). Names tar and offset.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a regular file")
+    records = []
+    refused = []
+    imageless = 0
+    seen: set[str] = set()
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for key, group in groupby(_keyed(path, descriptor), lambda item: item[0]):
+            members = list(group)
+            try:
+                if key in seen:
+                    raise ValueError("its key occurs twice; a key ends at the first dot of a name")
+                record = _record(path, descriptor, members)
+            except ValueError as error:
+                refused.append((key, f"offset {members[0][2].header}: {error}"))
+            else:
+                records += [record] if record else []
+                imageless += record is None
+            seen.add(key)
+    finally:
+        os.close(descriptor)
+    return Index(np.array(records, SAMPLE), refused, imageless)
+
+
+def _keyed(path: Path, descriptor: int) -> Iterator[_Keyed]:
+    """The members that may belong to a sample."""
+    for member in tar.walk(path, descriptor):
+        folder, _, base = member.name.rpartition("/")
+        stem, dot, extension = base.partition(".")
+        if member.kind != "folder" and stem and dot and not base.startswith("__"):
+            yield (f"{folder}/{stem}" if folder else stem), extension.lower(), member
+
+
+def _record(path: Path, descriptor: int, members: list[_Keyed]) -> tuple[int, ...] | None:
+    """The record of one sample, None where it has no image, ValueError where it cannot be used."""
+    images = [member for _, extension, member in members if extension in IMAGE_EXTENSIONS]
+    labels = [member for _, extension, member in members if extension == "cls"]
+    if not images:
+        for _, extension, member in members:
+            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                raise ValueError(
+                    f"{member.name!r} is no image to WebDataset, whose extensions begin at the first dot: "
+                    "rename such files without further dots"
+                )
+        return None
+    if len(images) > 1 or len(labels) > 1:
+        found = ", ".join(sorted(extension for _, extension, _ in members))
+        raise ValueError(f"it needs one image and at most one label, it has: {found}")
+    for member in images + labels:
+        if member.name.startswith("/") or ".." in member.name.split("/"):
+            raise ValueError(f"unsafe member name {member.name!r}")
+        if member.kind != "file":
+            raise ValueError(f"{member.name!r} is a {member.kind}, not a file")
+    image = images[0]
+    if image.length > MAX_BYTES:
+        raise ValueError(f"{image.length:,} bytes: more than an image has")
+    data = tar.read_at(path, descriptor, image.length, image.offset)
+    header = inspect(data)
+    label = (
+        _label(tar.read_at(path, descriptor, min(labels[0].length, 64), labels[0].offset))
+        if labels
+        else UNLABELLED
+    )
+    return 0, label, image.offset, image.length, header.height, header.width, zlib.crc32(data)
+
+
+def _label(text: bytes) -> int:
+    """A .cls: a class number, or -1 for none."""
+    if text.strip() == b"-1":
+        return UNLABELLED
+    if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
+        raise ValueError(f"its label is {text!r}, not an integer")
+    return int(text)

@@ -1,0 +1,69 @@
+"""Work in processes that Ctrl-C does not reach and that do not outlive the one that started them."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def spread(
+    function: Callable[[Task], Result],
+    tasks: Sequence[Task],
+    workers: int,
+    setup: Callable[..., None] | None = None,
+    arguments: tuple[Any, ...] = (),
+) -> Iterator[list[futures.Future[Result]]]:
+    """Calls `function` for each task in spawned processes, or in one thread where one worker is enough.
+
+    Leaving the block waits for the tasks that have begun, and drops the others.
+
+    Args:
+        function: Of a module, as processes have to find it.
+        tasks: Whatever can be pickled.
+        workers: At most this many.
+        setup: Called once in each worker, with `arguments`, before its first task.
+        arguments: Of `setup`.
+    """
+    pool: futures.Executor
+    if min(workers, len(tasks)) <= 1:
+        pool = futures.ThreadPoolExecutor(1, initializer=setup, initargs=arguments)
+    else:
+        context = multiprocessing.get_context("spawn")
+        pool = futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (setup, arguments))
+    try:
+        with _interrupts_ignored():
+            pending = [pool.submit(function, task) for task in tasks]
+        yield pending
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _start(setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if setup is not None:
+        setup(*arguments)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this runs in a child
+    parent.join()
+    os._exit(1)
