@@ -7,18 +7,23 @@ torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=ru
 """
 
 import argparse
+import json
 import math
 import os
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from configs import schema
+from configs import fixed, schema
+from model import failpoint
+from model.lock import RunLock
 
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
@@ -42,6 +47,10 @@ class Stop:
         self.signal = number
 
 
+class CollapseError(Exception):
+    """All samples are mapped to almost one point, and train.on_collapse is stop."""
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
@@ -61,7 +70,7 @@ def main() -> int:
     try:
         config = schema.load(args.config, args.overrides)
         config.images_per_rank(world_size())
-        check_allowed(config, args.allow_change)
+        fixed.check_allowed(config, args.allow_change)
         if args.print_config:
             print(describe(config))
             return 0
@@ -70,7 +79,8 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     try:
-        return train(config, args.resume, args.allow_change, Stop())
+        with RunLock(Path(config.run.out)) as lock:
+            return train(config, args.resume, args.allow_change, Stop(), lock)
     except KeyboardInterrupt:
         return 130
 
@@ -112,13 +122,17 @@ def describe(config: schema.Config) -> str:
     return "\n".join(lines)
 
 
-def train(config: schema.Config, resume: str | None, allowed: list[str], stop: Stop) -> int:
+def train(config: schema.Config, resume: str | None, allowed: list[str], stop: Stop, lock: RunLock) -> int:
     """Runs or continues a whole run; returns the exit code."""
+    failpoint.reach("import")
     import torch
 
-    from model import checkpoint, distributed, metrics, schedules
+    from model import checkpoint, distributed, failure, metrics, schedules
     from model.byol import make_byol
+    from model.digest import digest
+    from model.finite import FiniteCheck
     from model.optim import LARS
+    from model.resume import find_checkpoint, restore
     from model.step import PRECISIONS, TrainStep
     from pipelines.loader import CorruptBudgetError, Loader, make_backend
     from pipelines.order import steps_per_epoch
@@ -174,14 +188,11 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
 
         # ------------------------------------------------------------------------------------------ resume
         make_out(out)
-        found, state = find_checkpoint(out, resume, world)
+        found, state = find_checkpoint(out, resume, lock, world)
         step, seconds_before, knn_untrained = 0, 0.0, None
         if found:
-            check_same_run(config, source.fingerprint, found, state, allowed)
-            model.load_state_dict(state["model"])
-            groups = optimizer.state_dict()["param_groups"]  # settings are the config's, momentum the run's
-            optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
-            train_step.load_state_dict(state["train_step"])
+            fixed.check_same_run(config, source.fingerprint, found, state, allowed)
+            restore(found, state, model, optimizer, train_step)
             step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
         loader = Loader(
             config,
@@ -201,31 +212,75 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     display = metrics.Display(step, last_step, enabled=world.is_main)
     started = saved = time.monotonic()
 
-    def check_finite() -> None:
-        if broken:
-            raise FloatingPointError(
-                f"loss or gradient not finite in a step between {logged_step} and {step}; such a step updates no "
-                "weight, but batch-norm statistics hold its values, so nothing was saved since. Go on from the last "
-                "checkpoint with a lower optimizer.base_lr or train.precision=fp32, and look at the images"
-            )
+    def run_state() -> dict[str, Any]:
+        """What a checkpoint holds; the same on every rank, but for the clock."""
+        return {
+            "step": step,
+            "seconds": seconds_before + time.monotonic() - started,
+            "model": model.state_dict(),
+            "momentum": optimizer.state_dict()["state"],
+            "train_step": train_step.state_dict(),
+            "config": config.model_dump(mode="json"),
+            "data": source.fingerprint,
+            "knn_untrained": knn_untrained,
+        }
+
+    @contextmanager
+    def writing() -> Iterator[None]:
+        """What fails to be written within ends the run, or is told, as run.on_write_error says."""
+        try:
+            yield
+        except OSError as error:
+            if config.run.on_write_error == "stop":
+                raise
+            display.say(f"warning: step {step}: {error}; going on (run.on_write_error)")
 
     def save() -> None:
         """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
         nonlocal saved
-        check_finite()
         saved = time.monotonic()
         if world.is_main:
-            state = {
-                "step": step,
-                "seconds": seconds_before + saved - started,
-                "model": model.state_dict(),
-                "momentum": optimizer.state_dict()["state"],
-                "train_step": train_step.state_dict(),
-                "config": config.model_dump(mode="json"),
-                "data": source.fingerprint,
-                "knn_untrained": knn_untrained,
-            }
-            checkpoint.save(out, step, state, config.run.keep_checkpoints)
+            checkpoint.save(out, step, run_state(), config.run.keep_checkpoints)
+
+    def check_finite() -> None:
+        """Stops every rank if a step since the last look was not finite; the state, which is, is set aside."""
+        bad = finite.look()
+        if not bad:
+            return
+        aside, report = out / f"aside-{step:09d}.pt", out / "not-finite.json"
+        if world.is_main:
+            report.write_text(json.dumps(bad, indent=1) + "\n")
+            checkpoint.write(aside, run_state())
+        distributed.barrier(world)
+        first = ", ".join(map(str, bad[0]["samples"][:8]))
+        raise FloatingPointError(
+            f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
+            f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
+            f"then go on with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
+            "train.precision=fp32"
+        )
+
+    def print_digest() -> None:
+        """The last line of a run: equal where two runs are in the same state, to the bit."""
+        mine = digest(run_state())
+        if distributed.any_rank(mine != distributed.broadcast_object(mine, world), world):
+            raise RuntimeError("the ranks are not in the same state; please report this with the settings")
+        if world.is_main:
+            print(f"digest: step {step} sha256 {mine}", flush=True)
+
+    def check_collapse(projection_std: float) -> None:
+        """Looks at the spread of the target's projections, averaged over ranks."""
+        spread = projection_std * config.model.projector_size**0.5
+        if config.train.on_collapse == "ignore" or spread >= config.train.collapse_std:
+            return
+        message = (
+            f"collapse: the projections' standard deviation is {spread:.2g} of what a sphere's is, below "
+            f"train.collapse_std={config.train.collapse_std:g}"
+        )
+        if config.train.on_collapse == "stop":
+            save()
+            raise CollapseError(f"{message}; saved, and stopped as train.on_collapse says")
+        display.say(f"warning: step {step}: {message}")
 
     def evaluate(untrained: bool = False) -> float | None:
         """kNN top-1 in per cent, shown and logged; None without a labelled split."""
@@ -236,12 +291,13 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             raise FloatingPointError("the encoder's features are not finite; nothing is exported")
         display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
         if log:
-            log.add(step, {"knn_top1": accuracy})
+            with writing():
+                log.add(step, {"knn_top1": accuracy})
         return accuracy
 
     steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
     loss_sum = torch.zeros((), device=world.device)
-    broken = torch.zeros((), dtype=torch.bool, device=world.device)
+    finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
         with display, loader:
@@ -281,18 +337,25 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     total_steps=total_steps,
                 )
                 tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
+                failpoint.reach("step", step)
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
-                # An fp16 gradient may overflow: the scale is lowered and the run goes on. Its loss may not.
-                broken |= ~(result.loss.isfinite() if precision == "fp16" else result.finite)
+                finite.add(step + 1, result, torch.cat([b.id for b in batch]))
                 step += 1
                 display.step(step)
 
-                if logging:
+                if logging or not on_gpu:  # on a GPU the host would wait for it
                     check_finite()
+                if logging:
                     steps, seconds = step - logged_step, time.monotonic() - logged_at
-                    local = (loss_sum / steps, (loader.waited - logged_wait) / seconds, loader.corrupt_count)
-                    loss, waiting, corrupt = distributed.all_reduce_mean(
+                    assert result.gauges
+                    local = (
+                        loss_sum / steps,
+                        (loader.waited - logged_wait) / seconds,
+                        loader.corrupt_count,
+                        *result.gauges,
+                    )
+                    loss, waiting, corrupt, *gauges = distributed.all_reduce_mean(
                         torch.tensor(local, dtype=torch.float64, device=world.device), world
                     ).tolist()
                     row = {
@@ -304,26 +367,31 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                         "data_wait_percent": 100 * waiting,
                         "gradient_norm": result.gradient_norm.item(),
                         "corrupt_images": corrupt * world.size,
+                        **dict(zip(result.gauges._fields, gauges, strict=True)),
                     }
-                    if result.gauges:
-                        row |= {name: value.item() for name, value in result.gauges._asdict().items()}
                     display.row(step, row)
                     if log:
-                        log.add(step, row)
+                        with writing():
+                            failpoint.reach("log", step)
+                            log.add(step, row)
+                    check_collapse(row["projection_std"])
                     loss_sum.zero_()
                     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
                     logged_at += seconds_of(evaluate)  # images/s is the training's alone
                 if time.monotonic() - saved > config.run.checkpoint_minutes * 60:
-                    logged_at += seconds_of(save)
+                    with writing():
+                        logged_at += seconds_of(save)
 
             # --------------------------------------------------------------------------------------- results
+            check_finite()
             save()
             if stopping:
                 number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
                 display.say(
                     f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto"
                 )
+                print_digest()
                 distributed.shutdown(world)
                 return 128 + number
             knn_trained = evaluate()
@@ -344,9 +412,12 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         if world.is_main and knn_trained is not None:
             untrained = "not measured" if knn_untrained is None else f"{knn_untrained:.1f} %"
             print(f"kNN top-1: {untrained} untrained, {knn_trained:.1f} % trained")
-    except (CorruptBudgetError, FloatingPointError, OSError) as error:
-        distributed.shutdown(world)
-        print(f"error: rank {world.rank}, step {step}: {error}", file=sys.stderr)
+        print_digest()
+    except Exception as error:
+        foreseen = (CollapseError, CorruptBudgetError, FloatingPointError, OSError)
+        if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+            traceback.print_exc()
+        print(f"error: {failure.explain(error, step, world)}", file=sys.stderr)
         return 1
     distributed.shutdown(world)
     return 0
@@ -397,93 +468,6 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
             f"{queries.classes} and {source.classes}"
         )
-
-
-def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to continue from and its state; (None, {}) for a new run. Rank 0 chooses for all."""
-    from model import checkpoint, distributed
-
-    def choose() -> tuple[Path | None, dict[str, Any]]:
-        newest, state, damaged = checkpoint.load_newest(out)
-        if resume is None and (newest or damaged):
-            raise ValueError(
-                f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
-                "or choose another run.out"
-            )
-        if resume not in (None, "auto"):
-            chosen = checkpoint.load(Path(resume))
-            if newest and state["step"] > chosen["step"]:
-                raise ValueError(
-                    f"--resume {resume} is of step {chosen['step']}, but run.out={out} holds later ones, up to "
-                    f"{newest.name}: move those away, or choose another run.out"
-                )
-            return Path(resume), chosen
-        for sentence in damaged:
-            print(f"warning: {sentence}; passed over", file=sys.stderr)
-        if damaged and newest is None:
-            raise ValueError(
-                f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out"
-            )
-        return newest, state
-
-    path: Path | None = None
-    state: dict[str, Any] = {}
-    mistake = ""
-    if world.is_main:
-        try:
-            path, state = choose()
-        except (ValueError, checkpoint.CheckpointError) as error:
-            mistake = str(error)
-    path, mistake = distributed.broadcast_object((path, mistake), world)
-    if mistake:
-        raise ValueError(mistake)
-    if path and not world.is_main:
-        state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
-    return path, state
-
-
-# What may not change within a run; everything else (paths, threads, logging, precision) may.
-FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",
-         "train.accumulation", "data.fingerprint")  # fmt: skip
-
-
-def check_allowed(config: schema.Config, allowed: list[str]) -> None:
-    """Refuses an --allow-change that cannot be meant."""
-    known = [key for key in [*flatten(config.model_dump()), "data.fingerprint"] if key.startswith(FIXED)]
-    for key in allowed:
-        if key.startswith("model."):
-            raise ValueError(
-                f"--allow-change {key}: the weights of another network do not fit; begin a new run"
-            )
-        if key not in known:
-            raise ValueError(f"--allow-change {key}: not one of {', '.join(known)}")
-
-
-def check_same_run(
-    config: schema.Config, fingerprint: str, path: Path, state: dict[str, Any], allowed: list[str]
-) -> None:
-    """Refuses to continue a run with other settings than it was begun with."""
-    then = flatten(state["config"]) | {"data.fingerprint": state["data"]}
-    now = flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
-    changed = [
-        key
-        for key in sorted(then.keys() | now.keys())
-        if key.startswith(FIXED) and then.get(key) != now.get(key) and key not in allowed
-    ]
-    if changed:
-        lines = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
-        raise ValueError(
-            f"{path} is from a run with other settings; restore them, or insist with --allow-change KEY:\n  "
-            + "\n  ".join(lines)
-        )
-
-
-def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def knn_accuracy(

@@ -150,6 +150,11 @@ class TrainConfig(Section):
     """End the run in good order after this many steps in all; the schedules still span all epochs."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
     """A rank that waits longer than this for the others fails."""
+    on_collapse: Literal["ignore", "warn", "stop"] = "warn"
+    """What to do where the target's projections are almost equal for all samples (train.collapse_std)."""
+    collapse_std: Annotated[float, Field(ge=0, le=1)] = 0.01
+    """Collapsed is a standard deviation over samples below this share of 1/sqrt(projector_size), which projections
+    spread over the sphere have; compared at every row of metrics.jsonl."""
 
 
 class EvalConfig(Section):
@@ -176,6 +181,9 @@ class RunConfig(Section):
     """Minutes between two checkpoints; one is also written on a signal and at the end."""
     keep_checkpoints: Annotated[int, Field(ge=1)] = 3
     """The newest so many are kept."""
+    on_write_error: Literal["stop", "continue"] = "stop"
+    """Whether a checkpoint or a row of metrics.jsonl that cannot be written (a full disk) ends the run, or is told and
+    tried again at the next one. The last checkpoint of a run must be written in either case."""
 
 
 class Config(Section):

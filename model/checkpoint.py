@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import io
 import os
-import pickle
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,7 +20,11 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-_MAGIC = b"byolt-checkpoint 1 sha256 "
+from model import failpoint
+
+VERSION = 1
+_FORMAT = b"byolt-checkpoint "
+_MAGIC = _FORMAT + b"%d sha256 " % VERSION
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _HEADER_BYTES = len(_MAGIC) + 64 + 1
 
@@ -33,9 +37,11 @@ class _Hashing:
     """A file for torch.save to write into that hashes what passes."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self.sha256 = file, hashlib.sha256()
+        self._file, self.sha256, self._writes = file, hashlib.sha256(), 0
 
     def write(self, data: bytes) -> int:
+        failpoint.reach("checkpoint write", self._writes)
+        self._writes += 1
         self.sha256.update(data)
         return self._file.write(data)
 
@@ -54,6 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+        failpoint.reach(f"rename {path.name}")
         temporary.replace(path)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -79,6 +86,14 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"checkpoint-{step:09d}.pt"
     for stale in folder.glob(".checkpoint-*.tmp"):
         stale.unlink(missing_ok=True)
+    write(path, state)
+    for old in _newest_first(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def write(path: Path, state: dict[str, Any]) -> None:
+    """Writes one checkpoint, whole or not at all; see `save`."""
     with replacing(path) as temporary:
         try:
             with temporary.open("wb") as file:
@@ -88,38 +103,59 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
                 file.seek(0)
                 file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
         except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-            free = shutil.disk_usage(folder).free
+            free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB" if path.parent.is_dir() else "0 MB"
             raise OSError(
-                f"checkpoint {path} cannot be written, {free / 1e6:.0f} MB are free there; free some space, or lower "
+                f"checkpoint {path} cannot be written, {free} are free there; free some space, or lower "
                 f"run.keep_checkpoints ({error})"
             ) from error
-    for old in _newest_first(folder)[keep:]:
-        old.unlink(missing_ok=True)
-    return path
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU.
+    """Reads a checkpoint onto the CPU. Nothing in it is run, whoever wrote it.
 
     Raises:
-        CheckpointError: it does not exist, is no checkpoint, or is damaged.
+        CheckpointError: it does not exist, is no checkpoint, of another version, or is damaged.
     """
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error.strerror or error}") from None
-    header, body = data[:_HEADER_BYTES], memoryview(data)[_HEADER_BYTES:]
-    if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
-        raise CheckpointError(f"checkpoint {path} is no byolt checkpoint (version 1), or its head is damaged")
-    if hashlib.sha256(body).hexdigest().encode() != header[len(_MAGIC) : -1]:
-        raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not match its sha256")
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+            version = re.match(re.escape(_FORMAT) + rb"(\d{1,9}) ", header)
+            if version and int(version[1]) != VERSION:
+                raise CheckpointError(
+                    f"checkpoint {path} is of version {int(version[1])}, this code reads {VERSION}: continue it with "
+                    "the release that wrote it"
+                )
+            if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
+                raise CheckpointError(
+                    f"checkpoint {path} is no byolt checkpoint (version {VERSION}), or its head is damaged"
+                )
+            digest = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+            if digest.hexdigest().encode() != header[len(_MAGIC) : -1]:
+                raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not match its sha256")
+            file.seek(_HEADER_BYTES)
+            body = io.BytesIO(file.read())
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or error or "not enough memory"
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from None
     try:
-        state = torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+        _check_entries(body)
+        state = torch.load(body, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever foreign bytes with a right sha256 make of torch's reader
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a run's state")
     return state
+
+
+def _check_entries(body: BinaryIO) -> None:
+    """Refuses an archive that unpacks to more than it is: torch itself stores entries without compression."""
+    with zipfile.ZipFile(body) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > body.seek(0, os.SEEK_END):
+        raise ValueError(f"its entries claim {size:,} bytes, more than the file has")
+    body.seek(0)
 
 
 def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:

@@ -3,13 +3,14 @@
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +28,7 @@ class World:
     size: int
     device: torch.device
     backend: str  # "nccl" on CUDA, "gloo" on CPU, "none" for a single process, which has no process group
+    store: Any = field(default=None, compare=False)  # shared keys and counters; None for a single process
 
     @property
     def is_main(self) -> bool:
@@ -76,7 +78,7 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         timeout=limit,
         device_id=place if backend == "nccl" else None,
     )
-    return World(rank, local_rank, size, place, backend)
+    return World(rank, local_rank, size, place, backend, store)
 
 
 def _place(device: str, local_rank: int) -> torch.device:
@@ -91,6 +93,17 @@ def _place(device: str, local_rank: int) -> torch.device:
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
     return place
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed for want of another rank: it ended, or did not come in time."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def record(error: BaseException) -> None:
+    """Leaves the error where torchrun looks for the first one, which it prints last; nothing without torchrun."""
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
 
 
 def shutdown(world: World) -> None:

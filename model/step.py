@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
     """What one step leaves on the device: 0-dim tensors, not yet read by the host."""
 
     loss: Tensor  # float32, mean over this rank's samples; average over ranks where it is shown
-    finite: Tensor  # bool, the same on every rank; where False, parameters and momentum did not change
+    finite: Tensor  # bool, the same on every rank; where False, no parameter, momentum or statistic changed
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
 
@@ -78,6 +78,9 @@ class TrainStep:
             model.target.compile()
         self.online, self.target = wrap(model.online, world, static_graph=accumulation == 1), model.target
         self.target_parameters, self.online_parameters = model.ema_parameters()
+        buffers = [*model.online.buffers(), *model.target.buffers()]
+        by_kind = ([b for b in buffers if b.is_floating_point() is kind] for kind in (True, False))
+        self.statistics = [group for group in by_kind if group]
         self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
@@ -100,6 +103,7 @@ class TrainStep:
                 f"got {len(micro_batches)} micro-batches for train.accumulation = {self.accumulation}"
             )
         self.optimizer.zero_grad(set_to_none=True)
+        statistics = self._read_statistics()
         losses = []
         for index, (view1, view2) in enumerate(micro_batches):
             last = index == self.accumulation - 1
@@ -108,6 +112,7 @@ class TrainStep:
                 self.scaler.scale(loss / self.accumulation).backward()
             losses.append(loss.detach())
         finite, gradient_norm = self._update(lr)
+        self._keep_statistics(finite, statistics)
         ema_update_(self.target_parameters, self.online_parameters, tau)
         measured = (
             Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
@@ -136,6 +141,16 @@ class TrainStep:
         del self.optimizer.found_inf
         self.scaler.update()
         return finite, gradient_norm
+
+    def _read_statistics(self) -> list[Tensor]:
+        """Batch norm's running statistics and its counters, one flat copy each."""
+        return [torch.cat([b.reshape(-1) for b in group]) for group in self.statistics]
+
+    def _keep_statistics(self, finite: Tensor, before: list[Tensor]) -> None:
+        """Takes a step's batch-norm statistics back where it was not finite: NaN would stay in them for ever."""
+        for group, old, new in zip(self.statistics, before, self._read_statistics(), strict=True):
+            kept = torch.where(finite, new, old).split([b.numel() for b in group])
+            torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(kept, group, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """The gradient scaler's state; empty unless precision is fp16."""

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 import train
 from model import checkpoint
 from model.byol import Online, make_encoder
+from pipelines.order import global_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -169,16 +170,22 @@ def test_killed_before_its_first_checkpoint_it_begins_anew(run: Run) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nan_stops_the_run_and_is_never_saved(precision: str, run: Run) -> None:
     assert run("train.stop_at_step=2", f"train.precision={precision}").returncode == 0
+    before = run.weights()
     nan = torch.full((1, 3, 1, 1), torch.nan)
     with patch("model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)):
         done = run(
             "--resume", "auto", f"train.precision={precision}", "run.checkpoint_minutes=0", "run.log_every=50"
         )
     assert done.returncode == 1
-    assert "not finite in a step between 2 and 3" in done.stderr
-    state = checkpoint.load_newest(run.out)[1]
-    assert state["step"] == 2
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert "not finite in step 3, rank 0, samples " in done.stderr
+    (bad,) = json.loads((run.out / "not-finite.json").read_text())
+    assert bad["step"] == 3 and bad["rank"] == 0
+    assert bad["samples"] == global_batch(0, 0, 2, 32, 8).tolist()
+    for path in (*run.out.glob("checkpoint-*.pt"), run.out / "aside-000000003.pt"):
+        state = checkpoint.load(path)
+        tensors = [*state["model"].values(), *(m["momentum"] for m in state["momentum"].values())]
+        assert all(tensor.isfinite().all() for tensor in tensors)
+        assert all(torch.equal(t, before[k]) for k, t in state["model"].items() if "tracked" in k)
 
 
 def test_precision_may_change(run: Run) -> None:

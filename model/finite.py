@@ -1,0 +1,63 @@
+"""Loss or gradient that is not finite: which step, which rank, which samples.
+
+Flags stay on the device until the host waits for it anyway; a step that is not finite changes neither weights nor
+statistics meanwhile (`step.TrainStep`), so the run's state is finite whenever it is saved.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import distributed
+from model.distributed import World
+from model.step import StepResult
+
+
+class FiniteCheck:
+    """Remembers steps until `look` asks for the bad ones."""
+
+    def __init__(self, world: World, overflow_allowed: bool) -> None:
+        """
+        Args:
+            world: the processes.
+            overflow_allowed: a gradient may be infinite where the loss is not (fp16, whose scale is lowered then).
+        """
+        self._world, self._overflow_allowed = world, overflow_allowed
+        self._flags: list[Tensor] = []
+        self._samples: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, result: StepResult, ids: Tensor) -> None:
+        """Notes a step of this rank: its number, what came out, and its sample ids, int64 (n,) on the CPU."""
+        bad_loss = ~result.loss.isfinite()
+        bad = bad_loss if self._overflow_allowed else bad_loss | ~result.finite
+        self._flags.append(torch.stack([bad, bad_loss]))
+        self._samples.append((step, ids))
+
+    def look(self) -> list[dict[str, Any]]:
+        """What was bad since the last look; every rank must call it at the same step, and waits for its device.
+
+        Returns:
+            For each bad step and rank whose own loss was not finite: step, rank and sample ids. Where all losses of
+            a bad step were finite and only the gradient was not: every rank's.
+        """
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        samples, self._flags, self._samples = self._samples, [], []
+        bad = any(here for here, _ in flags)
+        if not distributed.any_rank(bad, self._world):
+            return []
+        mine = [
+            torch.tensor([[step, self._world.rank, loss, number] for number in ids.tolist()])
+            for (here, loss), (step, ids) in zip(flags, samples, strict=True)
+            if here
+        ]
+        rows = torch.cat(mine) if mine else torch.empty(0, 4, dtype=torch.int64)
+        rows = distributed.gather_rows(rows.to(self._world.device), self._world).cpu()
+        report: list[dict[str, Any]] = []
+        for step in rows[:, 0].unique().tolist():
+            of_step = rows[rows[:, 0] == step]
+            guilty = of_step[of_step[:, 2] == 1] if of_step[:, 2].any() else of_step
+            for rank in guilty[:, 1].unique().tolist():
+                numbers = guilty[guilty[:, 1] == rank][:, 3].tolist()
+                report.append({"step": step, "rank": rank, "samples": numbers})
+        return report

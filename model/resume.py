@@ -1,0 +1,140 @@
+"""Where a run goes on: the checkpoint to continue from, and putting its state back."""
+
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import checkpoint, distributed
+from model.byol import BYOL
+from model.checkpoint import CheckpointError
+from model.distributed import World
+from model.lock import RunLock
+from model.optim import LARS
+from model.step import TrainStep
+
+STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which types
+    "step": (int,),
+    "seconds": (float,),
+    "model": (dict, OrderedDict),
+    "momentum": (dict,),
+    "train_step": (dict,),
+    "config": (dict,),
+    "data": (str,),
+    "knn_untrained": (float, type(None)),
+}
+
+
+def find_checkpoint(
+    out: Path, resume: str | None, lock: RunLock, world: World
+) -> tuple[Path | None, dict[str, Any]]:
+    """Takes the lock of the folder and the checkpoint to continue from. Rank 0 chooses for all.
+
+    Args:
+        out: folder of the run.
+        resume: None for a new run, "auto" for the newest checkpoint in `out`, or the path of one.
+        lock: of the folder; rank 0 takes it.
+        world: the processes.
+
+    Returns:
+        The checkpoint and its state, with the keys of `STATE`; (None, {}) for a new run.
+
+    Raises:
+        ValueError: another run uses the folder, it holds what a new run would overwrite, or only damaged checkpoints.
+        CheckpointError: the checkpoint cannot be used; on every rank.
+    """
+    path: Path | None = None
+    state: dict[str, Any] = {}
+    mistake = ""
+    if world.is_main:
+        try:
+            if note := lock.take():
+                print(f"warning: {note}", file=sys.stderr)
+            path, state = _choose(out, resume)
+        except (ValueError, OSError, CheckpointError) as error:
+            mistake = str(error)
+    path, mistake = distributed.broadcast_object((path, mistake), world)
+    if mistake:
+        raise ValueError(mistake)
+    if path and not world.is_main:
+        state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
+    if path:
+        odd = [
+            key for key in state.keys() | STATE.keys() if type(state.get(key, ...)) not in STATE.get(key, ())
+        ]
+        if odd:
+            names = ", ".join(sorted(map(str, odd)))
+            raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
+    return path, state
+
+
+def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]:
+    newest, state, damaged = checkpoint.load_newest(out)
+    if resume is None and (newest or damaged):
+        raise ValueError(
+            f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
+            "or choose another run.out"
+        )
+    if resume not in (None, "auto"):
+        chosen = checkpoint.load(Path(resume))
+        if newest and state["step"] > chosen.get("step", 0):
+            raise ValueError(
+                f"--resume {resume} is of step {chosen.get('step')}, but run.out={out} holds later ones, up to "
+                f"{newest.name}: move those away, or choose another run.out"
+            )
+        return Path(resume), chosen
+    for sentence in damaged:
+        print(f"warning: {sentence}; passed over", file=sys.stderr)
+    if damaged and newest is None:
+        raise ValueError(f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out")
+    return newest, state
+
+
+def restore(path: Path, state: dict[str, Any], model: BYOL, optimizer: LARS, train_step: TrainStep) -> None:
+    """Puts a checkpoint's tensors into model, optimizer and scaler; settings stay the config's.
+
+    Args:
+        path: the checkpoint, for messages.
+        state: what it holds, with the keys of `STATE`.
+        model: built with the config that the checkpoint names.
+        optimizer: over its online parameters.
+        train_step: of both.
+
+    Raises:
+        CheckpointError: a tensor is missing, unknown, or of another shape or kind. Nothing was changed then.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    try:
+        found = {f"momentum of parameter {i}": state["momentum"][i]["momentum"] for i in state["momentum"]}
+        scaler = state["train_step"]["scaler"].values()
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(
+            f"checkpoint {path} holds no run's state: its momentum or scaler is none"
+        ) from None
+    if not all(type(value) in (int, float) for value in scaler):
+        raise CheckpointError(f"checkpoint {path} holds no run's state: its scaler is {list(scaler)}")
+    found |= {f"model.{name}": tensor for name, tensor in state["model"].items()}
+    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if state["momentum"]:  # none before the first step
+        expected |= {f"momentum of parameter {i}": parameter for i, parameter in enumerate(parameters)}
+    for name in sorted(found.keys() | expected.keys()):
+        is_, should = _kind(found.get(name)), _kind(expected.get(name))
+        if is_ != should:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this network: {name} is {is_}, it should be {should}"
+            )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
+    train_step.load_state_dict(state["train_step"])
+
+
+def _kind(value: object) -> str:
+    """Shape and dtype of a tensor, for comparing and for people."""
+    if isinstance(value, Tensor):
+        layout = "" if value.layout == torch.strided and not value.is_meta else "sparse or empty "
+        return layout + f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
+    return "not there" if value is None else f"a {type(value).__name__}"

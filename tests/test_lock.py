@@ -1,0 +1,78 @@
+"""The lock of a run's folder."""
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.lock import NAME, RunLock
+
+HOLD = "import sys; from pathlib import Path; from model.lock import RunLock; lock = RunLock(Path(sys.argv[1])); print(repr(lock.take()), flush=True); sys.stdin.read()"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def hold(folder: Path) -> subprocess.Popen:
+    """Another process that holds the lock until it is killed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout and process.stdout.readline() == "''\n"
+    return process
+
+
+def test_second_run_is_refused_and_a_dead_one_s_lock_is_taken_over(tmp_path: Path) -> None:
+    with hold(tmp_path) as process:
+        with pytest.raises(ValueError, match=rf"in use by pid {process.pid} on {socket.gethostname()}: wait"):
+            RunLock(tmp_path).take()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with RunLock(tmp_path) as lock:
+        assert f"took over {tmp_path / NAME} from pid {process.pid} on {socket.gethostname()}" in lock.take()
+
+
+def test_released_lock_is_free_without_a_word(tmp_path: Path) -> None:
+    for _ in range(2):
+        with RunLock(tmp_path) as lock:
+            assert lock.take() == ""
+            with pytest.raises(ValueError, match=f"in use by pid {os.getpid()} on"):
+                RunLock(tmp_path).take()
+    assert (tmp_path / NAME).read_bytes() == b""
+
+
+def test_lock_of_another_machine_is_told_of(tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(json.dumps({"host": "node7", "pid": 12}))
+    with RunLock(tmp_path) as lock:
+        assert "from pid 12 on node7, which ended without releasing it (or goes on" in lock.take()
+
+
+@pytest.mark.parametrize("text", ["", "junk", "[]", '{"host": 1}', '{"host": "x", "pid": "y"}', "\0\0"])
+def test_file_that_says_nothing_is_no_obstacle(text: str, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(text)
+    with RunLock(tmp_path) as lock:
+        assert lock.take() == ""
+
+
+def test_without_locks_the_pid_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    host = socket.gethostname()
+    with RunLock(tmp_path) as lock:
+        assert "this file system has no locks" in lock.take()
+        with pytest.raises(ValueError, match=f"in use by pid {os.getpid()} on {host}"):
+            RunLock(tmp_path).take()
+    (tmp_path / NAME).write_text(json.dumps({"host": host, "pid": 2**22 + 1}))  # above the kernel's largest
+    with RunLock(tmp_path) as lock:
+        assert lock.take()
