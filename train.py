@@ -307,6 +307,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 f"{begin}: steps {step} to {last_step} of {total_steps}, {len(source)} images, "
                 f"{world.size} x {world.device.type}, {precision}"
             )
+            if step >= last_step:
+                display.say(f"nothing is left to train: step {step} was the last")
             if config.data.expected_images not in (None, len(source)):
                 display.say(
                     f"the recipe was written for {config.data.expected_images} images, {config.data.path} "

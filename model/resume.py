@@ -54,6 +54,8 @@ def find_checkpoint(
             if note := lock.take():
                 print(f"warning: {note}", file=sys.stderr)
             path, state = _choose(out, resume)
+            if not path:  # the list of bad images is an earlier attempt's
+                (out / "corrupt.jsonl").unlink(missing_ok=True)
         except (ValueError, OSError, CheckpointError) as error:
             mistake = str(error)
     path, mistake = distributed.broadcast_object((path, mistake), world)

@@ -98,7 +98,8 @@ class Loader:
             rank: this process, 0 <= rank < world_size.
             world_size: processes that share each global batch.
             first_step: the step of the run to begin with.
-            corrupt_log: file to which each undecodable image is appended as a JSON line.
+            corrupt_log: file to which each undecodable image is appended as a JSON line. With a `first_step` above
+                0 those that this rank has listed count already and are not listed again.
 
         Raises:
             ValueError: the batch does not fit the data set or the number of ranks.
@@ -107,8 +108,8 @@ class Loader:
         self._config, self._source, self._backend = config, source, backend
         self._images = config.images_per_rank(world_size)
         self._rank, self._world_size = rank, world_size
-        self._corrupt: dict[int, str] = {}
         self._corrupt_log = corrupt_log
+        self._corrupt = self._listed(first_step)
         self._next_step = first_step
         self.waited = 0.0  # seconds the consumer has waited for batches, in all
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
@@ -212,6 +213,18 @@ class Loader:
             )
         return None
 
+    def _listed(self, first_step: int) -> dict[int, str]:
+        """What an earlier process of this run has found; lines that a kill cut short are left out."""
+        if not first_step or not self._corrupt_log or not self._corrupt_log.exists():
+            return {}
+        found = {}
+        for line in self._corrupt_log.read_text(errors="replace").splitlines():
+            with suppress(ValueError, TypeError, KeyError):
+                row = json.loads(line)
+                if row["rank"] == self._rank and 0 <= row["id"] < len(self._source):
+                    found[int(row["id"])] = str(row["reason"])
+        return found
+
     def _count_corrupt(self, number: int, reason: str) -> None:
         self._corrupt[number] = reason
         where = self._source.describe(number)
@@ -247,8 +260,10 @@ def plain_images(
     mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
 
     def load(number: int) -> Tensor | None:
+        data = source.read(number)
         try:
-            return _centre(decode(source.read(number)), config.augment.size)
+            inspect(data)  # refuses what would take gigabytes to decode
+            return _centre(decode(data), config.augment.size)
         except ValueError:
             return None
 

@@ -5,6 +5,7 @@
 A source gives random access; which sample is read when is the business of `order`.
 """
 
+import errno
 import hashlib
 import io
 import os
@@ -19,7 +20,7 @@ from PIL import Image
 
 from pipelines.beton import BetonSource
 from pipelines.encoded import inspect
-from pipelines.shards import MANIFEST, Manifest
+from pipelines.shards import MANIFEST, Manifest, Shard
 
 _NAMED = 5  # unreadable files that an error lists
 _SPARE_DESCRIPTORS = 256  # left for the rest of the process
@@ -148,9 +149,19 @@ class TarSource:
         if descriptor is None:
             with self._lock:
                 if shard not in self._descriptors:
-                    flags = os.O_RDONLY | os.O_CLOEXEC
-                    self._descriptors[shard] = os.open(self.folder / self._shards[shard].name, flags)
+                    self._descriptors[shard] = self._open(self._shards[shard])
                 descriptor = self._descriptors[shard]
+        return descriptor
+
+    def _open(self, shard: Shard) -> int:
+        """Opened when it is first read, perhaps days after the sizes were checked."""
+        descriptor = os.open(self.folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(descriptor).st_size
+        if found != shard.size:
+            os.close(descriptor)
+            raise OSError(
+                errno.ESTALE, f"the shard has {found:,} bytes now, {MANIFEST} states {shard.size:,}: it was replaced"
+            )
         return descriptor
 
     def __reduce__(self) -> tuple[Any, ...]:
