@@ -150,7 +150,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
         last_step = min(total_steps, config.train.stop_at_step or total_steps)
         delivered = PRECISIONS[precision] if on_gpu else torch.float32
-        backend, backend_reason = make_backend(config, world.device, delivered)
+        backend, backend_reason = make_backend(config, world.device, delivered, source)
 
         # ------------------------------------------------------------------------------------------- model
         model = make_byol(**config.model.model_dump())

@@ -44,6 +44,8 @@ class DataConfig(Section):
     set --print-config derives the steps from it."""
     backend: Literal["auto", "dali", "torch"] = "auto"
     """What decodes and augments: DALI, or plain torch; auto takes DALI where it is installed."""
+    resident: Literal["auto", "always", "never"] = "auto"
+    """Keep the whole set decoded in memory; auto: when no image is larger than 96 px and all are below 4 GiB."""
     order: Literal["full", "block"] = "full"
     """full: a permutation of all samples; block: long consecutive reads, shuffled in a window (pipelines/order.py)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 4
