@@ -164,7 +164,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
         last_step = min(total_steps, config.train.stop_at_step or total_steps)
         delivered = PRECISIONS[precision] if on_gpu else torch.float32
-        backend, backend_reason = make_backend(config, world.device, delivered)
+        backend, backend_reason = make_backend(config, world.device, delivered, source)
 
         # ------------------------------------------------------------------------------------------- model
         model = make_byol(**config.model.model_dump())
@@ -338,7 +338,12 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     warmup_steps=warmup_steps,
                     total_steps=total_steps,
                 )
-                tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
+                tau = schedules.tau(
+                    step,
+                    base_tau=config.optimizer.base_tau,
+                    total_steps=total_steps,
+                    schedule=config.optimizer.tau_schedule,
+                )
                 failpoint.reach("step", step)
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config
+from configs.schema import Config, complete
 
 # Everything else (paths, threads, logging, precision) may.
 FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",
@@ -41,7 +41,7 @@ def check_same_run(
     Raises:
         ValueError: settings differ; lists each with both values.
     """
-    then = _flatten(state["config"]) | {"data.fingerprint": state["data"]}
+    then = _flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
     now = _flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
     changed = [
         key
@@ -60,5 +60,5 @@ def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

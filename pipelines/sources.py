@@ -160,7 +160,8 @@ class TarSource:
         if found != shard.size:
             os.close(descriptor)
             raise OSError(
-                errno.ESTALE, f"the shard has {found:,} bytes now, {MANIFEST} states {shard.size:,}: it was replaced"
+                errno.ESTALE,
+                f"the shard has {found:,} bytes now, {MANIFEST} states {shard.size:,}: it was replaced",
             )
         return descriptor
 
