@@ -64,9 +64,9 @@ def find_checkpoint(
     if path and not world.is_main:
         state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
     if path:
-        odd = [
-            key for key in state.keys() | STATE.keys() if type(state.get(key, ...)) not in STATE.get(key, ())
-        ]
+        odd = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
+        if not odd and state["step"] < 0:
+            odd = ["step"]
         if odd:
             names = ", ".join(sorted(map(str, odd)))
             raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")

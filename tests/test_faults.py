@@ -1,35 +1,73 @@
-"""What a run of one process survives: kills, cut and hostile files, full disks, a second run in its folder.
+"""What a run of one process survives: kills, cut files, full disks, signals, a second run in its folder.
 
-Each test ends by comparing the digest with that of a run that nothing happened to, where there is one to compare.
+Where a run goes on after its fault, its last line, the digest, must be that of a run that nothing happened to.
 """
 
+import json
+import os
 import random
+import re
+import shutil
 import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import STEPS, Process, Run, images  # noqa: F401
+import torch
+from runs import ROOT, STEPS, Process, Run, digest_of, write_images
+
+from model.byol import Online
+from tools.make_shards import main as make_shards
 
 pytestmark = pytest.mark.faults
-
-
-@pytest.fixture
-def run(tmp_path: Path, images: Path) -> Run:  # noqa: F811
-    return Run(tmp_path, images)
+HALF = 4  # steps of the interrupted run: one epoch
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Process:  # noqa: F811
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Process:
     """A run of 12 steps that nothing happens to."""
     process = Run(tmp_path_factory.mktemp("whole"), images)()
     assert process.wait() == 0, process.text
     return process
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Folder of a run that was stopped after its first epoch; checkpoints of steps 3 and 4."""
+    run = Run(tmp_path_factory.mktemp("half"), images)
+    assert run(f"train.stop_at_step={HALF}").wait() == 0
+    return run.out
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Run:
+    return Run(tmp_path, images)
+
+
+@pytest.fixture
+def halved(run: Run, half: Path) -> Run:
+    """A copy of the stopped run, to go on with."""
+    shutil.copytree(half, run.out)
+    return run
+
+
 def finish(run: Run, *arguments: str) -> Process:
     process = run("--resume", "auto", *arguments)
     assert process.wait() == 0, process.text
+    assert run.leftovers() == []
     return process
+
+
+def steps_logged(run: Run) -> list[int]:
+    return [row["step"] for row in run.rows()]
 
 
 def test_killed_at_five_random_steps(run: Run, whole: Process) -> None:
@@ -41,23 +79,264 @@ def test_killed_at_five_random_steps(run: Run, whole: Process) -> None:
         process.signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
     assert finish(run).digest == whole.digest
-    assert [row["step"] for row in run.rows()] == list(range(1, STEPS + 1))
+    assert steps_logged(run) == list(range(1, STEPS + 1))
 
 
 @pytest.mark.parametrize(
-    "where", ["checkpoint write:300:SIGKILL", "rename checkpoint-000000005.pt:0:SIGKILL"]
+    ("where", "written"),
+    [
+        ("checkpoint write:300:SIGKILL", (0.1, 0.9)),
+        ("rename checkpoint-000000005.pt:0:SIGKILL", (0.99, 1.01)),
+    ],
 )
-def test_killed_while_writing_a_checkpoint(where: str, run: Run, whole: Process) -> None:
-    run("train.stop_at_step=4")
-    size = run.newest()[0].stat().st_size
-    assert run("--resume", "auto", BYOLT_FAIL=where).wait() == -signal.SIGKILL
-    (half,) = run.out.glob(".checkpoint-*.tmp")
-    assert (
-        (0.99 if "rename" in where else 0.01)
-        < half.stat().st_size / size
-        < (1.01 if "rename" in where else 0.99)
-    )
-    process = finish(run)
-    assert "checkpoint-000000004.pt: steps 4 to" in process.text
+def test_killed_while_writing_a_checkpoint(
+    where: str, written: tuple[float, float], halved: Run, whole: Process
+) -> None:
+    assert halved("--resume", "auto", BYOLT_FAIL=where).wait() == -signal.SIGKILL
+    (half_written,) = halved.out.glob(".checkpoint-*.tmp")
+    assert written[0] < half_written.stat().st_size / halved.newest()[0].stat().st_size < written[1]
+    process = finish(halved)
+    assert f"checkpoint-000000004.pt: steps {HALF} to" in process.text
     assert process.digest == whole.digest
-    assert run.leftovers() == []
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "truncated": lambda data: data[:-1000],
+    "flipped": lambda data: data[:2_000_000] + bytes([data[2_000_000] ^ 1]) + data[2_000_001:],
+    "empty": lambda data: b"",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_checkpoint_is_named_and_the_one_before_used(
+    damage: Callable[[bytes], bytes], halved: Run, whole: Process
+) -> None:
+    newest = halved.newest()[0]
+    newest.write_bytes(damage(newest.read_bytes()))
+    process = finish(halved)
+    assert f"warning: checkpoint {newest} is " in process.text and "passed over" in process.text
+    assert f"resumed from {halved.out}/checkpoint-000000003.pt: steps 3 to" in process.text
+    assert process.digest == whole.digest
+
+
+def test_stopped_between_epochs_nothing_is_repeated_or_skipped(halved: Run, whole: Process) -> None:
+    assert finish(halved).digest == whole.digest
+    assert steps_logged(halved) == list(range(1, STEPS + 1))
+
+
+def test_signal_in_the_last_step_and_a_finished_run(halved: Run, whole: Process) -> None:
+    process = halved("--resume", "auto", BYOLT_FAIL=f"step:{STEPS - 1}:SIGTERM")
+    assert process.wait() == 0 and process.digest == whole.digest
+    again = finish(halved)
+    assert f"nothing is left to train: step {STEPS} was the last" in again.text
+    assert again.digest == whole.digest
+    assert steps_logged(halved) == list(range(1, STEPS + 1))
+
+
+def test_signal_during_import_stops_at_step_0(run: Run, whole: Process) -> None:
+    command = [sys.executable, *run.arguments()]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command,
+        env={**environment, "BYOLT_FAIL": "import:0:SIGTERM"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "stopped by SIGTERM at step 0" in done.stderr
+    path, state = run.newest()
+    assert path.name == "checkpoint-000000000.pt"
+    assert done.stdout == f"digest: step 0 sha256 {digest_of(state).split()[1]}\n"
+    assert finish(run).digest == whole.digest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_signal_saves_once_and_ends(number: int, halved: Run, whole: Process) -> None:
+    process = halved.start("--resume", "auto", "run.checkpoint_minutes=9")
+    process.wait_for(f"^step {HALF + 2}/")
+    process.signal(number)
+    assert process.wait(10) == 128 + number
+    path, state = halved.newest()
+    assert state["step"] >= HALF + 2
+    assert process.digest == digest_of(state)
+    assert len(list(halved.out.glob("checkpoint-*.pt"))) == 2  # the one it began with, and one more
+    assert path.name == f"checkpoint-{state['step']:09d}.pt"
+    assert finish(halved).digest == whole.digest
+
+
+def test_changed_settings_are_refused_with_their_difference(halved: Run, tmp_path: Path) -> None:
+    other = write_images(tmp_path / "other", 30)
+    changes = (
+        "train.batch_size=4",
+        "run.seed=1",
+        f"data.path={other}",
+        "augment.view1.blur=0.5",
+        "model.backbone=resnet18",
+    )
+    process = halved("--resume", "auto", *changes)
+    assert process.wait() == 2
+    for line in (
+        "augment.view1.blur: 1.0 in the checkpoint, 0.5 now",
+        "data.fingerprint: ",
+        "model.backbone: resnet8 in the checkpoint, resnet18 now",
+        "run.seed: 0 in the checkpoint, 1 now",
+        "train.batch_size: 8 in the checkpoint, 4 now",
+    ):
+        assert f"\n  {line}" in process.text
+    assert "insist with --allow-change KEY" in process.text
+    assert halved.newest()[1]["step"] == HALF
+    insisted = halved("--resume", "auto", "run.seed=1", "--allow-change", "run.seed", "train.stop_at_step=5")
+    assert insisted.wait() == 0
+
+
+def _nan_from_step_6() -> None:
+    """Poisons one pixel of the first view from the sixth step on."""
+    calls = [HALF]
+
+    def forward(
+        self: Online, view1: torch.Tensor, view2: torch.Tensor, plain: Callable = Online.forward
+    ) -> object:
+        calls[0] += 1
+        if calls[0] == HALF + 2:
+            view1[2, 0, 3, 3] = float("nan")
+        return plain(self, view1, view2)
+
+    Online.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def test_nan_sets_a_finite_state_aside_and_names_the_samples(halved: Run) -> None:
+    process = halved("--resume", "auto", "run.log_every=50", before=_nan_from_step_6)
+    assert process.wait() == 1
+    (bad,) = json.loads((halved.out / "not-finite.json").read_text())
+    assert (bad["step"], bad["rank"], len(bad["samples"])) == (6, 0, 8)
+    assert f"not finite in step 6, rank 0, samples {', '.join(map(str, bad['samples']))} ..." in process.text
+    aside = halved.out / "aside-000000006.pt"
+    again = halved("--resume", str(aside))
+    assert again.wait() == 0, again.text
+    assert "steps 6 to 12" in again.text
+
+
+def test_collapse_is_told_or_stops_the_run(run: Run) -> None:
+    """The threshold is 1, which only projections spread over the whole sphere reach."""
+    process = run("train.stop_at_step=2", "train.collapse_std=1")
+    assert process.wait() == 0
+    assert "warning: step 1: collapse: the projections' standard deviation is 0." in process.text
+    process = run("--resume", "auto", "train.collapse_std=1", "train.on_collapse=stop")
+    assert process.wait() == 1
+    assert "step 3: collapse: " in process.text and run.newest()[1]["step"] == 3
+    process = run(
+        "--resume", "auto", "train.stop_at_step=4", "train.collapse_std=1", "train.on_collapse=ignore"
+    )
+    assert process.wait() == 0 and "collapse: " not in process.text
+    process = run("--resume", "auto", "train.stop_at_step=5")
+    assert process.wait() == 0 and "collapse: " not in process.text
+
+
+@pytest.mark.parametrize("what", ["truncated", "replaced", "deleted"])
+def test_shard_that_goes_under_a_run(what: str, tmp_path: Path, images: Path) -> None:
+    assert make_shards([str(images), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    run = Run(tmp_path, tmp_path / "shards")
+    process = run.start("data.resident=never", "train.epochs=1000")
+    process.wait_for("^step 2/")
+    shard = tmp_path / "shards/shard-000000.tar"
+    if what == "truncated":
+        os.truncate(shard, 600)
+        assert process.wait() == 1
+        assert f"error: rank 0, step {run.newest()[1]['step']}: {shard} offset " in process.text
+        assert "bytes: the shard was cut since it was opened" in process.text
+        return
+    if what == "replaced":
+        (tmp_path / "other.tar").write_bytes(bytes(shard.stat().st_size))
+        (tmp_path / "other.tar").replace(shard)
+    else:
+        shard.unlink()
+    process.wait_for("^step 12/")  # it reads on from the file that it opened
+    process.signal(signal.SIGTERM)
+    assert process.wait(10) == 128 + signal.SIGTERM
+    assert not (run.out / "corrupt.jsonl").exists()
+
+
+@pytest.mark.parametrize("where", ["checkpoint write:300:ENOSPC", "rename checkpoint-000000006.pt:0:ENOSPC"])
+def test_full_disk_while_saving_stops_the_run(where: str, halved: Run, whole: Process) -> None:
+    process = halved("--resume", "auto", BYOLT_FAIL=where)
+    assert process.wait() == 1
+    assert "No space left on device" in process.text and "Traceback" not in process.text
+    assert halved.leftovers() == []
+    assert halved.newest()[1]["step"] == (5 if "rename" in where else HALF)
+    assert finish(halved).digest == whole.digest
+
+
+@pytest.mark.parametrize("where", ["rename checkpoint-000000006.pt:0:ENOSPC", "log:6:ENOSPC"])
+def test_full_disk_is_told_and_the_run_goes_on_where_configured(
+    where: str, halved: Run, whole: Process
+) -> None:
+    process = halved("--resume", "auto", "run.on_write_error=continue", BYOLT_FAIL=where)
+    assert process.wait() == 0 and process.digest == whole.digest
+    assert "warning: step 6: " in process.text
+    assert "No space left on device; going on (run.on_write_error)" in process.text
+    assert halved.leftovers() == []
+    logged = [step for step in range(1, STEPS + 1) if "log" not in where or step != 6]
+    assert steps_logged(halved) == logged
+
+
+def test_full_disk_while_logging_stops_the_run(halved: Run, whole: Process) -> None:
+    process = halved("--resume", "auto", BYOLT_FAIL="log:6:ENOSPC")
+    assert process.wait() == 1
+    assert "error: rank 0, step 6: [Errno 28] No space left on device" in process.text
+    assert finish(halved).digest == whole.digest
+
+
+def test_disk_that_is_really_full(run: Run) -> None:
+    """A file system of 9 MB: two checkpoints fit, the temporary of a third does not."""
+    run.out.mkdir()
+    mount = f"mount -t tmpfs -o size=9m none {run.out}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    train = " ".join([sys.executable, *run.arguments()])
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f"{mount}; {train}; echo code $?; cd {run.out}; ls -A"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert "code 1\n" in done.stdout, done.stderr
+    assert "checkpoint-000000003.pt cannot be written, " in done.stderr
+    left = done.stdout.splitlines()
+    assert [name for name in left if "checkpoint" in name] == [f"checkpoint-00000000{k}.pt" for k in (1, 2)]
+
+
+@pytest.mark.parametrize("place", ["/proc/byolt", "FILE", "FILE/run"])
+def test_folder_that_cannot_be_written_is_named_before_the_first_step(place: str, run: Run) -> None:
+    (run.folder / "file").write_text("")
+    place = place.replace("FILE", str(run.folder / "file"))
+    process = run(f"run.out={place}")
+    assert process.wait() == 2
+    assert process.text.startswith(f"error: run.out={place} cannot be written: ")
+    assert "Traceback" not in process.text
+
+
+def test_folder_that_goes_under_a_run(run: Run) -> None:
+    process = run.start()
+    process.wait_for("^step 2/")
+    run.out.rename(run.folder / "moved")
+    assert process.wait() == 1
+    assert re.search(rf"^error: rank 0, step \d+: .*{run.out}/", process.text, re.M)
+    assert "Traceback" not in process.text
+
+
+def test_second_run_in_a_folder_is_refused(run: Run, whole: Process) -> None:
+    first = run.start()
+    first.wait_for("^step 2/")
+    first.signal(signal.SIGSTOP)
+    second = run("--resume", "auto")
+    assert second.wait() == 2
+    assert f"run.out={run.out} is in use by pid {first.pid} on {socket.gethostname()}" in second.text
+    first.signal(signal.SIGKILL)
+    assert first.wait() == -signal.SIGKILL
+    process = finish(run)
+    assert f"took over {run.out}/run.lock from pid {first.pid}" in process.text
+    assert process.digest == whole.digest

@@ -1,0 +1,255 @@
+"""What a run of several ranks survives, on gloo: signals, a killed, a stopped and a failing rank, other numbers of ranks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import ROOT, Process, Run, digest_of, write_images
+
+from model import checkpoint
+from model.byol import Online
+from pipelines.loader import Loader
+from pipelines.order import global_batch, position
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Run:
+    return Run(tmp_path, images)
+
+
+def all_end(ranks: list[Process], seconds: float = 60) -> list[int]:
+    codes = []
+    for process in ranks:
+        codes.append(process.wait(seconds))
+    return codes
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> str:
+    """Digest of a run of two ranks that nothing happens to."""
+    ranks = Run(tmp_path_factory.mktemp("whole"), images).start_ranks(2)
+    assert all_end(ranks) == [0, 0], ranks[0].text
+    return ranks[0].digest
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """Folder of a run of two ranks that was stopped after 4 steps."""
+    run = Run(tmp_path_factory.mktemp("half"), images)
+    assert all_end(run.start_ranks(2, "train.stop_at_step=4")) == [0, 0]
+    return run.out
+
+
+@pytest.fixture
+def halved(run: Run, half: Path) -> Run:
+    shutil.copytree(half, run.out)
+    return run
+
+
+def finish(run: Run) -> str:
+    ranks = run.start_ranks(2, "--resume", "auto")
+    assert all_end(ranks) == [0, 0], ranks[0].text + ranks[1].text
+    assert run.leftovers() == []
+    return ranks[0].digest
+
+
+@pytest.mark.parametrize(
+    ("number", "targets"),
+    [
+        (signal.SIGTERM, [1]),
+        (signal.SIGTERM, [0, 1, 0, 1]),
+        (signal.SIGINT, [0]),
+        (signal.SIGUSR1, [0, 1]),
+    ],
+    ids=["one rank", "all ranks twice", "Ctrl-C", "Slurm"],
+)
+def test_signal_saves_one_checkpoint_on_all_ranks(
+    number: int, targets: list[int], halved: Run, whole: str
+) -> None:
+    ranks = halved.start_ranks(2, "--resume", "auto", "run.checkpoint_minutes=9")
+    ranks[0].wait_for("^step 6/")
+    for target in targets:
+        ranks[target].signal(number)
+    start = time.monotonic()
+    codes = all_end(ranks, 10)
+    assert time.monotonic() - start < 10
+    # A rank that got no signal of its own says SIGTERM.
+    assert all(code in (128 + number, 128 + signal.SIGTERM) for code in codes)
+    path, state = halved.newest()
+    saved = sorted(int(p.name[11:20]) for p in halved.out.glob("checkpoint-*.pt"))
+    assert saved == [4, state["step"]] and path.name.endswith(f"{state['step']}.pt")
+    assert ranks[0].digest == digest_of(state)  # which both ranks have compared
+    assert finish(halved) == whole
+
+
+def test_killed_rank_is_restarted_by_torchrun(run: Run, whole: str) -> None:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    done = subprocess.run(
+        [sys.executable, *start, *run.arguments("--resume", "auto")],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "BYOLT_FAIL": "step:5:SIGKILL:1",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"resumed from {run.out}/checkpoint-00000000" in done.stderr
+    assert f"digest: step {whole.replace(' ', ' sha256 ')}\n" in done.stdout
+    assert run.leftovers() == []
+
+
+def test_killed_rank_is_named(halved: Run, whole: str) -> None:
+    ranks = halved.start_ranks(2, "--resume", "auto", BYOLT_FAIL="step:6:SIGKILL:1")
+    assert all_end(ranks) == [1, -signal.SIGKILL]
+    assert "error: rank 0, step 6: rank 1 did not come to this step: killed" in ranks[0].text
+    assert finish(halved) == whole
+
+
+def test_stopped_rank_is_named_within_the_timeout(run: Run) -> None:
+    """Three ranks, so that the one that stopped must be told from one that waits as well."""
+    start = time.monotonic()
+    ranks = run.start_ranks(
+        3, "train.batch_size=6", "train.timeout_minutes=0.2", BYOLT_FAIL="step:3:SIGSTOP:1"
+    )
+    assert [ranks[0].wait(), ranks[2].wait()] == [1, 1]
+    waited = time.monotonic() - start
+    ranks[1].signal(signal.SIGKILL)
+    assert ranks[1].wait() == -signal.SIGKILL
+    for rank in (0, 2):
+        last = ranks[rank].text.splitlines()[-1]
+        assert last.startswith(f"error: rank {rank}, step 3: rank 1 did not come to this step: "), ranks[
+            rank
+        ].text
+    assert waited < 60
+
+
+def test_first_error_is_the_last_line_of_every_rank(halved: Run, whole: str) -> None:
+    ranks = halved.start_ranks(2, "--resume", "auto", BYOLT_FAIL="step:6:raise:1")
+    assert all_end(ranks) == [1, 1]
+    for process in ranks:
+        assert process.text.splitlines()[-1] == "error: rank 1, step 6: fail-point step at 6"
+    assert "Traceback" in ranks[1].text and "Traceback" not in ranks[0].text
+    assert halved.leftovers() == [] and halved.newest()[1]["step"] == 6
+    assert finish(halved) == whole
+
+
+def test_torchrun_prints_the_first_error_last(run: Run) -> None:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *start, *run.arguments()],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BYOLT_FAIL": "step:2:raise:1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 1
+    end = done.stderr[done.stderr.rindex("Root Cause") :]
+    assert "rank 1, step 2: fail-point step at 2" in end, done.stderr
+    assert run.leftovers() == []
+
+
+def _nan_on_rank_1() -> None:
+    calls = [0]
+
+    def forward(
+        self: Online, view1: torch.Tensor, view2: torch.Tensor, plain: Callable = Online.forward
+    ) -> object:
+        calls[0] += 1
+        if calls[0] == 3 and os.environ["RANK"] == "1":
+            view1[2, 0, 3, 3] = float("nan")
+        return plain(self, view1, view2)
+
+    Online.forward = forward  # type: ignore[method-assign,assignment]
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(run: Run) -> None:
+    ranks = run.start_ranks(2, before=_nan_on_rank_1)
+    assert all_end(ranks) == [1, 1]
+    # Synchronised statistics carry the NaN to both ranks' losses, so both shares of the batch are reported.
+    bad = json.loads((run.out / "not-finite.json").read_text())
+    assert [(row["step"], row["rank"]) for row in bad] == [(3, 0), (3, 1)]
+    expected = global_batch(0, 0, 2, 32, 8).tolist()
+    assert bad[0]["samples"] + bad[1]["samples"] == expected
+    for process in ranks:
+        assert "error: rank" in process.text and "not finite in step 3, rank 0, samples" in process.text
+    path, before = run.newest()
+    assert path.name == "checkpoint-000000002.pt"
+    aside = checkpoint.load(run.out / "aside-000000003.pt")
+    assert all(tensor.isfinite().all() for tensor in aside["model"].values())
+    online = [key for key in aside["model"] if key.startswith("online.")]
+    assert online and all(torch.equal(aside["model"][key], before["model"][key]) for key in online)
+
+
+def _list_ids() -> None:
+    """Appends to ids-RANK.jsonl what each micro-batch of this rank holds."""
+    path = Path(os.environ["IDS"]) / f"ids-{os.environ.get('RANK', '0')}.jsonl"
+
+    def take(self: Loader, plain: Callable = Loader._take) -> object:
+        batch = plain(self)
+        with path.open("a") as file:
+            file.write(json.dumps(batch.id.tolist()) + "\n")
+        return batch
+
+    Loader._take = take  # type: ignore[method-assign,assignment]
+
+
+SMOOTH = ("train.epochs=5", "optimizer.base_lr=0.3")  # 20 steps
+
+
+def test_other_numbers_of_ranks_see_the_same_samples_and_the_same_loss(
+    run: Run, images: Path, tmp_path: Path
+) -> None:
+    """2, then 1, then 2 ranks beside 1 rank all along: exact order for 5 epochs, losses equal to rounding."""
+    seen: list[list[int]] = []
+    for ranks, stop in ((2, 7), (1, 13), (2, 20)):
+        folder = tmp_path / f"ids-{stop}"
+        folder.mkdir()
+        processes = run.start_ranks(
+            ranks,
+            "--resume",
+            "auto",
+            *SMOOTH,
+            f"train.stop_at_step={stop}",
+            before=_list_ids,
+            IDS=str(folder),
+        )
+        assert all_end(processes) == [0] * ranks, processes[0].text
+        parts = [
+            [json.loads(line) for line in (folder / f"ids-{rank}.jsonl").read_text().splitlines()]
+            for rank in range(ranks)
+        ]
+        seen += [sum(step, []) for step in zip(*parts, strict=True)]
+    expected = [global_batch(0, *position(step, 32, 8), 32, 8).tolist() for step in range(20)]
+    assert seen == expected
+
+    (tmp_path / "one").mkdir()
+    alone = Run(tmp_path / "one", images)
+    assert alone(*SMOOTH).wait() == 0
+    losses = [np.array([row["loss"] for row in each.rows()]) for each in (run, alone)]
+    assert len(losses[0]) == len(losses[1]) == 20
+    assert np.ptp(losses[1]) > 0.1  # it is a curve
+    difference = np.abs(losses[0] / losses[1] - 1)
+    print(f"largest relative difference {difference.max():.1e}, at step {difference.argmax() + 1}")
+    assert difference.max() <= 1e-5
