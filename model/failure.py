@@ -2,9 +2,10 @@
 
 A rank that ends takes the others' next collective with it, and their errors speak of sockets. So each failing rank
 leaves its reason in the store that all share; those that lost a peer read there whose reason came first. A rank that
-left none was killed, stopped, or cannot be reached.
+says nothing was killed, stopped, or cannot be reached.
 """
 
+import contextlib
 import threading
 import time
 
@@ -20,48 +21,50 @@ def explain(error: Exception, step: int, world: World) -> str:
     Args:
         error: what ended this rank's loop.
         step: steps that it has done.
-        world: the processes; it must be called on every rank that fails, and each waits `GRACE` seconds at most.
+        world: the processes. A rank that lost another waits `GRACE` seconds at most for what the others have to say.
     """
-    mine = f"rank {world.rank}, step {step}: {error or type(error).__name__}"
+    here = f"rank {world.rank}, step {step}"
+    mine = f"{here}: {error or type(error).__name__}"
     if world.size == 1:
         return mine
     lost = distributed.is_lost_peer(error)
-    first: list[str] = []
+    if not lost:
+        distributed.record(error)
+    said: list[str] = []
     # In a thread, because a store whose process was stopped answers neither yes nor no.
-    talk = threading.Thread(target=lambda: first.append(_first(mine, lost, step, world)), daemon=True)
+    talk = threading.Thread(
+        target=lambda: said.append(_ask(here, world) if lost else _tell(mine, world)), daemon=True
+    )
     talk.start()
     talk.join(2 * GRACE)
-    if first:
-        message = first[0]
-    elif lost:
-        message = f"rank {world.rank}, step {step}: lost the other ranks; rank 0, which all meet at, does not answer"
-    else:
-        message = mine
-    distributed.record(RuntimeError(message))
-    return message
-
-
-def _first(mine: str, lost: bool, step: int, world: World) -> str:
-    try:
-        if not lost:
-            first = world.store.add("failed of itself", 1) == 1
-            if first:
-                world.store.set("first failure", mine)
-        world.store.set(f"failed {world.rank}", "")
-        end = time.monotonic() + GRACE
-        others = [rank for rank in range(world.size) if rank != world.rank]
-        while silent := [rank for rank in others if not world.store.check([f"failed {rank}"])]:
-            if time.monotonic() > end:
-                break
-            time.sleep(0.05)
-        if world.store.check(["first failure"]):
-            return world.store.get("first failure").decode()
-    except RuntimeError:  # the process that keeps the store has ended
-        return mine if not lost else f"rank {world.rank}, step {step}: lost rank 0; see what it said"
-    if not lost or not silent:
+    if not lost:
         return mine
-    names = ", ".join(map(str, silent))
+    time.sleep(1)  # torchrun takes the earliest whole second for the first error
+    return said[0] if said else f"{here}: rank 0, where all ranks meet, does not answer"
+
+
+def _tell(mine: str, world: World) -> str:
+    with contextlib.suppress(RuntimeError):  # the process that keeps the store has ended
+        if world.store.add("failures", 1) == 1:
+            world.store.set("first failure", mine)
+    return mine
+
+
+def _ask(here: str, world: World) -> str:
+    """The first failure, or what is known of the others."""
+    try:
+        world.store.set(f"lost a rank {world.rank}", "")
+        end = time.monotonic() + GRACE
+        silent = [rank for rank in range(world.size) if rank != world.rank]
+        while silent and time.monotonic() < end:
+            if world.store.check(["first failure"]):
+                return world.store.get("first failure").decode()
+            time.sleep(0.05)
+            silent = [rank for rank in silent if not world.store.check([f"lost a rank {rank}"])]
+    except RuntimeError:
+        return f"{here}: lost rank 0; see what it said"
+    names = ", ".join(map(str, silent)) or "another"
     return (
-        f"rank {world.rank}, step {step}: rank {names} did not come to this step: killed, stopped, or waiting longer "
-        "than train.timeout_minutes"
+        f"{here}: rank {names} did not come to this step: killed, stopped, or waiting longer than "
+        "train.timeout_minutes"
     )

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_torchrun_prints_the_first_error_last(run: Run) -> None:
     )
     assert done.returncode == 1
     end = done.stderr[done.stderr.rindex("Root Cause") :]
-    assert "rank 1, step 2: fail-point step at 2" in end, done.stderr
+    assert "rank      : 1 " in end and "RuntimeError: fail-point step at 2" in end, done.stderr
     assert run.leftovers() == []
 
 
@@ -215,41 +216,32 @@ def _list_ids() -> None:
     Loader._take = take  # type: ignore[method-assign,assignment]
 
 
-SMOOTH = ("train.epochs=5", "optimizer.base_lr=0.3")  # 20 steps
+# 20 steps. Rounding stays rounding at this learning rate; at three times as much some ReLU's input, within rounding of 0,
+# comes to lie on the other side after some steps, and the losses part by up to 4e-4 (measured).
+SMOOTH = ("train.epochs=5", "train.batch_size=16", "optimizer.base_lr=0.1", "run.checkpoint_minutes=9")
 
 
-def test_other_numbers_of_ranks_see_the_same_samples_and_the_same_loss(
-    run: Run, images: Path, tmp_path: Path
-) -> None:
+def test_other_numbers_of_ranks_see_the_same_samples_and_the_same_loss(tmp_path: Path) -> None:
     """2, then 1, then 2 ranks beside 1 rank all along: exact order for 5 epochs, losses equal to rounding."""
-    seen: list[list[int]] = []
-    for ranks, stop in ((2, 7), (1, 13), (2, 20)):
-        folder = tmp_path / f"ids-{stop}"
-        folder.mkdir()
-        processes = run.start_ranks(
-            ranks,
-            "--resume",
-            "auto",
-            *SMOOTH,
-            f"train.stop_at_step={stop}",
-            before=_list_ids,
-            IDS=str(folder),
-        )
-        assert all_end(processes) == [0] * ranks, processes[0].text
-        parts = [
-            [json.loads(line) for line in (folder / f"ids-{rank}.jsonl").read_text().splitlines()]
-            for rank in range(ranks)
-        ]
-        seen += [sum(step, []) for step in zip(*parts, strict=True)]
-    expected = [global_batch(0, *position(step, 32, 8), 32, 8).tolist() for step in range(20)]
-    assert seen == expected
-
-    (tmp_path / "one").mkdir()
-    alone = Run(tmp_path / "one", images)
-    assert alone(*SMOOTH).wait() == 0
-    losses = [np.array([row["loss"] for row in each.rows()]) for each in (run, alone)]
+    images = write_images(tmp_path / "images", 64)
+    losses = []
+    for name, segments in (("changing", ((2, 7), (1, 13), (2, 20))), ("alone", ((1, 20),))):
+        (tmp_path / name).mkdir()
+        run = Run(tmp_path / name, images)
+        seen: list[list[int]] = []
+        for ranks, stop in segments:
+            ids = run.folder / f"ids-{stop}"
+            ids.mkdir()
+            options = ("--resume", "auto", *SMOOTH, f"train.stop_at_step={stop}")
+            processes = run.start_ranks(ranks, *options, before=_list_ids, IDS=str(ids))
+            assert all_end(processes) == [0] * ranks, processes[0].text
+            files = [ids / f"ids-{rank}.jsonl" for rank in range(ranks)]
+            parts = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+            seen += [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
+        assert seen == [global_batch(0, *position(step, 64, 16), 64, 16).tolist() for step in range(20)]
+        losses.append(np.array([row["loss"] for row in run.rows()]))
     assert len(losses[0]) == len(losses[1]) == 20
-    assert np.ptp(losses[1]) > 0.1  # it is a curve
+    assert np.ptp(losses[1]) > 0.3  # it is a curve
     difference = np.abs(losses[0] / losses[1] - 1)
     print(f"largest relative difference {difference.max():.1e}, at step {difference.argmax() + 1}")
     assert difference.max() <= 1e-5
