@@ -1,6 +1,9 @@
 """The loader: which samples reach which rank, what happens to bad bytes, and that it never hangs."""
 
+import io
 import json
+import resource
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from configs.schema import Config
 from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, plain_images
 from pipelines.order import global_batch
 from pipelines.sources import SyntheticSource
-from pipelines.torch_backend import UndecodableError
+from pipelines.torch_backend import UndecodableError, decode
 
 N = 40
 
@@ -50,7 +54,8 @@ class Damaged(SyntheticSource):
 def take(
     config: Config, steps: int, source: SyntheticSource | None = None, **options: object
 ) -> list[list[Batch]]:
-    backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
+    kept = source if config.data.resident == "always" else None
+    backend, _ = make_backend(config, torch.device("cpu"), torch.float32, kept)
     with Loader(config, source or Damaged({}), backend, **options) as loader:  # type: ignore[arg-type]
         batches = iter(loader)
         return [next(batches) for _ in range(steps)]
@@ -110,6 +115,123 @@ def test_bad_bytes_are_replaced_counted_and_listed(backend: str, tmp_path: Path)
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     assert sorted(row["id"] for row in rows) == [3, 4, 11, 20]
     assert all(row["reason"] and row["where"] for row in rows)
+
+
+def _bad_images() -> dict[str, bytes]:
+    """What may stand where an image should: by name, the bytes."""
+    image = Image.effect_noise((30, 20), 60)
+
+    def encode(picture: Image.Image, kind: str) -> bytes:
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        return buffer.getvalue()
+
+    whole = encode(image.convert("RGB"), "JPEG")
+    bomb = whole.replace(b"\x08" + struct.pack(">HH", 20, 30), b"\x08" + struct.pack(">HH", 20_000, 20_000))
+    assert bomb != whole
+    return {
+        "half": whole[: len(whole) // 2],
+        "empty": b"",
+        "text": b"this is no image\n" * 20,
+        "magic": b"\xff\xd9" + whole[2:],
+        "header": whole[:25],
+        "CMYK": encode(image.convert("CMYK"), "JPEG"),
+        "16 bit": encode(Image.fromarray(np.full((20, 30), 40_000, np.uint16)), "PNG"),
+        "GIF": encode(image.convert("P"), "GIF"),
+        "400 Mpx": bomb,
+        "zeros": bytes(1000),
+    }
+
+
+MAY_DECODE = {"CMYK", "16 bit"}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("backend", ["torch", "dali", "resident"])
+@pytest.mark.parametrize("batch", [16, 256])
+def test_bad_images_among_ten_thousand(batch: int, backend: str, tmp_path: Path) -> None:
+    """No crash, the same replacements on resume, every one listed once, and memory as if there were no bomb."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    n = 10_000
+    data = {"backend": "torch" if backend == "resident" else backend}
+    data["resident"] = "always" if backend == "resident" else "never"
+    config = make_config(data=data, train={"batch_size": batch})
+    order = [global_batch(5, 0, step, n, batch) for step in range(3)]
+    bad = _bad_images()
+    places = np.linspace(0, batch - 1, len(bad)).astype(int)
+    ids_of = {int(order[1][place]): name for place, name in zip(places, bad, strict=True)}
+
+    class Source(SyntheticSource):
+        def read(self, i: int) -> bytes:
+            return bad[ids_of[i]] if i in ids_of else super().read(i)
+
+    source = Source(n, 20, 30)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    whole = take(config, 3, source, corrupt_log=tmp_path / "whole.jsonl")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 500_000  # kB; 400 Mpx are 1.2 GB
+    for step, expected in zip(whole, order, strict=True):
+        for found, wanted in zip(step[0].id.tolist(), expected.tolist(), strict=True):
+            assert found == wanted or wanted in ids_of
+            assert found not in ids_of or ids_of[found] in MAY_DECODE
+    rows = [json.loads(line) for line in (tmp_path / "whole.jsonl").read_text().splitlines()]
+    listed = [row["id"] for row in rows]
+    assert len(set(listed)) == len(listed)
+    assert {ids_of[i] for i in listed} >= bad.keys() - MAY_DECODE
+    log = tmp_path / "resumed.jsonl"
+    first = take(config, 2, source, corrupt_log=log)
+    again = take(config, 2, source, corrupt_log=log, first_step=1)
+    assert ids(first) == ids(whole)[:2] and ids(again) == ids(whole)[1:]
+    assert torch.equal(again[0][0].view1, whole[1][0].view1)
+    assert sorted(json.loads(line)["id"] for line in log.read_text().splitlines()) == sorted(listed)
+
+
+def test_budget_goes_on_over_a_resume(tmp_path: Path) -> None:
+    """Two bad images are listed; a list that a kill cut short, or of another rank, is no obstacle."""
+    log = tmp_path / "corrupt.jsonl"
+    rows = [{"id": i, "where": "", "reason": "empty", "rank": rank} for i, rank in ((1, 0), (2, 0), (9, 1))]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"id": 3, "wh')
+    config = make_config(data={"max_corrupt": 2}, train={"batch_size": N})
+    source = Damaged({i: lambda _: b"" for i in (1, 2, 3)})
+    with pytest.raises(CorruptBudgetError, match="3 undecodable images"):
+        take(config, 1, source, corrupt_log=log, first_step=1)
+    assert take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
+
+
+@pytest.mark.parametrize("ranks", [(2, 1, 2), (1, 4, 8), (8, 2, 4)])
+def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) -> None:
+    """Three epochs of five steps; the number of ranks changes within the second and the third."""
+    config = make_config(train={"batch_size": 16}, data={"resident": "never"})
+    source = SyntheticSource(83, 20, 30)
+    blank = torch.zeros(2, 1)
+
+    def backend(*_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return blank, blank
+
+    seen: list[int] = []
+    for size, steps in zip(ranks, (range(7), range(7, 11), range(11, 15)), strict=True):
+        loaders = [
+            Loader(config, source, backend, rank=rank, world_size=size, first_step=steps[0])
+            for rank in range(size)
+        ]
+        batches = [iter(loader) for loader in loaders]
+        for _ in steps:
+            for rank in batches:
+                seen += next(rank)[0].id.tolist()
+        for loader in loaders:
+            loader.close()
+    assert seen == [
+        i for epoch in range(3) for step in range(5) for i in global_batch(5, epoch, step, 83, 16).tolist()
+    ]
+
+
+def test_evaluation_refuses_a_bomb_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "pipelines.loader.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
+    )
+    bomb = _bad_images()["400 Mpx"]
+    (batch,) = plain_images(Damaged({2: lambda _: bomb}), np.array([0, 2, 1]), make_config())
+    assert len(batch[0]) == 2
 
 
 def test_image_that_only_the_decoder_finds_broken_is_replaced() -> None:

@@ -1,0 +1,10 @@
+"""A short run of the fuzzer; tests/fuzz.py says what it does, benchmarks/cpu holds a long one."""
+
+import fuzz
+import pytest
+
+
+@pytest.mark.parametrize("name", fuzz.TARGETS)
+def test_damaged_files_are_read_or_refused(name: str) -> None:
+    outcomes = fuzz.run(name, 1500, seed=1)
+    assert outcomes["read"] > 15 and outcomes["ValueError"] > 100  # both sides of the readers are reached
