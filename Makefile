@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart quickstart-data test test-slow lint clean
+.PHONY: quickstart quickstart-data test test-slow test-faults lint clean
 
 quickstart: .venv/main.done quickstart-data  ## watch BYOL learn on this machine
 	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
@@ -15,11 +15,14 @@ datasets/quickstart-images: | .venv/main.done
 datasets/quickstart-shards/%/manifest.json: | datasets/quickstart-images
 	$(BIN)/python tools/make_shards.py datasets/quickstart-images/$* datasets/quickstart-shards/$*
 
-test: .venv/test.done  ## all tests but the slow ones
-	$(BIN)/pytest -m "not slow"
+test: .venv/test.done  ## all tests but the slow ones and those that break whole runs
+	$(BIN)/pytest -m "not slow and not faults"
 
 test-slow: .venv/test.done  ## the slow ones
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not faults"
+
+test-faults: .venv/test.done  ## whole runs, killed, stopped and damaged
+	$(BIN)/pytest -m faults
 
 lint: .venv/dev.done  ## format, lint, types, and that imports run one way
 	$(BIN)/ruff format --check .

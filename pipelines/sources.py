@@ -95,8 +95,8 @@ class TarSource:
         manifest = Manifest.load(self.folder)
         self._shards = manifest.shards
         self._samples = manifest.samples
-        for shard in self._shards:
-            self._check_size(shard.name, shard.size)
+        for number, shard in enumerate(self._shards):
+            self._check_size(number, shard)
         self.classes = manifest.classes
         self.labels = manifest.samples["label"].astype(np.int64)
         self.heights = manifest.samples["height"].astype(np.int64)
@@ -107,17 +107,23 @@ class TarSource:
         self._lock = threading.Lock()
         _allow_descriptors(len(self._shards) + _SPARE_DESCRIPTORS)
 
-    def _check_size(self, name: str, expected: int) -> None:
-        path = self.folder / name
+    def _check_size(self, number: int, shard: Shard) -> None:
+        path = self.folder / shard.name
         try:
             found = path.stat().st_size
         except OSError as error:
             raise ValueError(
                 f"shard {path}: {error.strerror}: copy it again, or remake the data set"
             ) from None
-        if found != expected:
+        if found != shard.size:
+            mine = self._samples["shard"] == number
+            ends = self._samples["offset"] + self._samples["length"]
+            lost = np.flatnonzero(mine & (ends > found))
+            first = (
+                f", from offset {self._samples['offset'][lost[0]]} on (sample {lost[0]})" if len(lost) else ""
+            )
             raise ValueError(
-                f"shard {path} has {found:,} bytes, {MANIFEST} states {expected:,}: "
+                f"shard {path} has {found:,} bytes, {MANIFEST} states {shard.size:,}{first}: "
                 "copy it again, or remake the data set with tools/make_shards.py"
             )
 

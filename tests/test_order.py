@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipelines.order import BLOCK, global_batch, position, steps_per_epoch
 from pipelines.philox import ORDER_STREAM, philox4x32, random_bits, uniform
@@ -102,3 +104,26 @@ def test_mistakes_are_named() -> None:
         global_batch(0, 0, 2, 10, 4)
     with pytest.raises(ValueError, match="'random'"):
         global_batch(0, 0, 0, 10, 4, "random")  # type: ignore[arg-type]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    epoch=st.integers(0, 10_000),
+    n=st.integers(1, 2000),
+    mode=st.sampled_from(["full", "block"]),
+    data=st.data(),
+)
+def test_steps_of_an_epoch_share_no_sample(
+    seed: int, epoch: int, n: int, mode: str, data: st.DataObject
+) -> None:
+    b = data.draw(st.integers(1, n))
+    steps = [global_batch(seed, epoch, step, n, b, mode) for step in range(steps_per_epoch(n, b))]
+    seen = np.concatenate(steps)
+    assert len(np.unique(seen)) == len(seen) == n // b * b
+    assert seen.min() >= 0 and seen.max() < n
+    # The same epoch in other batches is the same order: only where it is cut differs.
+    other = data.draw(st.integers(1, n))
+    again = np.concatenate([global_batch(seed, epoch, k, n, other, mode) for k in range(n // other)])
+    both = min(len(seen), len(again))
+    assert np.array_equal(seen[:both], again[:both])

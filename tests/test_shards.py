@@ -6,11 +6,14 @@ import json
 import os
 import re
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines import tar
@@ -340,3 +343,40 @@ def test_records_out_of_range_or_order(folder: Path, field: str, row: int, value
         samples[[1, 2]] = samples[[2, 1]]
     with pytest.raises(ValueError, match=message):
         Manifest(manifest.shards, samples, manifest.classes).save(folder)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    counts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
+    classes=st.one_of(st.none(), st.lists(st.text(max_size=9), min_size=1, max_size=3)),
+    made_with=st.dictionaries(st.text(max_size=5), st.one_of(st.none(), st.integers(), st.text(max_size=5))),
+    data=st.data(),
+)
+def test_any_manifest_comes_back(
+    counts: list[int], classes: list[str] | None, made_with: dict, data: st.DataObject
+) -> None:
+    """Whatever is saved is loaded as it was: labels and sizes at the edges of their range, names in any script."""
+    records = []
+    for number, count in enumerate(counts):
+        part = np.zeros(count, SAMPLE)
+        lengths = data.draw(st.lists(st.integers(1, 2**32 - 1), min_size=count, max_size=count))
+        part["shard"], part["length"] = number, lengths
+        part["offset"] = np.cumsum([512, *lengths[:-1]], dtype=np.uint64)
+        for name, low, high in (("height", 1, 2**32 - 1), ("width", 1, 2**32 - 1), ("crc32", 0, 2**32 - 1)):
+            part[name] = data.draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+        part["label"] = data.draw(
+            st.lists(
+                st.integers(-1, len(classes) - 1 if classes else 2**31 - 2), min_size=count, max_size=count
+            )
+        )
+        records.append(part)
+    samples = np.concatenate(records)
+    shards = [
+        Shard(f"{k}.tar", int(part["offset"][-1]) + int(part["length"][-1]), "0" * 64, len(part))
+        for k, part in enumerate(records)
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        Manifest(shards, samples, classes, made_with).save(folder)
+        again = Manifest.load(folder)
+        assert np.array_equal(again.samples, samples)
+    assert (again.shards, again.classes, again.settings) == (shards, classes, made_with)

@@ -96,6 +96,20 @@ def test_shard_cut_while_open_is_an_error_that_says_where(shards: Path) -> None:
         source.read(last)
 
 
+def test_shard_that_was_replaced_or_deleted_before_its_first_read(shards: Path) -> None:
+    source, late = TarSource(shards), TarSource(shards)
+    shard = shards / "shard-000000.tar"
+    (shards / "other").write_bytes(bytes(shard.stat().st_size + 512))
+    (shards / "other").replace(shard)
+    with pytest.raises(
+        OSError, match=r"shard-000000\.tar offset \d+ \(sample 3\): the shard has [\d,]+ bytes now"
+    ):
+        source.read(3)
+    shard.unlink()
+    with pytest.raises(OSError, match=r"shard-000000\.tar offset \d+ \(sample 3\): No such file"):
+        late.read(3)
+
+
 def test_threads_forks_and_pickles_read_the_same(shards: Path) -> None:
     source = TarSource(shards)
     expected = [source.read(i) for i in range(12)] * 20

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image
 
 from pipelines.shards import Manifest, Shard, file_sha256
+from pipelines.sources import TarSource
 from tools.make_shards import main as make_shards
 from tools.verify_shards import main as verify
 
@@ -116,6 +119,82 @@ def test_cut_or_missing_shard(
     damage(shard(dataset))
     assert verify([str(dataset)]) == 1
     assert message in capsys.readouterr().err
+
+
+def _members(path: Path) -> list[tarfile.TarInfo]:
+    with tarfile.open(path) as opened:
+        return opened.getmembers()
+
+
+def _keep(path: Path, length: int) -> None:
+    os.truncate(path, length)
+
+
+def _another(path: Path) -> None:
+    """A sound tar of the same size with other images: the index is not its own."""
+    infos = _members(path)
+    data = path.read_bytes()
+    shift = infos[0].offset_data + infos[0].size // 2
+    path.write_bytes(data[:shift] + bytes(7) + data[shift + 7 :])
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    # what verify says of the tar, and what the trainer says before its first step; "" where it reads on rightly
+    "cut at a member boundary": (
+        lambda p: _keep(p, _members(p)[6].offset),
+        r"offset \d+: cut at a member boundary",
+        r"has [\d,]+ bytes, .* from offset \d+ on \(sample 2\)",
+    ),
+    "cut in a header": (
+        lambda p: _keep(p, _members(p)[6].offset + 100),
+        r"offset \d+: cut inside a header: 100 of 512 bytes",
+        r"has [\d,]+ bytes, .* from offset \d+ on \(sample 2\)",
+    ),
+    "cut in data": (
+        lambda p: _keep(p, _members(p)[6].offset_data + 99),
+        r"offset \d+: cut inside a member's data: 99 of",
+        r"has [\d,]+ bytes, .* from offset \d+ on \(sample 2\)",
+    ),
+    "cut inside its last member": (
+        lambda p: _keep(p, _members(p)[-1].offset_data + 1),
+        r"offset \d+: cut inside a member's data|offset \d+: cut at a member boundary",
+        r"has [\d,]+ bytes, .* states",
+    ),
+    "end blocks missing": (
+        lambda p: _keep(p, _members(p)[-1].offset_data + 512),
+        r"offset \d+: cut at a member boundary: the end-of-archive block is missing",
+        r"has [\d,]+ bytes, .* states",
+    ),
+    "header byte flipped": (
+        lambda p: write_at(p, _members(p)[4].offset + 3, b"!"),
+        r"offset \d+: header checksum is wrong",
+        "",
+    ),
+    "index of another tar": (_another, r"offset \d+: sample 0: its bytes are not those", ""),
+}
+
+
+@pytest.mark.parametrize(("damage", "verified", "trained"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_damaged_tar_is_named_with_its_offset(
+    damage: Callable[[Path], None],
+    verified: str,
+    trained: str,
+    dataset: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A flipped header byte does not concern the trainer: it reads images by the offsets of the manifest."""
+    source = TarSource(dataset)
+    whole = [source.read(i) for i in range(len(source))]
+    damage(shard(dataset))
+    assert verify([str(dataset)]) == 1
+    assert re.search(rf"shard-000000\.tar: {verified}", capsys.readouterr().err)
+    if trained:
+        with pytest.raises(ValueError, match=rf"shard-000000\.tar {trained}"):
+            TarSource(dataset)
+    else:
+        again = TarSource(dataset)
+        differing = [i for i in range(len(again)) if again.read(i) != whole[i]]
+        assert differing == ([0] if damage is _another else [])
 
 
 def test_limit_and_missing_manifest(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
