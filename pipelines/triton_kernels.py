@@ -322,7 +322,7 @@ def make_views(
         sums = torch.empty(most * tiles * 3, dtype=torch.float32, device=device)
         for k, (part, blur) in enumerate(zip(parts, blurs, strict=True)):
             some = table[k * together :]
-            _resize[(len(part) * tiles,)](some, scratch, sums, size)
+            _resize[(len(part) * tiles,)](some, scratch, sums, size, num_warps=8)
             _color[(len(part) * blocks,)](
                 some, scratch, sums, *norm, size, triton.next_power_of_2(tiles), kind
             )
