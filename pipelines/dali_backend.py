@@ -10,8 +10,8 @@ threads and hands over addresses, the kernels run in a pool of as many threads w
 in the graph (DALI's numba_function), because those are compiled anew, for a second or more, whenever a graph is built.
 
 On the GPU the kernels compute the same: tests/test_triton_kernels.py holds them to the same definition in Triton's
-interpreter. What differs is nvJPEG's decoding of JPEGs (not yet measured; chroma is upsampled as libjpeg-turbo does it).
-No pixel visits the host and the host does not wait for the views. This path **has not yet run on a GPU**: its graph is
+interpreter. What differs is how nvJPEG rounds (not yet measured; it is told to upsample chroma as libjpeg-turbo does).
+No pixel visits the host, and the host does not wait for the views. This path **has not yet run on a GPU**: its graph is
 built and checked, its kernels are interpreted and compiled in the tests.
 """
 

@@ -1,4 +1,4 @@
-"""Both views of decoded images on the GPU, in Triton: what pipelines/kernels.py does, with the same algebra, in float32.
+"""Both views of decoded images on the GPU, in Triton: what pipelines/kernels.py does, by the same algebra, in float32.
 
 A view is a job, a row of a table that reaches the GPU in one copy; jobs of all views and all image sizes go together:
 
@@ -89,7 +89,9 @@ def _clip(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _position(place, length, size: tl.constexpr):  # type: ignore[no-untyped-def]
     """(place + 0.5) * length / size - 0.5 as its floor and the rest, that to the nearest 1/1024, ties to even."""
-    twice = (2 * place + 1) * length + size  # 2 size times (that + 1), which is not negative: // rounds to zero
+    twice = (
+        2 * place + 1
+    ) * length + size  # 2 size times (that + 1), which is not negative: // rounds to zero
     floor = twice // (2 * size) - 1
     rest = twice % (2 * size) * 512
     step, left = rest // size, 2 * (rest % size)
@@ -129,9 +131,7 @@ def _operation(job, which, r, g, b):  # type: ignore[no-untyped-def]
         low = tl.minimum(tl.minimum(r, g), b)
         spread = top - low
         safe = tl.maximum(spread, _TINY)
-        h = tl.where(
-            top == r, (g - b) / safe, tl.where(top == g, 2.0 + (b - r) / safe, 4.0 + (r - g) / safe)
-        )
+        h = tl.where(top == r, (g - b) / safe, tl.where(top == g, 2.0 + (b - r) / safe, 4.0 + (r - g) / safe))
         h += _float(job, _VALUE + _HUE)
         h = tl.where(h < 0, h + 6, h)
         h = tl.where(h >= 6, h - 6, h)
@@ -251,14 +251,21 @@ def _blur_rows(table, scratch, blurred, size: tl.constexpr):  # type: ignore[no-
         near = tl.load(at - 3 * k, inside & (x >= 3 * k), 0.0)
         far = tl.load(at + 3 * k, inside & (x + 3 * k < line), 0.0)
         total += tl.exp(exponent * k * k) * (near + far)
-    tl.store(
-        blurred + which.to(tl.int64) * (size * line) + i, total * _float(job, _CENTRE), inside
-    )
+    tl.store(blurred + which.to(tl.int64) * (size * line) + i, total * _float(job, _CENTRE), inside)
 
 
 @triton.jit
 def _blur_columns(  # type: ignore[no-untyped-def]
-    table, blurred, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b, size: tl.constexpr, kind: tl.constexpr
+    table,
+    blurred,
+    scale_r,
+    scale_g,
+    scale_b,
+    shift_r,
+    shift_g,
+    shift_b,
+    size: tl.constexpr,
+    kind: tl.constexpr,
 ):
     line: tl.constexpr = 3 * size
     blocks: tl.constexpr = (size * line + _BLOCK - 1) // _BLOCK
@@ -300,7 +307,9 @@ def make_views(
     n, size, device, dtype = len(pixels.address), augment.size, outs[0].device, outs[0].dtype
     for out in outs:
         if out.shape != (n, size, size, 3) or not out.is_contiguous() or out.dtype != dtype:
-            raise ValueError(f"an output is {tuple(out.shape)} {out.dtype}, not contiguous {(n, size, size, 3)} {dtype}")
+            raise ValueError(
+                f"an output is {tuple(out.shape)} {out.dtype}, not contiguous {(n, size, size, 3)} {dtype}"
+            )
     recipes = write(pixels, params)
     together = max(1, _SCRATCH // (12 * size * size))
     jobs = torch.empty((n * len(outs), JOB.itemsize), dtype=torch.uint8, pin_memory=device.type == "cuda")

@@ -35,7 +35,9 @@ def upload(images: list[np.ndarray]) -> tuple[Pixels, torch.Tensor]:
     """Whole images uint8 (H, W, 3), one behind the other in the memory of the device."""
     memory = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(DEVICE)
     starts = np.cumsum([0, *(image.size for image in images[:-1])])
-    return Pixels(memory.data_ptr() + starts, np.array([[0, 0, *image.shape[:2]] for image in images])), memory
+    return Pixels(
+        memory.data_ptr() + starts, np.array([[0, 0, *image.shape[:2]] for image in images])
+    ), memory
 
 
 def run(
