@@ -1,16 +1,17 @@
 """Both views of decoded images on the GPU, in Triton: what pipelines/kernels.py does, by the same algebra, in float32.
 
-A view is a job, a row of a table that reaches the GPU in one copy; jobs of all views and all image sizes go together:
+A view is a job, a row of a table (pipelines/jobs.py); jobs of all views and all image sizes go together:
 
     1  _resize        window ─► bicubic, flip, clip ─► colour operations drawn before contrast ─► scratch, sums of tiles
     2  _color         contrast about the mean ─► the operations after it ─► grey ─► scratch, or without blur the output
     3  _blur_rows     along the rows, of the jobs that drew it ─► second scratch
     4  _blur_columns  along the columns ─► solarize ─► normalise ─► output
 
-Nothing here waits for the GPU, and every result is the same in every run: sums of tiles are stored and added up by
-whoever needs the mean, nothing is added atomically. The positions of the bicubic taps are computed in integers, because
-float32 would now and then round the position in the kernel table the other way. Adding up what is read and written at
-224 pixels, both views are about 6 MB an image, hence 2 µs at the 3.35 TB/s of an H100: an estimate, not yet measured.
+The table reaches the GPU in one copy, the host does not wait for the GPU, and every result is the same in every run: sums
+of tiles are stored and added up by whoever needs the mean, nothing is added atomically. The positions of the bicubic
+taps are computed in integers, because float32 would now and then round the position in the kernel table the other way.
+Adding up what is read and written at 224 pixels, both views are about 6 MB an image, hence 2 µs at the 3.35 TB/s of an
+H100, arithmetic not counted: an estimate, not yet measured.
 
 Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton is first imported): that is how
 the tests hold them to pipelines/torch_backend.py. They have not yet run on a GPU.
@@ -18,37 +19,17 @@ the tests hold them to pipelines/torch_backend.py. They have not yet run on a GP
 
 from collections.abc import Sequence
 
-import numpy as np
-import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from configs.schema import AugmentConfig
-from pipelines.recipe import NEGLIGIBLE, NOTHING, Pixels, Recipe, normalisation, write
+from pipelines.jobs import JOB, fill, list_blurred
+from pipelines.recipe import Pixels, normalisation, write
 from pipelines.torch_backend import GRAY_WEIGHTS
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
-JOB = np.dtype(
-    [
-        ("source", "i8"),  # address of the window's first pixel
-        ("target", "i8"),  # address of the view
-        ("stride", "i4"),  # bytes from a row of the image to the next
-        ("height", "i4"),  # of the window
-        ("width", "i4"),
-        ("flip", "i4"),
-        ("before", "i4", 3),  # colour operations before contrast, then NOTHING
-        ("after", "i4", 3),  # and after it
-        ("value", "f4", 4),  # by operation; of hue the turn in sixths, in [0, 6)
-        ("gray", "i4"),
-        ("solarize", "i4"),
-        ("radius", "i4"),  # of the blur; 0 without
-        ("exponent", "f4"),  # the tap at distance k weighs centre * exp(exponent * k * k)
-        ("centre", "f4"),
-        ("blurred", "i4"),  # of row i: which job is the i-th that has a blur
-    ]
-)
 _SCRATCH = 64 << 20  # bytes of float32 pixels that are in work at a time: 111 views of 224 pixels
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -57,7 +38,8 @@ def _column(name: str) -> tl.constexpr:
     return tl.constexpr(JOB.fields[name][1] // 4)  # type: ignore[index]
 
 
-# What a kernel takes from outside must be a constexpr.
+# What a kernel takes from outside must be a constexpr. _COLUMNS is a multiple of 4, so that any row is aligned to 16 bytes:
+# Triton compiles anew for pointers that are not.
 _COLUMNS = tl.constexpr(JOB.itemsize // 4)
 _SOURCE, _TARGET, _STRIDE, _HEIGHT, _WIDTH, _FLIP = map(
     _column, ("source", "target", "stride", "height", "width", "flip")
@@ -72,26 +54,25 @@ _BLOCK = tl.constexpr(1024)  # the others: pixels, or numbers, of a program
 
 
 @triton.jit
-def _float(job, column):  # type: ignore[no-untyped-def]
+def _float(job, column):
     return tl.load(job + column).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _pointer(job, column, kind: tl.constexpr):  # type: ignore[no-untyped-def]
+def _pointer(job, column, kind: tl.constexpr):
     return tl.load((job + column).to(tl.pointer_type(tl.int64))).to(tl.pointer_type(kind))
 
 
 @triton.jit
-def _clip(x):  # type: ignore[no-untyped-def]
+def _clip(x):
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
-def _position(place, length, size: tl.constexpr):  # type: ignore[no-untyped-def]
+def _position(place, length, size: tl.constexpr):
     """(place + 0.5) * length / size - 0.5 as its floor and the rest, that to the nearest 1/1024, ties to even."""
-    twice = (
-        2 * place + 1
-    ) * length + size  # 2 size times (that + 1), which is not negative: // rounds to zero
+    # 2 size times (that + 1): not negative, because // rounds towards zero here.
+    twice = (2 * place + 1) * length + size
     floor = twice // (2 * size) - 1
     rest = twice % (2 * size) * 512
     step, left = rest // size, 2 * (rest % size)
@@ -100,7 +81,7 @@ def _position(place, length, size: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def _weight(floor, rest, tap: tl.constexpr, length):  # type: ignore[no-untyped-def]
+def _weight(floor, rest, tap: tl.constexpr, length):
     """Keys' kernel (a = -0.5) for the tap at floor + tap; 0 outside the window."""
     d = tl.abs(rest - tap)
     near = (1.5 * d - 2.5) * d * d + 1
@@ -110,13 +91,13 @@ def _weight(floor, rest, tap: tl.constexpr, length):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def _all_weights(floor, rest, length):  # type: ignore[no-untyped-def]
+def _all_weights(floor, rest, length):
     first = _weight(floor, rest, -1, length) + _weight(floor, rest, 0, length)
     return first + _weight(floor, rest, 1, length) + _weight(floor, rest, 2, length)
 
 
 @triton.jit
-def _operation(job, which, r, g, b):  # type: ignore[no-untyped-def]
+def _operation(job, which, r, g, b):
     """A colour operation other than contrast; the formulas are those of pipelines/kernels.py."""
     if which == _BRIGHTNESS:
         value = _float(job, _VALUE + _BRIGHTNESS)
@@ -142,7 +123,7 @@ def _operation(job, which, r, g, b):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _finish(x, job, scale, shift):  # type: ignore[no-untyped-def]
+def _finish(x, job, scale, shift):
     """Clipped, solarized, normalised."""
     x = _clip(x)
     solarize = tl.load(job + _SOLARIZE) != 0
@@ -150,7 +131,7 @@ def _finish(x, job, scale, shift):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _resize(table, scratch, sums, size: tl.constexpr):  # type: ignore[no-untyped-def]
+def _resize(table, scratch, sums, size: tl.constexpr):
     """A tile of one job: scratch (jobs, size, size, 3) and sums (jobs, tiles, 3), float32."""
     across: tl.constexpr = (size + _TILE - 1) // _TILE
     number, tile = tl.program_id(0) // (across * across), tl.program_id(0) % (across * across)
@@ -193,13 +174,13 @@ def _resize(table, scratch, sums, size: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
-def _contrast(x, total, inside, factor, pixels: tl.constexpr):  # type: ignore[no-untyped-def]
+def _contrast(x, total, inside, factor, pixels: tl.constexpr):
     mean = tl.sum(tl.load(total, inside, 0.0), 0) / pixels
     return _clip((x - mean) * factor + mean)
 
 
 @triton.jit
-def _color(  # type: ignore[no-untyped-def]
+def _color(
     table, scratch, sums, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
     size: tl.constexpr, power: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
@@ -234,8 +215,10 @@ def _color(  # type: ignore[no-untyped-def]
         tl.store(to + 2, _finish(b, job, scale_b, shift_b).to(kind), inside)
 
 
-@triton.jit
-def _blur_rows(table, scratch, blurred, size: tl.constexpr):  # type: ignore[no-untyped-def]
+# Told that its pointers are aligned, the compiler would give each thread four neighbours, to be read at once; at the
+# taps they cannot be, and a warp would then touch four lines of the cache where one holds all that it reads.
+@triton.jit(do_not_specialize_on_alignment=["scratch", "blurred"])
+def _blur_rows(table, scratch, blurred, size: tl.constexpr):
     """_BLOCK numbers of one of the jobs that have a blur; blurred (those jobs, size, size, 3) float32."""
     line: tl.constexpr = 3 * size
     blocks: tl.constexpr = (size * line + _BLOCK - 1) // _BLOCK
@@ -255,7 +238,7 @@ def _blur_rows(table, scratch, blurred, size: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit
-def _blur_columns(  # type: ignore[no-untyped-def]
+def _blur_columns(
     table,
     blurred,
     scale_r,
@@ -315,9 +298,9 @@ def make_views(
     jobs = torch.empty((n * len(outs), JOB.itemsize), dtype=torch.uint8, pin_memory=device.type == "cuda")
     rows = jobs.numpy().view(JOB).reshape(len(outs), n)
     for row, recipe, out in zip(rows, recipes, outs, strict=True):
-        _fill(row, pixels, recipe, augment, out)
+        fill(row, pixels, recipe, augment.blur_taps, out.data_ptr(), out.stride(0) * out.element_size())
     parts = [rows.reshape(-1)[start : start + together] for start in range(0, rows.size, together)]
-    blurs = [_list_blurred(part) for part in parts]
+    blurs = [list_blurred(part) for part in parts]
 
     norm = normalisation(augment).reshape(-1).tolist()
     tiles, blocks = triton.cdiv(size, _TILE.value) ** 2, triton.cdiv(size * size, _BLOCK.value)
@@ -338,35 +321,3 @@ def make_views(
             if blur:
                 _blur_rows[(blur * numbers,)](some, scratch, blurred, size)
                 _blur_columns[(blur * numbers,)](some, blurred, *norm, size, kind)
-
-
-def _fill(
-    job: npt.NDArray[np.void], pixels: Pixels, recipe: Recipe, augment: AugmentConfig, out: Tensor
-) -> None:
-    """Writes the jobs (N,) of one view."""
-    top, left, height, width = recipe.window.T
-    stride = 3 * pixels.box[:, 3]
-    job["source"] = pixels.address + top * stride + 3 * left
-    job["target"] = out.data_ptr() + np.arange(len(job)) * (out.stride(0) * out.element_size())
-    job["stride"], job["height"], job["width"], job["flip"] = stride, height, width, recipe.flip
-    jitter = recipe.order[:, 0] != NOTHING
-    contrast = np.where(jitter, np.argmax(recipe.order == CONTRAST, 1), 4)[:, None]
-    job["before"] = np.where(np.arange(3) < contrast, recipe.order[:, :3], NOTHING)
-    job["after"] = np.where(np.arange(1, 4) > contrast, recipe.order[:, 1:], NOTHING)
-    job["value"] = recipe.value
-    job["value"][:, CONTRAST] = np.where(jitter, recipe.value[:, CONTRAST], 1)
-    job["value"][:, HUE] = 6 * (recipe.value[:, HUE] - np.floor(recipe.value[:, HUE]))
-    job["gray"], job["solarize"] = recipe.gray, recipe.solarize
-    drawn = recipe.sigma > 0
-    job["exponent"] = exponent = -0.5 / np.where(drawn, recipe.sigma, 1).astype(float) ** 2
-    weights = np.exp(exponent[:, None] * np.arange(1, augment.blur_taps // 2 + 1) ** 2)
-    # Normalised over all taps, those that are dropped included, as the reference's are.
-    job["centre"] = 1 / (1 + 2 * weights.sum(1))
-    job["radius"] = np.where(drawn, (weights > NEGLIGIBLE).sum(1), 0)
-
-
-def _list_blurred(jobs: npt.NDArray[np.void]) -> int:
-    """Writes which of the jobs have a blur; returns how many."""
-    which = np.flatnonzero(jobs["radius"])
-    jobs["blurred"][: len(which)] = which
-    return len(which)

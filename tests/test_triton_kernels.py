@@ -240,15 +240,15 @@ def test_output_of_another_shape_or_layout_is_refused() -> None:
     del memory
 
 
+_position = triton_kernels._position
+
+
 @triton.jit
-def _positions(floors, rests, length, size: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def _positions(floors, rests, length, size: tl.constexpr, block: tl.constexpr):
     place = tl.arange(0, block)
-    floor, rest = triton_kernels_position(place, length, size)
+    floor, rest = _position(place, length, size)
     tl.store(floors + place, floor, place < size)
     tl.store(rests + place, rest, place < size)
-
-
-triton_kernels_position = triton_kernels._position
 
 
 @pytest.mark.parametrize("size", [8, 24, 45, 96, 224, 512, 1000, 1024])
