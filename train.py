@@ -191,6 +191,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             world_size=world.size,
             first_step=step,
             corrupt_log=out / "corrupt.jsonl",
+            device=world.device,
         )
         log = metrics.MetricLog(out, step) if world.is_main else None
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
