@@ -1,4 +1,4 @@
-"""How features lie in their space: principal axes and spectrum, effective rank, nearest neighbours."""
+"""How features lie in their space: principal axes and spectrum, effective rank, and nearest neighbours."""
 
 import math
 from typing import NamedTuple
@@ -22,8 +22,9 @@ def principal_axes(features: Tensor) -> Principal:
         features: (N, D) finite floating point, N >= 2.
 
     Returns:
-        float64; rounding errors below 0 are set to 0. The sign of an axis is such that its largest component
-        (by size) is positive, so that two computations give the same picture.
+        float64. Eigenvalues below 1e-12 of the features' mean squared length are set to 0: float32 features of
+        one and the same point differ that much by rounding. The sign of an axis is such that its largest
+        component (by size) is positive, so that two computations give the same picture.
 
     Raises:
         ValueError: fewer than two samples, or features that are not finite.
@@ -33,9 +34,11 @@ def principal_axes(features: Tensor) -> Principal:
     if not features.isfinite().all():
         raise ValueError("the features are not finite; the encoder is broken")
     eigenvalues, columns = torch.linalg.eigh(torch.cov(features.double().T).reshape(features.shape[1], -1))
+    eigenvalues = eigenvalues.flip(0)
+    eigenvalues[eigenvalues <= 1e-12 * features.double().square().sum(dim=1).mean()] = 0
     axes = columns.T.flip(0)
     largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
-    return Principal(eigenvalues.flip(0).clamp(min=0), axes * largest.sign())
+    return Principal(eigenvalues, axes * largest.sign())
 
 
 def project(features: Tensor, principal: Principal, dimensions: int = 2) -> Tensor:
@@ -85,3 +88,22 @@ def nearest(features: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor
         cosines.append(values)
         indices.append(others)
     return torch.cat(indices), torch.cat(cosines)
+
+
+def neighbour_precision(labels: Tensor, indices: Tensor) -> tuple[float, float]:
+    """Share of neighbours that have the label of their query, and what random neighbours would give.
+
+    Args:
+        labels: (N,) int64, -1 where unknown.
+        indices: (N, k) int64, as `nearest` gives them.
+
+    Returns:
+        Two numbers in 0 .. 1, over the pairs of samples whose labels are both known; NaN if there is none.
+    """
+    known = labels >= 0
+    pairs = known[:, None] & known[indices]
+    right = (labels[:, None] == labels[indices]) & pairs
+    counts = labels[known].unique(return_counts=True)[1].double()
+    total = counts.sum()
+    chance = (counts * (counts - 1)).sum() / (total * (total - 1))
+    return (right.sum() / pairs.sum()).item(), chance.item()

@@ -50,11 +50,12 @@ def read_starts(out: Path) -> list[dict[str, Any]]:
 
 def hardware(device: torch.device) -> str:
     """The GPU, if the device is one, then processor and cores this process may use."""
-    cores = f"{_processor()}, {len(os.sched_getaffinity(0))} cores"
+    cores = len(os.sched_getaffinity(0))
+    host = f"{_processor()}, {cores} core{'s' * (cores > 1)}"
     if device.type != "cuda":
-        return cores
+        return host
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB); {cores}"
+    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB); {host}"
 
 
 def versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.geometry import effective_rank, nearest, principal_axes, project
+from model.geometry import effective_rank, nearest, neighbour_precision, principal_axes, project
 
 
 def _with_covariance(variances: list[float]) -> torch.Tensor:
@@ -22,7 +22,7 @@ def test_spectrum_of_a_known_covariance_whatever_the_rotation_and_the_mean() -> 
     features = _with_covariance(variances) @ rotation + 5
     principal = principal_axes(features)
     torch.testing.assert_close(principal.eigenvalues, torch.tensor([9.0, 4, 1, 0], dtype=torch.float64))
-    assert (principal.eigenvalues >= 0).all()
+    assert principal.eigenvalues[3] == 0
     expected = rotation[[1, 0, 3, 2]]  # each up to its sign
     cosines = (principal.axes * expected).sum(dim=1).abs()
     torch.testing.assert_close(cosines, torch.ones(4, dtype=torch.float64))
@@ -63,6 +63,23 @@ def test_neighbours_by_angle_without_oneself(chunk: int) -> None:
     expected = torch.tensor([[10.0, 30], [10, 20], [20, 30], [10, 60], [10, 70]]) * math.pi / 180
     torch.testing.assert_close(cosines, expected.cos(), rtol=1e-5, atol=1e-6)
     assert nearest(features, k=99)[0].shape == (5, 4)
+
+
+def test_one_point_with_rounding_errors_has_rank_0() -> None:
+    noise = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
+    features = 3 + 2e-7 * noise
+    assert effective_rank(principal_axes(features).eigenvalues) == 0.0
+    assert effective_rank(principal_axes(3 + 1e-3 * noise).eigenvalues) > 3
+
+
+def test_neighbours_of_the_same_class_and_chance() -> None:
+    labels = torch.tensor([0, 0, 0, 1, -1])
+    indices = torch.tensor([[1, 3], [2, 4], [0, 1], [4, 0], [0, 1]])
+    # Known pairs: 0-1, 1-2, 2-0, 2-1 right; 0-3, 3-0 wrong. Two samples of 3 + 1: 3 * 2 of 4 * 3 pairs.
+    right, chance = neighbour_precision(labels, indices)
+    assert right == pytest.approx(4 / 6)
+    assert chance == pytest.approx(1 / 2)
+    assert all(math.isnan(x) for x in neighbour_precision(torch.full((2,), -1), torch.tensor([[1], [0]])))
 
 
 def test_what_has_no_spectrum_is_refused() -> None:

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,8 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 # Drawn in these colours, then written as the page's variables of the same names.
-_INKS = {"#010101": "var(--ink)", "#020202": "var(--rule)", "#030303": "var(--accent)", "#040404": "var(--second)"}
+_INKS = {
+    "#010101": "var(--ink)",
+    "#020202": "var(--rule)",
+    "#030303": "var(--accent)",
+    "#040404": "var(--second)",
+}
 INK, RULE, ACCENT, SECOND = _INKS
+_LINE_COLORS = (ACCENT, SECOND, "#2ca02c", "#9467bd")
+LINE_INKS = tuple(_INKS.get(color, color) for color in _LINE_COLORS)  # as a legend of the page names them
 # Ten hues that stay apart on white and on near-black (matplotlib's tab10).
 CLASS_COLORS = (
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),
@@ -25,7 +33,7 @@ CLASS_COLORS = (
 )
 OTHER_COLOR = "#999999"
 _RASTER_ABOVE = 4000  # points; one is about 100 bytes of SVG
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # its type in matplotlib's stubs is a literal of every key
     "svg.fonttype": "none",
     "font.size": 9,
     "text.color": INK,
@@ -48,38 +56,35 @@ _STYLE: dict[str, Any] = {
 
 
 class Line(NamedTuple):
-    """One curve: (step, value) pairs, its name for the legend where there are several, and how it is drawn."""
+    """One curve: (step, value) pairs, and whether they are few and drawn as points too."""
 
     points: Sequence[tuple[float, float]]
-    name: str = ""
     markers: bool = False
 
 
-def curves(title: str, lines: Sequence[Line], unit: str, hint: float | None = None, log: bool = False) -> str:
-    """Curves over the steps.
+def curves(title: str, lines: Sequence[Line], last: int, unit: str, hint: float | None = None) -> str:
+    """Curves over the steps, in the order of LINE_INKS.
 
     Args:
         title: for readers who cannot see it.
-        lines: one or two, with at least one point each.
+        lines: at least one, each with at least one point.
+        last: step at which the axis ends, so that all curves of a page have the same.
         unit: label of the vertical axis.
         hint: value of a dashed horizontal line, if any.
-        log: logarithmic vertical axis.
     """
     with rc_context(_STYLE):
-        figure, axis = _figure()
-        for line, color in zip(lines, (ACCENT, SECOND), strict=False):
+        figure, axis = _figure(width=3.6, height=2.1)
+        for line, color in zip(lines, cycle(_LINE_COLORS), strict=False):
             steps, values = zip(*line.points, strict=True)
             marker = "o" if line.markers or len(steps) == 1 else None
-            axis.plot(steps, values, color=color, marker=marker, markersize=3.5, label=line.name or None)
+            axis.plot(steps, values, color=color, marker=marker, markersize=3.5)
         if hint is not None:
             axis.axhline(hint, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        if len(lines) > 1:
-            axis.legend(frameon=False, fontsize=8.5, ncols=len(lines), loc="best")
-        if log:
-            axis.set_yscale("log")
+        axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axis.yaxis.get_major_formatter().set_useOffset(False)
         return _svg(figure, title)
 
 
@@ -92,7 +97,7 @@ def spectrum(title: str, eigenvalues: np.ndarray, rank: float) -> str:
         rank: effective rank.
     """
     shares = eigenvalues / eigenvalues.sum()
-    shares = np.where(shares > 1e-12, shares, np.nan)  # below that there is only rounding
+    shares = np.where(shares > 0, shares, np.nan)
     with rc_context(_STYLE):
         figure, axis = _figure()
         axis.semilogy(np.arange(1, len(shares) + 1), shares, color=ACCENT)
@@ -152,8 +157,8 @@ def colors_of(labels: np.ndarray, accent: str = ACCENT) -> tuple[list[str], Mapp
     return [chosen.get(int(label), OTHER_COLOR) for label in labels], chosen
 
 
-def _figure(height: float = 2.6) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(4.6, height))
+def _figure(width: float = 4.6, height: float = 2.6) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     axis = figure.add_subplot()
     axis.patch.set_alpha(0)

@@ -31,10 +31,9 @@ _PAGE = """<!DOCTYPE html>
 """
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fbfaf8; --card: #fff; --ink: #22262b; --soft: #626a73; --rule: #c9cdd2;
-  --line: #e4e5e7; --accent: #2566b8; --second: #cf6a12; --good: #2c8a4b; --bad: #c62f2f; --badge: #fdeeee; }
+  --line: #e4e5e7; --accent: #2566b8; --second: #cf6a12; --good: #2c8a4b; --bad: #c62f2f; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171a; --card: #1d2125; --ink: #e4e7ea; --soft: #9aa3ad;
-  --rule: #565e67; --line: #30363c; --accent: #6fa8f0; --second: #f0a05a; --good: #5dc07f; --bad: #f07070;
-  --badge: #3a2224; } }
+  --rule: #565e67; --line: #30363c; --accent: #6fa8f0; --second: #f0a05a; --good: #5dc07f; --bad: #f07070; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
 main { max-width: 68rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; }
@@ -44,14 +43,15 @@ h3 { font-size: .95rem; margin: 0 0 .3rem; }
 p { margin: .4rem 0 .8rem; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .87rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-.tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); margin: 1.2rem 0; }
+.small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
+.tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); margin: 1.2rem 0; }
 .tile, figure, .note { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: .6rem .8rem; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; }
 figure { margin: 0; padding: .8rem .9rem .7rem; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
-figure .wide { display: block; width: 100%; border-radius: 4px; background: #fff; }
+figure .wide { display: block; width: 100%; min-width: 34rem; border-radius: 4px; background: #fff; }
 figcaption { margin-top: .4rem; }
 .note { padding: .6rem .9rem; border-left: 4px solid var(--second); margin: .6rem 0; max-width: none; }
 .scroll { overflow-x: auto; }
@@ -68,12 +68,12 @@ summary { cursor: pointer; color: var(--accent); margin: .6rem 0; }
 .sheet { border-spacing: 0; }
 .sheet th, .sheet td { border: 0; padding: .2rem .25rem; text-align: center; vertical-align: top; }
 .sheet td:first-child { padding-right: 1rem; }
-.sheet img { display: block; width: 5rem; height: 5rem; object-fit: cover; border-radius: 5px;
+.sheet img { display: block; width: 4.4rem; height: 4.4rem; object-fit: cover; border-radius: 5px;
   border: 3px solid var(--line); image-rendering: pixelated; margin: 0 auto; }
 .sheet .right img { border-color: var(--good); }
 .sheet .wrong img { border-color: var(--bad); border-style: dashed; }
-.sheet span { display: block; width: 5rem; font-size: .74rem; line-height: 1.25; color: var(--soft); margin: .1rem auto 0;
-  overflow-wrap: anywhere; }
+.sheet span { display: block; width: 4.4rem; font-size: .74rem; line-height: 1.25; color: var(--soft);
+  margin: .1rem auto 0; overflow-wrap: anywhere; }
 .sheet .wrong span { color: var(--bad); }
 @media (max-width: 40rem) { .sheet img, .sheet span { width: 3.05rem; } .sheet img { height: 3.05rem; }
   .sheet th, .sheet td { padding: .15rem .1rem; font-size: .75rem; } .sheet td:first-child { padding-right: .4rem; }
@@ -115,8 +115,9 @@ def note(text: str) -> str:
     return f'<p class="note">{escape(text)}</p>'
 
 
-def grid(html: Iterable[str]) -> str:
-    return f'<div class="grid">\n{chr(10).join(html)}\n</div>'
+def grid(html: Iterable[str], small: bool = False) -> str:
+    """Figures side by side: on a wide screen two, or three small ones."""
+    return f'<div class="grid{" small" * small}">\n{chr(10).join(html)}\n</div>'
 
 
 def figure(title: str, svg: str, caption: str, legend: Mapping[str, str] | None = None) -> str:
@@ -126,16 +127,14 @@ def figure(title: str, svg: str, caption: str, legend: Mapping[str, str] | None 
         for name, color in (legend or {}).items()
     )
     listed = f'<ul class="legend">{entries}</ul>\n' if entries else ""
-    return (
-        f"<figure>\n<h3>{escape(title)}</h3>\n{svg}\n{listed}<figcaption>{escape(caption)}</figcaption>\n</figure>"
-    )
+    return f"<figure>\n<h3>{escape(title)}</h3>\n{svg}\n{listed}<figcaption>{escape(caption)}</figcaption>\n</figure>"
 
 
 def picture(png: bytes, alt: str, caption: str) -> str:
     """A PNG file as a picture as wide as the page."""
     data = base64.b64encode(png).decode()
     image = f'<img class="wide" alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-    return f"<figure>\n{image}\n<figcaption>{escape(caption)}</figcaption>\n</figure>"
+    return f'<figure><div class="scroll">{image}</div>\n<figcaption>{escape(caption)}</figcaption>\n</figure>'
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> str:
@@ -147,9 +146,7 @@ def facts(rows: Iterable[tuple[str, str]]) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table with a head."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-    )
+    body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows)
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{body}</table></div>'
 
 

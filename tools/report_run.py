@@ -94,7 +94,7 @@ def read_run(folder: Path) -> Run:
     if not (rows or starts or origin or problems):
         raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; name the run.out of a run")
     if not settings and starts:
-        settings = starts[-1].get("config")
+        settings = starts[-1].get("config") or {}
     config = None
     if settings:
         try:
@@ -128,7 +128,9 @@ def _newest_encoder(
                     origin = f"{exported.name}, step {step}"
                     return safe_load(about["config"]), weights, (about["backbone"], about["stem"]), origin
         except (SafetensorError, OSError, KeyError, ValueError, YAMLError) as error:
-            problems.append(f"{exported.name} cannot be read ({error}); a checkpoint is used if there is one.")
+            problems.append(
+                f"{exported.name} cannot be read ({error}); a checkpoint is used if there is one."
+            )
     path, state, damaged = checkpoint.load_newest(folder)
     problems += [f"{sentence}; passed over." for sentence in damaged]
     if path is None:
