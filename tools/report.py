@@ -37,9 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.images < 2:
             raise ValueError(f"--images {args.images}: a spectrum needs at least 2")
+        run = read_run(args.run)
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder is not there; make it first")
-        run = read_run(args.run)
         if args.data:
             open_source(args.data)  # what was asked for must be there; the run's own may be gone
         html = write(run, args.data, args.images)
@@ -176,17 +176,16 @@ def _curves(run: Run) -> str:
     spread = 1 / math.sqrt(size) if size else None
     cosine = math.sqrt(2 / (math.pi * size)) if size else None
     dashed = " (dashed)" if size else ""
-    accuracies = {
-        key: key.removesuffix("_top1") + " top-1" for row in run.rows for key in row if "_top1" in key
-    }
+    accuracies = {key: key.removesuffix("_top1") for row in run.rows for key in row if key.endswith("_top1")}
+    accuracies = {key: "kNN" if name == "knn" else name for key, name in accuracies.items()}
     gauges = {"prediction": "prediction", "projection": "target's projection"}
     drawings = [
         ("Loss", {"loss": ""}, "loss", "4: predictions and targets have nothing in common; 0: they agree.", None),
-        ("Accuracy", accuracies, "top-1, per cent", "On held-out images, of the frozen encoder.", None),
+        ("Accuracy", accuracies, "top-1, per cent", "kNN: held-out images by the frozen encoder.", None),
         ("Learning rate", {"lr": ""}, "learning rate", "Before LARS scales it for each layer.", None),
         ("tau", {"tau": ""}, "tau", "The target keeps this share of itself at each step.", None),
         ("Speed", {"images_per_second": ""}, "images/s", "Of training alone, all ranks together.", None),
-        ("Waiting for data", {"data_wait_percent": ""}, "per cent", "Share of the time, spent waiting for images.", None),
+        ("Waiting for data", {"data_wait_percent": ""}, "per cent", "Share of the time that training waited.", None),
         ("Collapse: spread", {f"{k}_std": v for k, v in gauges.items()}, "std",
          f"Of each normalised dimension over a batch: 0 if collapsed, 1/√D if spread over the sphere{dashed}.", spread),
         ("Collapse: cosine", {f"{k}_cosine": v for k, v in gauges.items()}, "mean |cosine|",
@@ -200,7 +199,7 @@ def _curves(run: Run) -> str:
             missing.append(title.lower())
             continue
         lines = [figures.Line(points, title == "Accuracy") for points in series.values()]
-        svg = figures.curves(title, lines, run.step, unit, hint)
+        svg = figures.curves(title, lines, max(run.step, 1), unit, hint)
         legend = dict(zip(filter(None, series), cycle(figures.LINE_INKS), strict=False))
         drawn.append(page.figure(title, svg, caption, legend))
     parts = [page.grid(drawn, small=True)] if drawn else []

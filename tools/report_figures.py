@@ -73,7 +73,7 @@ def curves(title: str, lines: Sequence[Line], last: int, unit: str, hint: float 
         hint: value of a dashed horizontal line, if any.
     """
     with rc_context(_STYLE):
-        figure, axis = _figure(width=3.6, height=2.1)
+        figure, axis = _figure(height=2.1, width=3.6)
         for line, color in zip(lines, cycle(_LINE_COLORS), strict=False):
             steps, values = zip(*line.points, strict=True)
             marker = "o" if line.markers or len(steps) == 1 else None
@@ -99,7 +99,7 @@ def spectrum(title: str, eigenvalues: np.ndarray, rank: float) -> str:
     shares = eigenvalues / eigenvalues.sum()
     shares = np.where(shares > 0, shares, np.nan)
     with rc_context(_STYLE):
-        figure, axis = _figure()
+        figure, axis = _figure(height=3.6)
         axis.semilogy(np.arange(1, len(shares) + 1), shares, color=ACCENT)
         axis.axvline(rank, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
         axis.annotate(
@@ -157,7 +157,7 @@ def colors_of(labels: np.ndarray, accent: str = ACCENT) -> tuple[list[str], Mapp
     return [chosen.get(int(label), OTHER_COLOR) for label in labels], chosen
 
 
-def _figure(width: float = 4.6, height: float = 2.6) -> tuple[Figure, Any]:
+def _figure(height: float, width: float = 4.6) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height))
     figure.patch.set_alpha(0)
     axis = figure.add_subplot()

@@ -44,9 +44,10 @@ p { margin: .4rem 0 .8rem; max-width: 46rem; }
 .soft, figcaption { color: var(--soft); font-size: .87rem; }
 .grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .small { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); }
-.tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(9.4rem, 1fr)); margin: 1.2rem 0; }
+.tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(8.3rem, 1fr)); margin: 1.2rem 0; }
 .tile, figure, .note { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: .6rem .8rem; }
+.tile:first-child { grid-column: span 2; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; }
 figure { margin: 0; padding: .8rem .9rem .7rem; min-width: 0; }

@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of one column."""
-        return [(row["step"], row[key]) for row in self.rows if key in row]
+        return [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), (int, float))]
 
     def last(self, key: str) -> float | None:
         """Newest value of one column."""
@@ -88,7 +88,8 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name the run.out of a run")
     problems: list[str] = []
-    rows = sorted(read_rows(folder / "metrics.jsonl"), key=lambda row: row["step"])
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if isinstance(row["step"], int)]
+    rows.sort(key=lambda row: row["step"])
     starts = provenance.read_starts(folder)
     settings, weights, backbone, origin = _newest_encoder(folder, problems)
     if not (rows or starts or origin or problems):
