@@ -145,7 +145,7 @@ def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None
     assert "python train.py <x>" in text and "abacus" in text and "torch 9.9" in text
     assert "projector_size: 8" in text
     assert "encoder.safetensors, step 8" in text
-    assert "1 images could not be decoded" in text
+    assert "1 image could not be decoded in training; the next sound one" in text
     assert page.tags["img"] == 1 + 2 * 6  # views.png, and two queries with five neighbours
     assert page.classes["right"] + page.classes["wrong"] == 10
     assert text.count("✗") == page.classes["wrong"] > 0
@@ -303,8 +303,13 @@ def test_wrong_neighbours_are_marked() -> None:
 @pytest.mark.slow
 def test_report_of_what_train_leaves(tmp_path: Path, images: Path) -> None:  # noqa: F811
     run = TrainRun(tmp_path, images)
-    assert run().returncode == 0
+    assert run("train.stop_at_step=4").returncode == 0
+    text, _ = _report(run.out)
+    assert "step 4 of 8, stopped there by train.stop_at_step" in text
+    assert run("--resume", "auto").returncode == 0
     text, page = _report(run.out)
+    assert [row["step"] for row in read_run(run.out).starts] == [0, 4]
+    assert "started before" in text and "at step 4" in text
     assert "step 8 of 8, finished" in text and "encoder.safetensors, step 8" in text
     assert "of 8 images" in text and "data.backend=torch" in text
     assert page.tags["svg"] == 9 + 2 and "note" not in page.classes

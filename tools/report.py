@@ -224,13 +224,12 @@ def _corrupt(run: Run) -> str:
         return page.section("Corrupt images", [page.facts([("met in training", "none")])])
     rows = [[str(row.get(key, "")) for key in ("id", "where", "reason")] for row in run.corrupt]
     parts = [page.table(("id", "where", "reason"), rows[:_CORRUPT_SHOWN])] if rows else []
-    listed = f"{len(rows)} images could not be decoded in training and were replaced by the next sound one"
+    number = f"{len(rows) or count} image{'s' * ((len(rows) or count) > 1)} could not be decoded in training"
+    listed = f"{number}; the next sound one took the place of each"
     if len(rows) > _CORRUPT_SHOWN:
         listed += f"; the first {_CORRUPT_SHOWN} are below, all in corrupt.jsonl"
     if not rows:
-        listed = (
-            f"{count} images could not be decoded in training; corrupt.jsonl, which names them, is not there"
-        )
+        listed = f"{number}; corrupt.jsonl, which names them, is not there"
     return page.section("Corrupt images", parts, f"{listed}.")
 
 

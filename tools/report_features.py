@@ -44,9 +44,9 @@ def features(sample: Sample, principal: geometry.Principal, rank: float) -> str:
         without = "" if embedded is not None else f" {tsne}"
         drawings.append(page.figure("Map: PCA", svg, f"The two largest axes. {coloured}{without}", legend))
     if embedded is not None:
-        svg = figures.scatter("t-SNE map", embedded, colors, ("", ""))
+        svg = figures.scatter("t-SNE map", embedded, colors)
         drawings.append(page.figure("Map: t-SNE", svg, f"{tsne} {coloured}", legend))
-    return page.grid(drawings)
+    return page.grid(drawings, small=len(drawings) == 3)
 
 
 def _axis(number: int, shares: np.ndarray) -> str:

@@ -118,14 +118,16 @@ def spectrum(title: str, eigenvalues: np.ndarray, rank: float) -> str:
         return _svg(figure, title)
 
 
-def scatter(title: str, points: np.ndarray, colors: Sequence[str], labels: tuple[str, str]) -> str:
+def scatter(
+    title: str, points: np.ndarray, colors: Sequence[str], labels: tuple[str, str] | None = None
+) -> str:
     """A map of points.
 
     Args:
         title: for readers who cannot see it.
         points: (N, 2).
         colors: N matplotlib colours.
-        labels: of the two axes.
+        labels: of the two axes; None where their numbers mean nothing.
     """
     with rc_context(_STYLE):
         figure, axis = _figure(height=3.9)
@@ -133,8 +135,11 @@ def scatter(title: str, points: np.ndarray, colors: Sequence[str], labels: tuple
         order = np.random.default_rng(0).permutation(len(points))  # no class is drawn over the others
         shuffled = [colors[i] for i in order]
         axis.scatter(*points[order].T, c=shuffled, s=9, alpha=0.75, linewidths=0, rasterized=rasterized)
-        axis.set_xlabel(labels[0])
-        axis.set_ylabel(labels[1])
+        if labels:
+            axis.set_xlabel(labels[0])
+            axis.set_ylabel(labels[1])
+        else:
+            axis.tick_params(length=0, labelbottom=False, labelleft=False)
         axis.set_aspect("equal", adjustable="datalim")
         return _svg(figure, title)
 
