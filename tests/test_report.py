@@ -1,6 +1,7 @@
 """The report: what it says about whole, unfinished, unlabelled and damaged runs, and that it is inert."""
 
 import json
+import re
 import sys
 from collections import Counter
 from html.parser import HTMLParser
@@ -16,8 +17,9 @@ from test_train import images  # noqa: F401 (a fixture)
 from configs import schema
 from model import checkpoint
 from model.byol import make_byol
-from tools import report, report_figures, report_page
-from tools.report_run import read_run
+from tools import report, report_figures
+from tools.report_features import neighbours
+from tools.report_run import Sample, read_run
 
 EVIL = "<script>alert('x')<"
 VOID = {"meta", "img"}
@@ -291,13 +293,17 @@ def test_with_scikit_learn_there_is_a_second_map(folder: Path, tmp_path: Path) -
 
 
 def test_wrong_neighbours_are_marked() -> None:
-    pixels = np.zeros((2, 2, 3), np.uint8)
-    row = [
-        report_page.Picture(pixels, name, verdict)
-        for name, verdict in (("q", ""), ("a", "right"), ("b", "wrong"))
-    ]
-    html = report_page.sheet([row])
-    assert '<td class="wrong"><img alt="✗ b"' in html and '<td class="right"><img alt="a"' in html
+    angles = torch.tensor([0.0, 20.0, 50.0, 90.0]) * torch.pi / 180
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    pixels = [np.zeros((2, 2, 3), np.uint8)] * 4
+    sample = Sample(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], asked=4)
+    html = neighbours(sample)
+    cells = re.findall(r'<td class="(\w*)"><img alt="([^"]*)"', html)
+    assert cells == [
+        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.00"),
+        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.34"),
+    ]  # fmt: skip
+    assert "33.3 % of these neighbours" in html and "chance is 33.3 %" in html
 
 
 @pytest.mark.slow
