@@ -293,15 +293,15 @@ def test_with_scikit_learn_there_is_a_second_map(folder: Path, tmp_path: Path) -
 
 
 def test_wrong_neighbours_are_marked() -> None:
-    angles = torch.tensor([0.0, 20.0, 50.0, 90.0]) * torch.pi / 180
+    angles = torch.tensor([0.0, 20.0, 50.0, 80.0]) * torch.pi / 180
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     pixels = [np.zeros((2, 2, 3), np.uint8)] * 4
     sample = Sample(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], asked=4)
     html = neighbours(sample)
     cells = re.findall(r'<td class="(\w*)"><img alt="([^"]*)"', html)
     assert cells == [
-        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.00"),
-        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.34"),
+        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.17"),
+        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.50"),
     ]  # fmt: skip
     assert "33.3 % of these neighbours" in html and "chance is 33.3 %" in html
 
