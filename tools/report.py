@@ -212,7 +212,8 @@ def _views(run: Run) -> str:
     path = run.folder / "views.png"
     if not path.is_file():
         return page.section(
-            "What the network saw", [page.note("views.png is not there: no step was taken yet.")]
+            "What the network saw",
+            [page.note("views.png is not there; train.py writes it at the first step.")],
         )
     caption = "The first images of the first batch: each column is one image, as view 1 and as view 2."
     return page.section("What the network saw", [page.picture(path.read_bytes(), "pairs of views", caption)])

@@ -47,11 +47,11 @@ p { margin: .4rem 0 .8rem; max-width: 46rem; }
 .tiles { display: grid; gap: .7rem; grid-template-columns: repeat(auto-fit, minmax(8.3rem, 1fr)); margin: 1.2rem 0; }
 .tile, figure, .note { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
 .tile { padding: .6rem .8rem; }
-.tile:first-child { grid-column: span 2; }
+.tile.double { grid-column: span 2; }
 .tile b { display: block; font-size: 1.45rem; line-height: 1.25; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .82rem; }
 figure { margin: 0; padding: .8rem .9rem .7rem; min-width: 0; }
-figure svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
+figure svg { display: block; width: 100%; max-width: 36rem; height: auto; margin: 0 auto; stroke-linejoin: round; }
 figure .wide { display: block; width: 100%; min-width: 34rem; border-radius: 4px; background: #fff; }
 figcaption { margin-top: .4rem; }
 .note { padding: .6rem .9rem; border-left: 4px solid var(--second); margin: .6rem 0; max-width: none; }
@@ -107,7 +107,10 @@ def section(title: str, html: Iterable[str], intro: str = "") -> str:
 
 def tiles(numbers: Iterable[tuple[str, str]]) -> str:
     """Large numbers, each with what it is below: (number, meaning)."""
-    cells = (f'<div class="tile"><b>{escape(n)}</b><span>{escape(m)}</span></div>' for n, m in numbers)
+    cells = (
+        f'<div class="tile{" double" * (len(n) > 9)}"><b>{escape(n)}</b><span>{escape(m)}</span></div>'
+        for n, m in numbers
+    )
     return f'<div class="tiles">{"".join(cells)}</div>'
 
 
