@@ -265,6 +265,7 @@ def test_drawings_take_the_page_s_inks() -> None:
     assert 'aria-label="a&lt;b"' in svg and "var(--accent)" in svg and "var(--ink)" in svg
     assert "#0" not in svg.replace("url(#", "").replace('href="#', "")
     Inert(svg)
+    Inert(report_figures.scatter("map", np.eye(2), ["red", "blue"]))  # no tick has a label
 
 
 def _twelve_images(folder: Path, tmp_path: Path) -> None:

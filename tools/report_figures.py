@@ -178,7 +178,7 @@ def _svg(figure: Figure, title: str) -> str:
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"<g id=[^>]*>", "<g>", svg)  # the same in every drawing, and nothing refers to them
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the same in every drawing, and nothing refers to them
     svg = re.sub(r"font-family: [^;]*; ", "", svg)
     svg = re.sub(r"\s*\n\s*", " ", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
