@@ -116,7 +116,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     """Runs or continues a whole run; returns the exit code."""
     import torch
 
-    from model import checkpoint, distributed, metrics, schedules
+    from model import checkpoint, distributed, metrics, provenance, schedules
     from model.byol import make_byol
     from model.optim import LARS
     from model.step import PRECISIONS, TrainStep
@@ -194,6 +194,14 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             device=world.device,
         )
         log = metrics.MetricLog(out, step) if world.is_main else None
+        if world.is_main:
+            facts = {
+                "ranks": world.size,
+                "precision": precision,
+                "backend": backend_reason,
+                "config": config.model_dump(mode="json"),
+            }
+            provenance.record_start(out, step, world.device, facts)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         distributed.shutdown(world)
         return fail(error)
