@@ -46,26 +46,36 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def make_backend(
-    config: Config, device: torch.device, dtype: torch.dtype, source: Source | None = None
-) -> tuple[Backend | Resident, str]:
-    """What data.backend and data.resident ask for, and one sentence that says which it is and why.
+def make_resident(
+    config: Config, source: Source, device: torch.device, dtype: torch.dtype
+) -> tuple[Resident, str] | None:
+    """The decoded data set in memory and one sentence about it; None where the images are to stay encoded.
 
     Args:
-        config: the run.
-        device: where the views are delivered.
+        config: the run; data.resident decides, and data.backend=torch keeps no images.
+        source: the data set.
+        device: where the views are made and delivered.
         dtype: float32, float16 or bfloat16.
-        source: the data set; without it none is kept in memory.
+
+    Raises:
+        ValueError: no image decodes, or they do not fit into the memory.
+    """
+    if config.data.backend == "torch" or not is_wanted(config.data, source):
+        return None
+    resident = Resident(source, config.augment, device, dtype, config.data.threads)
+    place = "GPU" if device.type == "cuda" else "CPU"
+    kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
+    return resident, f"data.resident={config.data.resident}: {kept}"
+
+
+def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The back end that data.backend asks for, and one sentence that says which it is and why.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
     place = "GPU" if device.type == "cuda" else "CPU"
-    if source is not None and choice != "torch" and is_wanted(config.data, source):
-        resident = Resident(source, config.augment, device, dtype, threads)
-        kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
-        return resident, f"data.resident={config.data.resident}: {kept}"
     if choice != "torch":
         try:
             from pipelines.dali_backend import DaliBackend

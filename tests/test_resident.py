@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_loader import Damaged, N, make_config
 
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend
+from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
 from pipelines.resident import Resident, is_wanted
@@ -23,8 +23,9 @@ def batches(resident: str, source: SyntheticSource, log: Path | None = None, **d
         data={"backend": "dali", "resident": resident, "threads": 2} | data,
         augment={"view1": view, "view2": view},
     )
-    backend, _ = make_backend(config, CPU, torch.float32, source)
-    assert isinstance(backend, Resident) == (resident == "always")
+    kept = make_resident(config, source, CPU, torch.float32)
+    assert (kept is not None) == (resident == "always")
+    backend, _ = kept or make_backend(config, CPU, torch.float32)
     with Loader(config, source, backend, corrupt_log=log) as loader:
         steps = iter(loader)
         return [batch for _ in range(7) for batch in next(steps)]
@@ -124,10 +125,9 @@ def test_auto_keeps_small_images_below_the_limit(count: int, height: int, width:
     assert not is_wanted(make_config(data={"resident": "never"}).data, source)
 
 
-def test_torch_back_end_and_unknown_sources_stay_encoded() -> None:
-    for backend, source in (("torch", Damaged({})), ("auto", None)):
-        config = make_config(data={"backend": backend, "resident": "always"})
-        assert not isinstance(make_backend(config, CPU, torch.float32, source)[0], Resident)
+def test_images_stay_encoded_for_the_torch_back_end() -> None:
+    config = make_config(data={"backend": "torch", "resident": "always"})
+    assert make_resident(config, Damaged({}), CPU, torch.float32) is None
 
 
 def test_memory_is_used_again_only_when_its_tensor_is_gone() -> None:
