@@ -24,7 +24,7 @@ from pipelines import order
 from pipelines.encoded import inspect
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
-from pipelines.views import ViewParams, draw
+from pipelines.views import ViewParams, draw_both
 
 
 class Batch(NamedTuple):
@@ -172,10 +172,7 @@ class Loader:
         while True:
             ids, encoded = self._read_sound(ids)
             heights, widths = source.heights[ids], source.widths[ids]
-            params = [
-                draw(view, seed, epoch, ids, index, heights, widths)
-                for index, view in enumerate((augment.view1, augment.view2))
-            ]
+            params = draw_both(augment, seed, epoch, ids, heights, widths)
             try:
                 view1, view2 = self._backend(encoded, *params)
             except UndecodableError as error:  # a sound header and broken data: known only now

@@ -27,7 +27,7 @@ from pipelines.encoded import inspect
 from pipelines.kernels import make_views
 from pipelines.loader import Loader
 from pipelines.sources import Source, open_source
-from pipelines.views import draw
+from pipelines.views import draw_both
 
 ROUNDS = 3  # of each whole pipeline, in turn; the median counts
 
@@ -88,10 +88,7 @@ def bench_stages(config: Config, source: Source, batches: int) -> dict[str, dict
             encoded = [source.read(i) for i in ids.tolist()]
             for data in encoded:
                 inspect(data)
-        sides = source.heights[ids], source.widths[ids]
-        params = [
-            draw(view, 0, epoch, ids, i, *sides) for i, view in enumerate((augment.view1, augment.view2))
-        ]
+        params = draw_both(augment, 0, epoch, ids, source.heights[ids], source.widths[ids])
         for start in range(0, size, dali_backend.TOGETHER):
             rows = slice(start, start + dali_backend.TOGETHER)
             part = [drawn[rows] for drawn in params]
