@@ -89,9 +89,9 @@ class ViewConfig(Section):
 
 class AugmentConfig(Section):
     profile: Profile = "byol"
-    """Whose definitions are meant by the operations: byol, the reference implementation's (byol/utils/augmentations.py),
-    or torchvision (transforms.v2: RandomResizedCrop with 10 tries and antialias, multiplicative ColorJitter), with
-    which solo-learn and lightly train."""
+    """Whose definitions the operations have: the reference implementation's (byol: byol/utils/augmentations.py), or
+    torchvision's (transforms.v2: RandomResizedCrop of 10 tries with antialias, ColorJitter by factors), with which
+    solo-learn and lightly train."""
     size: Annotated[int, Field(ge=8, le=1024)] = 224
     """Side of a view in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

@@ -1,8 +1,9 @@
 """The reference implementation's augmentations in plain torch: what tests compare with, and the fallback without DALI.
 
-The back end serves both profiles; the operations of torchvision's are in pipelines/torchvision_profile.py. Here every one is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness is
-added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
-a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1].
+Every operation here is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness
+is added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
+a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1]. The other profile's
+are in pipelines/torchvision_profile.py; the back end serves both.
 """
 
 import io
