@@ -45,12 +45,16 @@ class DaliBackend:
     ) -> None:
         """
         Args:
-            augment: size of the views, mean and std.
-            device: "cuda": decoding by nvJPEG and all the rest on that GPU; "cpu": everything on the CPU.
+            augment: profile and size of the views, mean and std.
+            device: "cuda": decoding by nvJPEG and all the rest on that GPU, in profile byol; the views of profile
+                torchvision are made on the CPU and moved there. "cpu": everything on the CPU.
             dtype: float32, float16 or bfloat16. The kernels make float32 and DALI has no bfloat16: what is missing
                 is converted at the end, on the device.
             threads: CPU threads that decode and, on the CPU, augment.
         """
+        self._deliver_to = device
+        if augment.profile == "torchvision":
+            device = torch.device("cpu")  # the GPU has profile byol alone
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
@@ -86,7 +90,7 @@ class DaliBackend:
             if not reasons or len(reasons) == len(encoded) > 1:
                 raise  # whatever is wrong, it is not one of the images
             raise UndecodableError(reasons) from None
-        first, second = (view.to(self._dtype).permute(0, 3, 1, 2) for view in views)
+        first, second = (view.to(self._deliver_to, self._dtype).permute(0, 3, 1, 2) for view in views)
         return first, second
 
     def _refused_alone(

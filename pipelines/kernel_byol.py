@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipelines.kernel_rows import (
-    MARGIN,
     TINY,
-    Floats,
     Work,
     blend_columns,
     blend_rows,
@@ -22,14 +20,16 @@ from pipelines.kernel_rows import (
     planar,
     total,
 )
+from pipelines.recipe import Floats
 from pipelines.views import BRIGHTNESS, HUE, SATURATION
 
 _TABLE = 1024  # the reference tabulates the cubic kernel in so many steps between two pixels
+_MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
 
 
 @compiled
 def _cubic_taps(length: int, size: int, flip: bool, unit: float, first: Any, weights: Floats) -> None:
-    """Keys' kernel (a = -0.5): first of 4 taps (size,), from -MARGIN on counted as 0, and weights (size, 4)."""
+    """Keys' kernel (a = -0.5): first of 4 taps (size,), from -_MARGIN on counted as 0, and weights (size, 4)."""
     scale = length / size
     for place in range(size):
         centre = (place + 0.5) * scale - 0.5
@@ -49,7 +49,7 @@ def _cubic_taps(length: int, size: int, flip: bool, unit: float, first: Any, wei
             total += weight
         for tap in range(4):
             weights[to, tap] = weights[to, tap] / total * unit
-        first[to] = floor - 1 + MARGIN
+        first[to] = floor - 1 + _MARGIN
 
 
 @compiled
@@ -93,12 +93,12 @@ def _resize(image: Any, window: Any, flip: bool, operations: Any, values: Floats
     columns, column_weights = np.empty(size, np.int64), np.empty((size, 4), np.float32)
     _cubic_taps(height, size, False, 1 / 255, rows, row_weights)
     _cubic_taps(width, size, flip, 1.0, columns, column_weights)
-    line = np.zeros(3 * (width + 2 * MARGIN) + 1, np.float32)
-    inside = line[3 * MARGIN : 3 * (MARGIN + width)]
+    line = np.zeros(3 * (width + 2 * _MARGIN) + 1, np.float32)
+    inside = line[3 * _MARGIN : 3 * (_MARGIN + width)]
     start, stop = 3 * left, 3 * (left + width)
     sums = np.zeros(3)
     for y in range(size):
-        first = rows[y] - MARGIN  # a row outside the window weighs 0: any other is as good
+        first = rows[y] - _MARGIN  # a row outside the window weighs 0: any other is as good
         a = image[top + min(max(first, 0), height - 1), start:stop]
         b = image[top + min(max(first + 1, 0), height - 1), start:stop]
         c = image[top + min(max(first + 2, 0), height - 1), start:stop]

@@ -2,8 +2,8 @@
 
 Rows are planar float32, and inner loops are written for the compiler to vectorise: no float64 (hence the float32
 constants), no index that could be negative (numba would test its sign), one simple body each. What the definitions
-compute through HSV is computed here without it, equal up to rounding: with V the largest channel and m the smallest, a
-new hue keeps V and m and moves the channels between them.
+compute through HSV is computed without it, equal up to rounding: a new hue keeps the largest and the smallest channel
+and moves the others between them.
 """
 
 import math
@@ -14,37 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines.kernel_llvm import four_pixels
+from pipelines.recipe import NEGLIGIBLE, Floats, Recipe
 from pipelines.views import CONTRAST
-
-Floats = npt.NDArray[np.float32]
 
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
 TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
-NOTHING = 255  # in the place of a colour operation
-MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
-_NEGLIGIBLE = 1e-6  # a blur tap lighter than the centre by this factor is dropped; together they weigh < 2e-6
 
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
-
-
-class Recipe(NamedTuple):
-    """One view of N decoded images, in the kernels' terms."""
-
-    window: npt.NDArray[np.int64]  # (N, 4) top, left, height, width in what was decoded
-    flip: npt.NDArray[np.bool_]
-    order: npt.NDArray[np.uint8]  # (N, 4) colour operations, NOTHING without jitter
-    value: Floats  # (N, 4) by operation
-    gray: npt.NDArray[np.bool_]
-    sigma: Floats  # (N,) 0 without blur
-    solarize: npt.NDArray[np.bool_]
-
-
-class Pixels(NamedTuple):
-    """N decoded images, each the whole or a part of a stored one: uint8 (height, width, 3) at an address."""
-
-    address: npt.NDArray[np.int64]  # (N,)
-    box: npt.NDArray[np.int64]  # (N, 4) top, left, height, width of what was decoded
 
 
 class Work(NamedTuple):
@@ -161,7 +138,7 @@ def _blur_taps(sigma: np.float32, taps: int, weights: Floats) -> int:
     for k in range(1, taps // 2 + 1):
         weight = math.exp(-0.5 * (k / float(sigma)) ** 2)
         total += 2 * weight
-        if weight > _NEGLIGIBLE:
+        if weight > NEGLIGIBLE:
             weights[k] = weight
             radius = k
     for k in range(radius + 1):

@@ -13,7 +13,6 @@ from pipelines.kernel_rows import (
     GREEN,
     ONE,
     RED,
-    Floats,
     Work,
     blend_columns,
     blend_rows,
@@ -24,6 +23,7 @@ from pipelines.kernel_rows import (
     planar,
     total,
 )
+from pipelines.recipe import Floats
 from pipelines.views import BRIGHTNESS, HUE, SATURATION
 
 

@@ -22,32 +22,38 @@ from typing import Any
 
 import numba
 import numpy as np
-import numpy.typing as npt
 
 from configs.schema import AugmentConfig, Profile
-from pipelines import kernel_byol, kernel_llvm, kernel_rows, kernel_torchvision
+from pipelines import kernel_byol, kernel_llvm, kernel_rows, kernel_torchvision, recipe, views
 from pipelines.kernel_llvm import pointer
-from pipelines.kernel_rows import NOTHING, Floats, Pixels, Recipe, work_of
-from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from pipelines.kernel_rows import work_of
+from pipelines.recipe import Floats, Pixels, normalisation, write
+from pipelines.views import ViewParams
 
 _CHUNK = 16  # images that a thread takes at a time
+_PARTS = (
+    kernel_llvm,
+    kernel_rows,
+    kernel_byol,
+    kernel_torchvision,
+    recipe,
+    views,
+)  # whose code or constants are compiled
 
 
 def _compile(profile: Profile) -> Any:
-    """All views of images start to stop, compiled for a profile.
+    """A function that makes all views of images start to stop, compiled for a profile.
 
-    numba's cache watches this file only. Its key, though, holds what a cached function closes over: here a digest of
-    the other files.
+    numba's cache watches this file alone, but its key has what a cached function closes over: a digest of the others.
     """
     torchvision = profile == "torchvision"
-    parts = kernel_llvm, kernel_rows, kernel_byol, kernel_torchvision
-    digest = hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in parts)).hexdigest()
+    digest = hashlib.sha256(b"".join(Path(part.__file__).read_bytes() for part in _PARTS)).hexdigest()
     source = int(digest[:15], 16)  # numba takes 64 bits
 
-    def views(
+    def run(
         start: int, stop: int, pixels: Pixels, recipes: Any, taps: int, steps: Any, norm: Floats, outs: Any
     ) -> None:
-        source  # noqa: B018
+        source  # noqa: B018 (in the closure because it is named here)
         work = work_of(outs[0].shape[1], taps, steps, norm)
         for i in range(start, stop):
             height, width = pixels.box[i, 2], pixels.box[i, 3]
@@ -60,28 +66,12 @@ def _compile(profile: Profile) -> Any:
 
     options = {"nogil": True, "fastmath": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(views)
+        return numba.njit(cache=True, **options)(run)
     except RuntimeError:  # "cannot cache function: no locator available": each process compiles anew
-        return numba.njit(**options)(views)
+        return numba.njit(**options)(run)
 
 
 _views: dict[Profile, Any] = {"byol": _compile("byol"), "torchvision": _compile("torchvision")}
-
-
-def _recipe(params: ViewParams, box: npt.NDArray[np.int64]) -> Recipe:
-    value = np.empty((len(params), 4), np.float32)
-    value[:, BRIGHTNESS], value[:, CONTRAST] = params.brightness, params.contrast
-    value[:, SATURATION], value[:, HUE] = params.saturation, params.hue
-    top, left = params.top - box[:, 0], params.left - box[:, 1]
-    return Recipe(
-        window=np.stack([top, left, params.height, params.width], 1).astype(np.int64),
-        flip=np.ascontiguousarray(params.flip, np.bool_),
-        order=np.where(params.jitter[:, None], params.order, NOTHING).astype(np.uint8),
-        value=value,
-        gray=np.ascontiguousarray(params.gray, np.bool_),
-        sigma=np.where(params.blur, params.sigma, 0).astype(np.float32),
-        solarize=np.ascontiguousarray(params.solarize, np.bool_),
-    )
 
 
 def make_views(
@@ -104,22 +94,11 @@ def make_views(
         ValueError: a window is not inside its image's box. (The kernels read memory without checks.)
     """
     n, size = len(pixels.address), augment.size
-    recipes = tuple(_recipe(drawn, pixels.box) for drawn in params)
-    for window in (recipe.window for recipe in recipes):
-        if (window[:, :2] < 0).any() or (window[:, 2:] < 1).any():
-            raise ValueError("a window begins outside its image, or is empty")
-        if (window[:, :2] + window[:, 2:] > pixels.box[:, 2:]).any():
-            raise ValueError("a window reaches beyond its image")
-    std = np.array(augment.std)
-    norm = np.array([1 / std, -np.array(augment.mean) / std], np.float32)
-    compiled, steps, rows = (
-        _views[augment.profile],
-        np.array([1, size]),
-        tuple(out.reshape(n, size, 3 * size) for out in outs),
-    )
+    recipes, norm = write(pixels, params), normalisation(augment)
+    steps, rows = np.array([1, size]), tuple(out.reshape(n, size, 3 * size) for out in outs)
 
     def work(start: int, stop: int) -> None:
-        compiled(start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)
+        _views[augment.profile](start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)
 
     if pool is None:
         work(0, n)

@@ -62,6 +62,11 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
             return TorchBackend(config.augment, device, dtype, threads), reason
         place = "GPU" if device.type == "cuda" else "CPU"
         why = ", because it is installed" if choice == "auto" else ""
+        if place == "GPU" and config.augment.profile == "torchvision":
+            place, why = (
+                "CPU",
+                f"{why}, which the GPU then gets: augment.profile=torchvision is not made on a GPU",
+            )
         reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
