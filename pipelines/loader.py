@@ -60,14 +60,12 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
-        place = "GPU" if device.type == "cuda" else "CPU"
+        moved = device.type == "cuda" and config.augment.profile == "torchvision"
+        place = "GPU" if device.type == "cuda" and not moved else "CPU"
         why = ", because it is installed" if choice == "auto" else ""
-        if place == "GPU" and config.augment.profile == "torchvision":
-            place, why = (
-                "CPU",
-                f"{why}, which the GPU then gets: augment.profile=torchvision is not made on a GPU",
-            )
         reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
+        if moved:
+            reason += "; the GPU is sent the views, because it makes none of augment.profile=torchvision"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
     return TorchBackend(config.augment, device, dtype, threads), reason
