@@ -156,6 +156,14 @@ def test_windows_of_any_shape(profile: Profile, size: int, height: int, width: i
     assert np.abs(run(images, params, augment) - expected(images, params, augment)).max() < 1e-5
 
 
+@pytest.mark.parametrize("size", [8, 32, 224])
+def test_antialias_over_many_taps(size: int) -> None:
+    """900 x 1100 to 8: 552 taps an axis."""
+    images, params = pictures(1, 900, 1100), params_of(1, 900, 1100, flip=True, brightness=1.0)
+    augment = augment_of(size, "torchvision")
+    assert np.abs(run(images, params, augment) - expected(images, params, augment)).max() < 1e-5
+
+
 @pytest.mark.parametrize(
     "name", ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "flip"]
 )
