@@ -3,9 +3,9 @@
     python tools/bench.py DATASET [--size 224] [--threads 1 2] [--batches 16]
         [--profile byol] [--torchvision] [--json FILE]
 
-An image is both its views, by BYOL's recipe, in float32 on the CPU; --profile torchvision takes torchvision's definitions
-of the operations. CPU ms hardly move when others use the machine; images/s do. --torchvision runs a plain torchvision
-v2 pipeline (one thread) between the rounds of the loader.
+An image is both its views, by BYOL's recipe, in float32 on the CPU; with --profile torchvision by torchvision's
+definitions of the operations. CPU ms hardly move when others use the machine; images/s do. --torchvision runs a plain
+torchvision v2 pipeline (one thread) between the rounds of the loader.
 """
 
 import argparse
