@@ -28,12 +28,11 @@ def four_pixels(
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        four, integer = ir.VectorType(ir.FloatType(), 4), arguments[4].type
-        lane = ir.IntType(32)
-        arrays = [
+        source, first, weight, count, start, *targets = (
             context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
             for kind, value in zip(signature.args, arguments, strict=True)
-        ]
+        )
+        four, lane, integer = ir.VectorType(ir.FloatType(), 4), ir.IntType(32), start.type
 
         def at(base: Any, factor: int, offset: int) -> Any:
             scaled = builder.mul(base, ir.Constant(integer, factor))
@@ -52,13 +51,13 @@ def four_pixels(
             )
 
         def pixel(column: Any) -> Any:
-            return builder.load(place(arrays[0], at(column, 3, 0)), align=4)
+            return builder.load(place(source, at(column, 3, 0)), align=4)
 
-        firsts = [builder.load(builder.gep(arrays[1], [at(arrays[4], 1, i)])) for i in range(4)]
+        columns = [builder.load(builder.gep(first, [at(start, 1, i)])) for i in range(4)]
         if isinstance(taps, types.IntegerLiteral) and taps.literal_value == 4:
             totals = []
-            for i, column in enumerate(firsts):
-                row = builder.load(place(arrays[2], at(arrays[4], 4, 4 * i)), align=4)
+            for i, column in enumerate(columns):
+                row = builder.load(place(weight, at(start, 4, 4 * i)), align=4)
                 total = None
                 for k in range(4):
                     product = builder.fmul(
@@ -67,16 +66,16 @@ def four_pixels(
                     total = product if total is None else builder.fadd(total, product, flags=["fast"])
                 totals.append(total)
         else:
-            sums = [cgutils.alloca_once_value(builder, ir.Constant(four, [0.0] * 4)) for _ in firsts]
-            starts = [builder.mul(at(arrays[4], 1, i), arrays[3]) for i in range(4)]
-            with cgutils.for_range(builder, arrays[3]) as loop:
-                for column, start, total in zip(firsts, starts, sums, strict=True):
-                    weight = builder.load(builder.gep(arrays[2], [builder.add(start, loop.index)]))
-                    weight = builder.insert_element(
-                        ir.Constant(four, ir.Undefined), weight, ir.Constant(lane, 0)
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(four, [0.0] * 4)) for _ in columns]
+            rows = [builder.mul(at(start, 1, i), count) for i in range(4)]
+            with cgutils.for_range(builder, count) as loop:
+                for column, row, total in zip(columns, rows, sums, strict=True):
+                    factor = builder.load(builder.gep(weight, [builder.add(row, loop.index)]))
+                    factor = builder.insert_element(
+                        ir.Constant(four, ir.Undefined), factor, ir.Constant(lane, 0)
                     )
                     product = builder.fmul(
-                        shuffle(weight, weight, [0] * 4),
+                        shuffle(factor, factor, [0] * 4),
                         pixel(builder.add(column, loop.index)),
                         flags=["fast"],
                     )
@@ -90,8 +89,8 @@ def four_pixels(
             shuffle(low[0], low[1], [2, 3, 6, 7]),
             shuffle(high[0], high[1], [0, 1, 4, 5]),
         )
-        for target, channel in zip(arrays[5:], channels, strict=True):
-            builder.store(channel, place(target, arrays[4]), align=4)
+        for target, channel in zip(targets, channels, strict=True):
+            builder.store(channel, place(target, start), align=4)
         return context.get_dummy_value()
 
     return types.void(line, columns, weights, taps, x, r, g, b), generate

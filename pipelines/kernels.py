@@ -31,14 +31,8 @@ from pipelines.recipe import Floats, Pixels, normalisation, write
 from pipelines.views import ViewParams
 
 _CHUNK = 16  # images that a thread takes at a time
-_PARTS = (
-    kernel_llvm,
-    kernel_rows,
-    kernel_byol,
-    kernel_torchvision,
-    recipe,
-    views,
-)  # whose code or constants are compiled
+# Whose code or constants are compiled.
+_PARTS = (kernel_llvm, kernel_rows, kernel_byol, kernel_torchvision, recipe, views)
 
 
 def _compile(profile: Profile) -> Any:
