@@ -1,7 +1,8 @@
 """Batches for the training step: ids from the order, bytes from the source, views from a back end, made ahead.
 
-A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step. What the step waited
-for is measured. The loader has no state but the number of the next step: batch k is the same in any run.
+A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step; on a GPU, on a stream of its
+own, so that the step never queues behind the decoding of a later batch. What the step waited for is measured. The
+loader has no state but the number of the next step: batch k is the same in any run.
 """
 
 import json
@@ -22,10 +23,11 @@ from torch import Tensor
 from configs.schema import Config
 from pipelines import order
 from pipelines.encoded import check, inspect
+from pipelines.recipe import GPU_PROFILES
 from pipelines.resident import Resident, is_wanted
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
-from pipelines.views import ViewParams, draw
+from pipelines.views import ViewParams, draw_both
 
 
 class Batch(NamedTuple):
@@ -45,25 +47,47 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def make_backend(
-    config: Config, device: torch.device, dtype: torch.dtype, source: Source | None = None
-) -> tuple[Backend | Resident, str]:
-    """What data.backend and data.resident ask for, and one sentence that says which it is and why.
+def make_resident(
+    config: Config, source: Source, device: torch.device, dtype: torch.dtype
+) -> tuple[Resident, str] | None:
+    """The decoded data set in memory and one sentence about it; None where the images are to stay encoded.
 
     Args:
-        config: the run.
-        device: where the views are delivered.
+        config: the run; data.resident decides, and data.backend=torch keeps no images.
+        source: the data set.
+        device: where the views are made and delivered.
         dtype: float32, float16 or bfloat16.
-        source: the data set; without it none is kept in memory.
+
+    Raises:
+        ValueError: no image decodes, or they do not fit into the memory.
+    """
+    if config.data.backend == "torch" or not is_wanted(config.data, source):
+        return None
+    resident = Resident(source, config.augment, device, dtype, config.data.threads)
+    place, remark = _place(config, device)
+    kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
+    return resident, f"data.resident={config.data.resident}: {kept}{remark}"
+
+
+def _place(config: Config, device: torch.device) -> tuple[str, str]:
+    """Where the views are made, and a remark if that is not where they are delivered."""
+    if device.type == "cpu":
+        return "CPU", ""
+    if config.augment.profile in GPU_PROFILES:
+        return "GPU", ""
+    return (
+        "CPU",
+        f"; the GPU is sent the views, because it makes none of augment.profile={config.augment.profile}",
+    )
+
+
+def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The back end that data.backend asks for, and one sentence that says which it is and why.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
-    if source is not None and choice != "torch" and device.type == "cpu" and is_wanted(config.data, source):
-        resident = Resident(source, config.augment, dtype, threads)
-        reason = f"data.resident={config.data.resident}: all {len(source)} images decoded in memory"
-        return resident, f"{reason}, views on the CPU, {threads} threads"
     if choice != "torch":
         try:
             from pipelines.dali_backend import DaliBackend
@@ -73,9 +97,9 @@ def make_backend(
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
-        place = "GPU" if device.type == "cuda" else "CPU"
+        place, remark = _place(config, device)
         why = ", because it is installed" if choice == "auto" else ""
-        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
+        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads{remark}"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
     return TorchBackend(config.augment, device, dtype, threads), reason
@@ -102,6 +126,7 @@ class Loader:
         world_size: int = 1,
         first_step: int = 0,
         corrupt_log: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -113,6 +138,8 @@ class Loader:
             first_step: the step of the run to begin with.
             corrupt_log: file to which each undecodable image is appended as a JSON line. With a `first_step` above
                 0 those that this rank has listed count already and are not listed again.
+            device: the GPU to which the back end delivers, for a stream of its own; else batches are made on the
+                default stream.
 
         Raises:
             ValueError: the batch does not fit the data set or the number of ranks.
@@ -125,7 +152,11 @@ class Loader:
         self._corrupt = self._listed(first_step)
         self._next_step = first_step
         self.waited = 0.0  # seconds the consumer has waited for batches, in all
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
+        on_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
+            config.data.prefetch
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
@@ -146,7 +177,13 @@ class Loader:
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return item
+        batch, ready = item
+        if ready is not None:  # the stream waits, the host does not
+            stream = torch.cuda.current_stream(batch.view1.device)
+            stream.wait_event(ready)
+            batch.view1.record_stream(stream)  # their memory was allocated on the loader's stream
+            batch.view2.record_stream(stream)
+        return batch
 
     def close(self) -> None:
         """Stops the thread; batches made ahead are dropped."""
@@ -166,10 +203,11 @@ class Loader:
             if isinstance(self._backend, Resident):
                 for number, reason in self._backend.broken.items():
                     self._count_corrupt(number, reason)
-            while not self._stop.is_set():
-                for batch in self._micro_batches(self._next_step):
-                    self._queue.put(batch)
-                self._next_step += 1
+            with torch.cuda.stream(self._stream):  # which changes nothing where it is None
+                while not self._stop.is_set():
+                    for batch in self._micro_batches(self._next_step):
+                        self._queue.put((batch, self._stream.record_event() if self._stream else None))
+                    self._next_step += 1
         except BaseException as error:  # whatever it is, the step that waits for the batch must see it
             self._queue.put(error)
 
@@ -196,11 +234,9 @@ class Loader:
                 for place, reason in error.reasons.items():
                     self._count_corrupt(int(ids[place]), reason)
 
-    def _draw(self, ids: npt.NDArray[np.int64], epoch: int) -> list[ViewParams]:
-        augment, seed = self._config.augment, self._config.run.seed
-        sides = self._source.heights[ids], self._source.widths[ids]
-        views = enumerate((augment.view1, augment.view2))
-        return [draw(view, seed, epoch, ids, index, *sides) for index, view in views]
+    def _draw(self, ids: npt.NDArray[np.int64], epoch: int) -> tuple[ViewParams, ViewParams]:
+        config, source = self._config, self._source
+        return draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
 
     def _batch(self, ids: npt.NDArray[np.int64], views: tuple[Tensor, Tensor]) -> Batch:
         return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))

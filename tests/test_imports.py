@@ -16,7 +16,9 @@ ALLOWED = {
     "pydantic": {"configs/schema.py"},
     "omegaconf": {"configs/schema.py"},
     "webdataset": {"pipelines/sources.py", "tools/make_shards.py"},
-    "numba": {"pipelines/kernels.py"},
+    "numba": {"pipelines/kernels.py", "pipelines/kernel_llvm.py", "pipelines/kernel_rows.py"},
+    "llvmlite": {"pipelines/kernel_llvm.py"},
+    "triton": {"pipelines/triton_kernels.py"},
     "train": set(),
     "ffcv": {"pipelines/sources.py", "tools/make_shards.py"},
 }

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from configs.schema import Config
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, plain_images
+from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident, plain_images
 from pipelines.order import global_batch
 from pipelines.sources import SyntheticSource
 from pipelines.torch_backend import UndecodableError, decode
@@ -54,8 +54,9 @@ class Damaged(SyntheticSource):
 def take(
     config: Config, steps: int, source: SyntheticSource | None = None, **options: object
 ) -> list[list[Batch]]:
-    kept = source if config.data.resident == "always" else None
-    backend, _ = make_backend(config, torch.device("cpu"), torch.float32, kept)
+    where = torch.device("cpu"), torch.float32
+    keep = source is not None and config.data.resident == "always"
+    backend, _ = (keep and make_resident(config, source, *where)) or make_backend(config, *where)
     with Loader(config, source or Damaged({}), backend, **options) as loader:  # type: ignore[arg-type]
         batches = iter(loader)
         return [next(batches) for _ in range(steps)]
@@ -154,7 +155,7 @@ def test_bad_images_among_ten_thousand(batch: int, backend: str, tmp_path: Path)
     if backend == "dali":
         pytest.importorskip("nvidia.dali")
     n = 10_000
-    data = {"backend": "torch" if backend == "resident" else backend}
+    data = {"backend": "auto" if backend == "resident" else backend}
     data["resident"] = "always" if backend == "resident" else "never"
     config = make_config(data=data, train={"batch_size": batch})
     order = [global_batch(5, 0, step, n, batch) for step in range(3)]
@@ -305,3 +306,50 @@ def test_backend_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch on the CPU, because DALI is not installed" in reason and "byolt[dali]" in reason
     with pytest.raises(ValueError, match=r"data\.backend=dali needs NVIDIA DALI"):
         make_backend(make_config(data={"backend": "dali"}), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_batches_made_on_a_stream_of_their_own_are_those_of_the_cpu(backend: str) -> None:
+    """The consumer's stream waits for them, and keeps their memory until it is done."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = make_config(data={"backend": backend})
+    device = torch.device("cuda", torch.cuda.current_device())
+    made, _ = make_backend(config, device, torch.float32)
+    with Loader(config, Damaged({}), made, device=device) as loader:
+        batches = iter(loader)
+        ours = [batch.view1 * 1 for _ in range(8) for batch in next(batches)]  # and the views are given up
+    with Loader(config, Damaged({}), make_backend(config, torch.device("cpu"), torch.float32)[0]) as loader:
+        batches = iter(loader)
+        wanted = [batch.view1 for _ in range(8) for batch in next(batches)]
+    for view, expected in zip(ours, wanted, strict=True):
+        assert view.device == device
+        assert (view.cpu() - expected).abs().mean() < 0.02  # a JPEG's decoder rounds differently
+
+
+def test_views_of_profile_torchvision_are_made_on_the_cpu_for_a_gpu() -> None:
+    dali_backend = pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+    for choice in ("auto", "dali"):
+        config = make_config(data={"backend": choice}, augment={"profile": "torchvision"})
+        backend, reason = make_backend(config, torch.device("cuda"), torch.bfloat16)
+        assert isinstance(backend, dali_backend.DaliBackend)
+        assert "DALI on the CPU" in reason and "augment.profile=torchvision" in reason
+        assert backend._device.type == "cpu" and backend._deliver_to.type == "cuda"
+    _, reason = make_backend(config, torch.device("cpu"), torch.float32)
+    assert reason == "data.backend=dali: DALI on the CPU, 1 threads"
+
+
+def test_loader_draws_by_the_profile() -> None:
+    """The first batch of a run is what the back end makes of draws by torchvision's rules."""
+    from pipelines.views import draw_both
+
+    config, source = make_config(augment={"profile": "torchvision"}), Damaged({})
+    ((batch,),) = take(config, 1, source)
+    numbers = batch.id.numpy()
+    params = draw_both(config.augment, 5, 0, numbers, source.heights[numbers], source.widths[numbers])
+    backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
+    view1, view2 = backend([source.read(i) for i in numbers.tolist()], *params)
+    assert torch.equal(batch.view1, view1) and torch.equal(batch.view2, view2)
+    ((other,),) = take(make_config(), 1, source)
+    assert not torch.equal(batch.view1, other.view1)
