@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import io
 import json
-import os
 import random
 import sys
 import tarfile
@@ -291,5 +290,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    os.nice(10)
     sys.exit(main())
