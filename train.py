@@ -23,7 +23,9 @@ from configs import schema
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
 
+    from model.byol import BYOL
     from model.distributed import World
+    from model.probe import OnlineProbe
     from pipelines.sources import Source
 
 
@@ -171,6 +173,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             config.train.channels_last,
             config.train.compile,
         )
+        probe = make_probe(config, model, source, world)
 
         # ------------------------------------------------------------------------------------------ resume
         make_out(out)
@@ -182,6 +185,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             groups = optimizer.state_dict()["param_groups"]  # settings are the config's, momentum the run's
             optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
             train_step.load_state_dict(state["train_step"])
+            if probe and state.get("probe"):
+                probe.load_state_dict(state["probe"])
             step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
         loader = Loader(
             config,
@@ -221,6 +226,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 "model": model.state_dict(),
                 "momentum": optimizer.state_dict()["state"],
                 "train_step": train_step.state_dict(),
+                "probe": probe.state_dict() if probe else None,
                 "config": config.model_dump(mode="json"),
                 "data": source.fingerprint,
                 "knn_untrained": knn_untrained,
@@ -240,7 +246,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         return accuracy
 
     steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-    loss_sum = torch.zeros((), device=world.device)
+    loss_sum, probe_sum = (torch.zeros((), device=world.device) for _ in range(2))
     broken = torch.zeros((), dtype=torch.bool, device=world.device)
     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
@@ -283,6 +289,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
+                if probe:
+                    probe_sum += probe(torch.cat(result.features1), torch.cat([b.label for b in batch]), lr)
                 # An fp16 gradient may overflow: the scale is lowered and the run goes on. Its loss may not.
                 broken |= ~(result.loss.isfinite() if precision == "fp16" else result.finite)
                 step += 1
@@ -291,8 +299,9 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 if logging:
                     check_finite()
                     steps, seconds = step - logged_step, time.monotonic() - logged_at
-                    local = (loss_sum / steps, (loader.waited - logged_wait) / seconds, loader.corrupt_count)
-                    loss, waiting, corrupt = distributed.all_reduce_mean(
+                    waited = (loader.waited - logged_wait) / seconds
+                    local = (loss_sum / steps, waited, loader.corrupt_count, probe_sum / steps)
+                    loss, waiting, corrupt, probed = distributed.all_reduce_mean(
                         torch.tensor(local, dtype=torch.float64, device=world.device), world
                     ).tolist()
                     row = {
@@ -305,12 +314,15 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                         "gradient_norm": result.gradient_norm.item(),
                         "corrupt_images": corrupt * world.size,
                     }
+                    if probe:
+                        row["probe_top1"] = 100 * probed
                     if result.gauges:
                         row |= {name: value.item() for name, value in result.gauges._asdict().items()}
                     display.row(step, row)
                     if log:
                         log.add(step, row)
                     loss_sum.zero_()
+                    probe_sum.zero_()
                     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
                     logged_at += seconds_of(evaluate)  # images/s is the training's alone
@@ -397,6 +409,26 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
             f"{queries.classes} and {source.classes}"
         )
+
+
+def make_probe(
+    config: schema.Config, model: "BYOL", source: "Source", world: "World"
+) -> "OnlineProbe | None":
+    """The linear classifier that follows the training; None without labels, or where it is switched off."""
+    from model.probe import OnlineProbe
+
+    classes = int(source.labels.max()) + 1
+    if not config.eval.online_probe or (source.labels < 0).any() or classes < 2:
+        return None
+    settings = config.optimizer
+    return OnlineProbe(
+        int(model.online.encoder.num_features),  # type: ignore[arg-type]
+        classes,
+        world,
+        settings.momentum,
+        settings.weight_decay,
+        settings.trust_coefficient,
+    )
 
 
 def find_checkpoint(out: Path, resume: str | None, world: "World") -> tuple[Path | None, dict[str, Any]]:
