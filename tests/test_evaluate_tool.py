@@ -14,7 +14,7 @@ from PIL import Image
 from configs import schema
 from model import checkpoint
 from model.byol import make_byol
-from model.trained import load_trained
+from model.trained import load_trained, weights_digest
 from tools import evaluate
 
 CONFIG = """
@@ -64,24 +64,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def _measure(run: Path, out: Path, *options: str) -> dict[str, Any]:
+def _main(run: Path, out: Path, *options: str) -> int:
     threads = torch.get_num_threads()
+    given = [str(run / "checkpoint-000000018.pt"), "--out", str(out), "--device", "cpu", "--threads", "1"]
     try:
-        code = evaluate.main(
-            [
-                str(run / "checkpoint-000000018.pt"),
-                "--out",
-                str(out),
-                "--device",
-                "cpu",
-                "--threads",
-                "1",
-                *options,
-            ]
-        )
+        return evaluate.main([*given, *options])
     finally:
         torch.set_num_threads(threads)
-    assert code == 0
+
+
+def _measure(run: Path, out: Path, *options: str) -> dict[str, Any]:
+    assert _main(run, out, *options) == 0
     [document] = out.glob("*.json")
     assert Image.open(document.with_suffix(".png")).width > 300
     return json.loads(document.read_text())
@@ -94,8 +87,6 @@ def test_checkpoint_and_export_hold_the_same_encoder(run: Path) -> None:
     assert torch.equal(first.encoder(images), second.encoder(images))
     with torch.no_grad():
         first.encoder.conv1.weight[0, 0, 0, 0] += 1e-3  # type: ignore[index,union-attr,operator]
-    from model.trained import weights_digest
-
     assert weights_digest(first.encoder.state_dict()) != second.digest
 
 
@@ -185,7 +176,7 @@ def _worker(rank: int, ports: list[int], run: str, out: str) -> None:
     for (protocol, options), port in zip(FAST.items(), ports, strict=True):
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
-        _measure(Path(run), Path(out) / protocol, "--protocol", protocol, *_undecided(options))
+        assert _main(Path(run), Path(out) / protocol, "--protocol", protocol, *_undecided(options)) == 0
 
 
 def _undecided(options: list[str]) -> list[str]:
