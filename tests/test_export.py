@@ -79,12 +79,11 @@ def test_torchvision(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_every_backbone_of_torchvision_has_its_keys() -> None:
-    for backbone in ("resnet34", "resnet50", "wide_resnet50_2"):
-        model = make_byol(backbone, "imagenet", 8, 8, 8)
-        keys = {
-            k for k in torchvision.models.get_model(backbone, weights=None).state_dict() if k[:3] != "fc."
-        }
-        assert model.online.encoder.state_dict().keys() == keys
+    for backbone in set(BACKBONES) - {"resnet8"}:
+        with torch.device("meta"):
+            ours = make_encoder(backbone, "imagenet").state_dict()
+            theirs = torchvision.models.get_model(backbone, weights=None).state_dict()
+        assert ours.keys() == {key for key in theirs if not key.startswith("fc.")}
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
