@@ -118,6 +118,7 @@ def test_every_protocol_finds_the_colours(
 def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
     document = _measure(run, tmp_path, "--protocol", "linear", "--fast", *FAST["linear"])
     assert document["results"][0]["top1"] == 100.0 and document["protocol"] == "linear-fast"
+    assert (tmp_path / "evaluate-linear-fast.json").exists()  # beside the other's, not over it
 
 
 def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:

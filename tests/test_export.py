@@ -7,6 +7,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -115,6 +116,7 @@ def test_transformers(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         torch.testing.assert_close(model(pixel_values=images).pooler_output, expected, rtol=1e-5, atol=1e-5)
     processor = transformers.AutoImageProcessor.from_pretrained(out)
     assert tuple(processor.data_config["mean"]) == (0.1, 0.2, 0.3)
+    assert model(**processor(Image.new("RGB", (48, 40)))).pooler_output.shape == (1, 512)
 
 
 def test_without_timm_the_export_says_that_it_was_not_checked(

@@ -5,7 +5,7 @@ torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train S
 
 CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured. --data is what is tested
 on, --train what is learned from; without them the run's own eval.path and data.path. Prints a table; writes
-evaluate-PROTOCOL.json and a picture of the confusions beside the checkpoint, or to --out.
+evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
 """
 
 import argparse
@@ -172,7 +172,7 @@ def report(
     """The table, the JSON file and the picture."""
     rows = [summary(outcome, labels, bench.classes) for outcome in outcomes]
     model = trained.config.model
-    title = f"{args.protocol}: {model.backbone} ({model.stem} stem), step {trained.step}"
+    title = f"{args.protocol}{', cached features' * args.fast}: {model.backbone} ({model.stem} stem), step {trained.step}"
     table = Table(
         "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
     )
@@ -197,12 +197,13 @@ def report(
         f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
         f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
     )
-    name = f"evaluate-{args.protocol}"
+    protocol = args.protocol + "-fast" * args.fast
+    name = f"evaluate-{protocol}"
     if args.protocol == "finetune":
         name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
     out = args.out or trained.path.parent
     document = {
-        "protocol": args.protocol + ("-fast" if args.fast else ""),
+        "protocol": protocol,
         "checkpoint": trained.path.name,
         "encoder_sha256": trained.digest,
         "step": trained.step,
