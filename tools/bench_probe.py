@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         times[1].append(marks[2] - marks[1])
     alone, added = (1000 * statistics.median(part[3:]) for part in times)  # the first three warm up
     print(
-        f"{args.backbone} ({args.stem} stem), {args.size} px, batch {args.batch}, {args.classes} classes, {world.device}: "
-        f"step {alone:.2f} ms, probe {added:.3f} ms = {100 * added / alone:.2f} %"
+        f"{args.backbone} ({args.stem} stem), {args.size} px, batch {args.batch}, {args.classes} classes, "
+        f"{world.device}: step {alone:.2f} ms, probe {added:.3f} ms = {100 * added / alone:.2f} %"
     )
     return 0
 

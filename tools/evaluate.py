@@ -172,7 +172,7 @@ def report(
     """The table, the JSON file and the picture."""
     rows = [summary(outcome, labels, bench.classes) for outcome in outcomes]
     model = trained.config.model
-    title = f"{args.protocol}{', cached features' * args.fast}: {model.backbone} ({model.stem} stem), step {trained.step}"
+    title = f"{args.protocol}: {model.backbone} ({model.stem} stem), step {trained.step}"
     table = Table(
         "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
     )
