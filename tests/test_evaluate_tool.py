@@ -111,9 +111,8 @@ def test_every_protocol_finds_the_colours(
         assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
         assert settings["held_out_top1"].keys() == {"0.5", "1.0"}
     if protocol == "finetune":
-        assert (
-            settings["labelled_images"] == 33 and settings["lr"] == 0.2
-        )  # of 22 a class 11; not the useless rate
+        assert settings["labelled_images"] == 36 and settings["held_out_images"] == 3
+        assert settings["lr"] == 0.2  # not the useless one
     if protocol == "transfer":
         assert len(settings["held_out_top1"]) == 5 and settings["l2"] in settings["l2_values"]
 

@@ -149,22 +149,20 @@ def finetune(
 
     Args:
         bench: encoder and data.
-        chosen: share of every class of train, or ids.
+        chosen: share of every class of train, or ids; the held-out images are others, but for a share of 1.
         lrs: learning rates at a batch of 256.
         epochs: lengths of training; every pair of a rate and a length is tried.
         batch_size: None for 1,024, or less where there are fewer images.
     """
-    if isinstance(chosen, float):
+    if isinstance(chosen, float) and chosen == 1:
         fit, held = _hold_out(bench)
-        fit = Subset(fit, balanced_ids(fit.labels, chosen, bench.seed))
     else:
-        others = np.setdiff1d(np.arange(len(bench.train)), chosen)
+        ids = balanced_ids(bench.train.labels, chosen, bench.seed) if isinstance(chosen, float) else chosen
+        others = np.setdiff1d(np.arange(len(bench.train)), ids)
         if not len(others):
-            raise ValueError(
-                "the list names all training images: leave some out, on which settings are picked"
-            )
+            raise ValueError("all training images are taken: leave some out, on which settings are picked")
+        fit = Subset(bench.train, ids)
         held = Subset(bench.train, others[_held(bench.train.labels[others], bench.seed)])
-        fit = Subset(bench.train, chosen)
     batch_size = _batch_size(bench, batch_size, len(fit))
     tried: dict[str, float] = {}
     best: tuple[float, float, float, Bench, nn.Linear] | None = None
