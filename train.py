@@ -28,7 +28,9 @@ from model.lock import RunLock
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
 
+    from model.byol import BYOL
     from model.distributed import World
+    from model.probe import OnlineProbe
     from pipelines.sources import Source
 
 
@@ -186,6 +188,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             config.train.channels_last,
             config.train.compile,
         )
+        probe = make_probe(config, model, source, world)
 
         # ------------------------------------------------------------------------------------------ resume
         make_out(out)
@@ -193,7 +196,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         step, seconds_before, knn_untrained = 0, 0.0, None
         if found:
             fixed.check_same_run(config, source.fingerprint, found, state, allowed)
-            restore(found, state, model, optimizer, train_step)
+            restore(found, state, model, optimizer, train_step, probe)
             step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
         loader = Loader(
             config,
@@ -230,6 +233,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             "model": model.state_dict(),
             "momentum": optimizer.state_dict()["state"],
             "train_step": train_step.state_dict(),
+            "probe": probe.state_dict() if probe else None,
             "config": config.model_dump(mode="json"),
             "data": source.fingerprint,
             "knn_untrained": knn_untrained,
@@ -306,7 +310,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
         return accuracy
 
     steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-    loss_sum = torch.zeros((), device=world.device)
+    loss_sum, probe_sum = (torch.zeros((), device=world.device) for _ in range(2))
     finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
@@ -358,6 +362,9 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
                 finite.add(step + 1, result, torch.cat([b.id for b in batch]))
+                if probe:
+                    labels = torch.cat([b.label for b in batch])
+                    probe_sum += probe(torch.cat(result.features1), labels, lr, result.finite)
                 step += 1
                 display.step(step)
 
@@ -370,9 +377,10 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                         loss_sum / steps,
                         (loader.waited - logged_wait) / seconds,
                         loader.corrupt_count,
+                        probe_sum / steps,
                         *result.gauges,
                     )
-                    loss, waiting, corrupt, *gauges = distributed.all_reduce_mean(
+                    loss, waiting, corrupt, probed, *gauges = distributed.all_reduce_mean(
                         torch.tensor(local, dtype=torch.float64, device=world.device), world
                     ).tolist()
                     row = {
@@ -386,6 +394,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                         "corrupt_images": corrupt * world.size,
                         **dict(zip(result.gauges._fields, gauges, strict=True)),
                     }
+                    if probe:
+                        row["probe_top1"] = 100 * probed
                     display.row(step, row)
                     if log:
                         with writing():
@@ -393,6 +403,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                             log.add(step, row)
                     check_collapse(row["projection_std"])
                     loss_sum.zero_()
+                    probe_sum.zero_()
                     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
                     logged_at += seconds_of(evaluate)  # images/s is the training's alone
@@ -485,6 +496,26 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
             f"{queries.classes} and {source.classes}"
         )
+
+
+def make_probe(
+    config: schema.Config, model: "BYOL", source: "Source", world: "World"
+) -> "OnlineProbe | None":
+    """The linear classifier that follows the training; None without labels, or where it is switched off."""
+    from model.probe import OnlineProbe
+
+    classes = int(source.labels.max()) + 1
+    if not config.eval.online_probe or (source.labels < 0).any() or classes < 2:
+        return None
+    settings = config.optimizer
+    return OnlineProbe(
+        int(model.online.encoder.num_features),  # type: ignore[arg-type]
+        classes,
+        world,
+        settings.momentum,
+        settings.weight_decay,
+        settings.trust_coefficient,
+    )
 
 
 def knn_accuracy(

@@ -181,6 +181,9 @@ class EvalConfig(Section):
     """A neighbour's vote weighs exp(cosine / temperature)."""
     max_images: Annotated[int, Field(ge=1)] = 50_000
     """At most so many images of each split, evenly spaced."""
+    online_probe: bool = True
+    """Where data.path is labelled, a linear classifier follows the training on the detached features of view 1
+    (reference: byol_experiment.py): probe_top1 in the metrics, on the batches as they come. It changes nothing else."""
 
 
 class RunConfig(Section):
@@ -319,6 +322,16 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
 def to_yaml(config: Config) -> str:
     """The config as a YAML file that `load` reads back to an equal one."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def from_yaml(text: str) -> Config:
+    """The config that `to_yaml` wrote; a ValueError lists what this version does not know."""
+    try:
+        return Config.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
+    except ValidationError as error:
+        raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"not a valid YAML mapping: {error}") from None
 
 
 def _explain(mistake: Any) -> str:

@@ -1,5 +1,6 @@
-"""How good the frozen encoder is: features, batch-norm calibration, weighted k-nearest-neighbour accuracy."""
+"""How good the frozen encoder is: features, batch-norm calibration, nearest neighbours, and what scores say."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -8,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
-def knn_predict(
+def knn_votes(
     bank: Tensor,
     bank_labels: Tensor,
     queries: Tensor,
@@ -17,7 +18,7 @@ def knn_predict(
     temperature: float = 0.1,
     chunk: int = 256,
 ) -> Tensor:
-    """Class of each query by a vote of its k most similar bank rows with weights exp(cosine / temperature).
+    """Votes of each query's k most similar bank rows for their classes, with weights exp(cosine / temperature).
 
     The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4).
 
@@ -31,7 +32,7 @@ def knn_predict(
         chunk: queries compared at once; memory is chunk x M floats.
 
     Returns:
-        (Q,) int64.
+        (Q, num_classes) float32; 0 for a class without a neighbour.
 
     Raises:
         ValueError: sizes do not fit together, the bank is empty, or a label is out of range.
@@ -42,13 +43,24 @@ def knn_predict(
     if k < 1 or not temperature > 0:
         raise ValueError(f"k is {k} and temperature {temperature}; k must be 1 or more, temperature above 0")
     bank = F.normalize(bank.float(), dim=1)
-    predictions = [torch.empty(0, dtype=torch.int64, device=bank.device)]
-    for part in queries.split(chunk):
+    votes = torch.zeros(len(queries), num_classes, device=bank.device)
+    for part, counted in zip(queries.split(chunk), votes.split(chunk), strict=True):
         similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(part), num_classes, device=bank.device)
-        votes.scatter_add_(1, bank_labels[neighbours], (similarity / temperature).exp())
-        predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions)
+        counted.scatter_add_(1, bank_labels[neighbours], (similarity / temperature).exp())
+    return votes
+
+
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    chunk: int = 256,
+) -> Tensor:
+    """The class with most votes for each query, (Q,) int64; arguments and errors as for `knn_votes`."""
+    return knn_votes(bank, bank_labels, queries, num_classes, k, temperature, chunk).argmax(dim=1)
 
 
 def knn_accuracy(
@@ -70,6 +82,60 @@ def knn_accuracy(
         raise ValueError("there are no queries; kNN accuracy needs at least one labelled sample to test")
     predicted = knn_predict(bank, bank_labels, queries, num_classes, k, temperature)
     return (predicted == query_labels).double().mean().item()
+
+
+def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Whether the true class is among the k of highest score; of equal scores the lower class comes first.
+
+    Args:
+        scores: (N, C); -inf is no answer and never right.
+        labels: (N,) int64 in [0, C).
+        k: 1 .. C.
+
+    Returns:
+        (N,) bool.
+    """
+    own = scores.gather(1, labels[:, None])
+    before = torch.arange(scores.shape[1], device=scores.device) < labels[:, None]
+    rank = ((scores > own) | ((scores == own) & before)).sum(dim=1)
+    return (rank < k) & (own[:, 0] > -math.inf)
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Bounds of the true rate behind correct / total, each 0 .. 1 (Wilson, JASA 22, 1927).
+
+    Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays inside 0 .. 1 and has a width at 0 and at 1. It is
+    about the choice of test images alone, not about another seed of training.
+
+    Args:
+        correct: 0 .. total.
+        total: at least 1.
+        z: 1.959964 for 95 %.
+    """
+    if not 0 <= correct <= total or total < 1:
+        raise ValueError(f"{correct} of {total} answers are right: there must be at least one answer")
+    rate, share = correct / total, z * z / total
+    centre = rate + share / 2
+    half = z * math.sqrt(rate * (1 - rate) / total + share / (4 * total))
+    low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
+    return min(max(0.0, low), rate), max(
+        rate, min(1.0, high)
+    )  # at 0 and 1 the rate is a bound, but for rounding
+
+
+def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """How many images of each class (row) were taken for each class (column).
+
+    Args:
+        predicted: (N,) int64 in [0, num_classes).
+        labels: (N,) int64 in [0, num_classes).
+        num_classes: C.
+
+    Returns:
+        (C, C) int64.
+    """
+    pairs = labels * num_classes + predicted
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @torch.no_grad()

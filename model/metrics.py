@@ -1,4 +1,4 @@
-"""What a run shows: metrics.jsonl, TensorBoard, a console line or bar, and two pictures."""
+"""What a run shows: metrics.jsonl, TensorBoard, a console line or bar, and pictures."""
 
 import json
 import time
@@ -153,6 +153,37 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
         other = axis.twinx()
         other.plot(*zip(*accuracies, strict=True), color="tab:orange", marker="o")
         other.set_ylabel("kNN top-1 (%)", color="tab:orange")
+    _save_figure(figure, path)
+
+
+def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> None:
+    """Which classes are taken for which, as a PNG file: each row in per cent of its class.
+
+    Args:
+        path: the file.
+        counts: (C, C) int64, true class by predicted class.
+        names: of the C classes; written at the axes of up to 50.
+        title: above the picture.
+    """
+    classes = len(counts)
+    percent = (100 * counts.double() / counts.sum(dim=1, keepdim=True).clamp_min(1)).cpu().numpy()
+    side = min(3 + 0.45 * classes, 16)
+    figure, axis = plt.subplots(figsize=(side + 1, side))
+    image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="% of the true class", fraction=0.046)
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    axis.set_title(title, fontsize=10)
+    if classes <= 50:
+        axis.set_xticks(range(classes), names, rotation=90)
+        axis.set_yticks(range(classes), names)
+    if classes <= 20:
+        for row in range(classes):
+            for column in range(classes):
+                if percent[row, column] >= 0.5:
+                    colour = "white" if percent[row, column] > 50 else "black"
+                    text = f"{percent[row, column]:.0f}"
+                    axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     _save_figure(figure, path)
 
 

@@ -14,6 +14,7 @@ from model.checkpoint import CheckpointError
 from model.distributed import World
 from model.lock import RunLock
 from model.optim import LARS
+from model.probe import OnlineProbe
 from model.step import TrainStep
 
 STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which types
@@ -22,6 +23,7 @@ STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which 
     "model": (dict, OrderedDict),
     "momentum": (dict,),
     "train_step": (dict,),
+    "probe": (dict, type(None)),
     "config": (dict,),
     "data": (str,),
     "knn_untrained": (float, type(None)),
@@ -64,6 +66,7 @@ def find_checkpoint(
     if path and not world.is_main:
         state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
     if path:
+        state.setdefault("probe", None)  # a checkpoint from before there was one
         odd = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
         if not odd and state["step"] < 0:
             odd = ["step"]
@@ -95,8 +98,15 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
     return newest, state
 
 
-def restore(path: Path, state: dict[str, Any], model: BYOL, optimizer: LARS, train_step: TrainStep) -> None:
-    """Puts a checkpoint's tensors into model, optimizer and scaler; settings stay the config's.
+def restore(
+    path: Path,
+    state: dict[str, Any],
+    model: BYOL,
+    optimizer: LARS,
+    train_step: TrainStep,
+    probe: OnlineProbe | None = None,
+) -> None:
+    """Puts a checkpoint's tensors into model, optimizer, scaler and probe; settings stay the config's.
 
     Args:
         path: the checkpoint, for messages.
@@ -104,6 +114,7 @@ def restore(path: Path, state: dict[str, Any], model: BYOL, optimizer: LARS, tra
         model: built with the config that the checkpoint names.
         optimizer: over its online parameters.
         train_step: of both.
+        probe: the online probe, if the run has one; it begins anew where the checkpoint holds none.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape or kind. Nothing was changed then.
@@ -123,6 +134,12 @@ def restore(path: Path, state: dict[str, Any], model: BYOL, optimizer: LARS, tra
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     if state["momentum"]:  # none before the first step
         expected |= {f"momentum of parameter {i}": parameter for i, parameter in enumerate(parameters)}
+    if probe and state["probe"]:
+        found |= {f"probe.{name}": tensor for name, tensor in state["probe"].items()}
+        for name, parameter in probe.head.named_parameters():
+            expected[f"probe.{name}"] = parameter
+            if state["momentum"]:
+                expected[f"probe.momentum.{name}"] = parameter
     for name in sorted(found.keys() | expected.keys()):
         is_, should = _kind(found.get(name)), _kind(expected.get(name))
         if is_ != should:
@@ -132,6 +149,8 @@ def restore(path: Path, state: dict[str, Any], model: BYOL, optimizer: LARS, tra
     model.load_state_dict(state["model"])
     optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
     train_step.load_state_dict(state["train_step"])
+    if probe and state["probe"]:
+        probe.load_state_dict(state["probe"])
 
 
 def _kind(value: object) -> str:

@@ -30,6 +30,7 @@ class StepResult(NamedTuple):
     finite: Tensor  # bool, the same on every rank; where False, no parameter, momentum or statistic changed
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
+    features1: list[Tensor]  # (n, F) of each micro-batch's first view, detached: for a probe
 
 
 class TrainStep:
@@ -104,20 +105,21 @@ class TrainStep:
             )
         self.optimizer.zero_grad(set_to_none=True)
         statistics = self._read_statistics()
-        losses = []
+        losses, features1 = [], []
         for index, (view1, view2) in enumerate(micro_batches):
             last = index == self.accumulation - 1
             with nullcontext() if last else no_sync(self.online):
                 loss, online, projection1 = self._forward(view1, view2)
                 self.scaler.scale(loss / self.accumulation).backward()
             losses.append(loss.detach())
+            features1.append(online.features1)
         finite, gradient_norm = self._update(lr)
         self._keep_statistics(finite, statistics)
         ema_update_(self.target_parameters, self.online_parameters, tau)
         measured = (
             Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
         )
-        return StepResult(torch.stack(losses).mean(), finite, gradient_norm, measured)
+        return StepResult(torch.stack(losses).mean(), finite, gradient_norm, measured, features1)
 
     def _forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Predictions, Tensor]:
         """Loss, what the online network said, and the target's projection of the first view."""

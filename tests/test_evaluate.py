@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from model.evaluate import calibrate_batch_norm, extract_features, knn_accuracy, knn_predict
+from model.evaluate import (
+    calibrate_batch_norm,
+    confusion_matrix,
+    extract_features,
+    knn_accuracy,
+    knn_predict,
+    knn_votes,
+    topk_correct,
+    wilson_interval,
+)
 
 
 def _at(*degrees: float) -> torch.Tensor:
@@ -28,6 +37,52 @@ def test_votes_are_weighted_by_similarity() -> None:
     assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.71).tolist() == [0]
     assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.73).tolist() == [1]
     assert knn_predict(bank, labels, _at(0), 2, k=1, temperature=0.73).tolist() == [0]
+
+
+def test_votes_are_sums_of_exponentials() -> None:
+    votes = knn_votes(_at(0, 60, 90), torch.tensor([0, 0, 2]), _at(0), 4, k=2, temperature=0.5)
+    expected = torch.tensor([[math.exp(2) + math.exp(1), 0, 0, 0]])
+    torch.testing.assert_close(votes, expected, rtol=1e-6, atol=0)
+
+
+def test_topk_counts_the_true_class_among_the_highest() -> None:
+    scores = torch.tensor(
+        [[0.1, 0.5, 0.3, 0.2], [0.4, 0.4, 0.4, 0.0], [-math.inf, 1.0, -math.inf, -math.inf]]
+    )
+    labels = torch.tensor([2, 1, 0])
+    assert topk_correct(scores, labels, 1).tolist() == [False, False, False]
+    assert topk_correct(scores, labels, 2).tolist() == [True, True, False]  # of equals the lower class first
+    assert topk_correct(scores, labels, 4).tolist() == [True, True, False]  # -inf is no answer
+    many = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
+    truth = torch.arange(200) % 10
+    for k in (1, 3, 5, 10):
+        expected = (many.topk(k, dim=1).indices == truth[:, None]).any(dim=1)
+        assert torch.equal(topk_correct(many, truth, k), expected)
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 10), (10, 10), (81, 263), (15, 148), (765, 1000)])
+def test_wilson_bounds_are_the_roots_of_the_score_equation(correct: int, total: int) -> None:
+    """(rate - p)^2 = z^2 p (1 - p) / n at both bounds, which enclose the rate."""
+    low, high = wilson_interval(correct, total)
+    rate = correct / total
+    assert 0 <= low <= rate <= high <= 1
+    for p in (low, high):
+        assert (rate - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / total, abs=1e-12)
+
+
+def test_wilson_published_values() -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3."""
+    for correct, total, low, high in (
+        (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)
+    ):  # fmt: skip
+        assert wilson_interval(correct, total) == pytest.approx((low, high), abs=5e-5)
+    with pytest.raises(ValueError, match="at least one answer"):
+        wilson_interval(0, 0)
+
+
+def test_confusion_matrix_counts_pairs() -> None:
+    matrix = confusion_matrix(torch.tensor([0, 2, 2, 1]), torch.tensor([0, 1, 1, 2]), 3)
+    assert matrix.tolist() == [[1, 0, 0], [0, 0, 2], [0, 1, 0]]
 
 
 def test_chunks_do_not_change_the_answer_and_k_is_clamped() -> None:

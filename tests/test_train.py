@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,8 +150,36 @@ def test_interrupted_run_continues_to_the_bit(run: Run, images: Path, tmp_path: 
     assert whole().returncode == 0
     ours, theirs = run.weights(), whole.weights()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    losses = [{r["step"]: r["loss"] for r in x.rows() if "loss" in r and r["step"] > 4} for x in (run, whole)]
-    assert losses[0] == losses[1]
+    for name in ("loss", "probe_top1"):
+        curves = [{r["step"]: r[name] for r in x.rows() if name in r and r["step"] > 4} for x in (run, whole)]
+        assert curves[0] == curves[1] and len(curves[0]) == 2
+
+
+def test_online_probe_changes_nothing_but_its_own_numbers(run: Run, images: Path, tmp_path: Path) -> None:
+    assert run("train.stop_at_step=6").returncode == 0
+    (tmp_path / "b").mkdir()
+    without = Run(tmp_path / "b", images)
+    assert without("train.stop_at_step=6", "eval.online_probe=false").returncode == 0
+    ours, theirs = run.weights(), without.weights()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    rows = [row for row in run.rows() if "loss" in row]
+    assert all(0 <= row["probe_top1"] <= 100 for row in rows)
+    assert [row["probe_top1"] * 16 / 100 % 1 for row in rows] == pytest.approx([0, 0, 0])  # of 2 x 8 images
+    assert not any("probe_top1" in row for row in without.rows())
+    state = checkpoint.load_newest(run.out)[1]["probe"]
+    assert state["weight"].shape == (2, 128) and state["momentum.weight"].abs().max() > 0
+    assert checkpoint.load_newest(without.out)[1]["probe"] is None
+    assert without("--resume", "auto").returncode == 0  # begins anew where the checkpoint has none
+    assert "probe_top1" in without.rows()[-2]
+
+
+def test_online_probe_needs_labels(run: Run, images: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in (images / "train").rglob("*.jpg"):
+        shutil.copy(file, flat / f"{file.parent.name}{file.name}")
+    assert run(f"data.path={flat}", "eval.path=null", "train.stop_at_step=2").returncode == 0
+    assert [row for row in run.rows() if "loss" in row] and not any("probe_top1" in r for r in run.rows())
 
 
 def test_resume_keeps_the_rows_of_finished_steps(run: Run) -> None:

@@ -1,0 +1,83 @@
+"""A trained encoder out of a run's folder: from a checkpoint, or from the exported encoder.safetensors."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from configs import schema
+from model import checkpoint
+from model.byol import make_encoder
+
+
+class Trained(NamedTuple):
+    """The online encoder of a run and what is known of it."""
+
+    path: Path  # the file it came from
+    encoder: nn.Module  # on the CPU, in eval mode
+    config: schema.Config  # of the run
+    step: int  # optimizer steps done
+    digest: str  # sha256 of the weights, the same for a checkpoint and what was exported from it
+
+
+def load_trained(path: Path) -> Trained:
+    """Reads the online encoder.
+
+    Args:
+        path: a checkpoint-*.pt or an encoder.safetensors.
+
+    Raises:
+        CheckpointError: it is neither, is damaged, or is of a run whose settings this version does not know.
+    """
+    state_dict, step, config = (
+        _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    )
+    encoder = make_encoder(config.model.backbone, config.model.stem)
+    try:
+        encoder.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"{path} does not fit its own config: {error}") from None
+    return Trained(path, encoder.eval(), config, step, weights_digest(state_dict))
+
+
+def weights_digest(state_dict: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state_dict, int(metadata["steps"]), schema.from_yaml(metadata["config"])
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from None
+    except KeyError as error:
+        raise checkpoint.CheckpointError(
+            f"{path} does not say its {error}: give the encoder.safetensors that train.py wrote, or a checkpoint"
+        ) from None
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+    if path.is_dir():
+        raise checkpoint.CheckpointError(
+            f"{path} is a folder: name its encoder.safetensors or one of its checkpoint-*.pt"
+        )
+    state = checkpoint.load(path)
+    prefix = "online.encoder."
+    try:
+        encoder = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+        return encoder, int(state["step"]), schema.Config.model_validate(state["config"])
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{path} holds no {error}: it is not a run's checkpoint") from None
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None

@@ -1,0 +1,151 @@
+"""Parts of a labelled data set: class-balanced by seed, or from a list of ids or names. A part is a Source itself."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines import tar
+from pipelines.index import IMAGE_EXTENSIONS
+from pipelines.order import global_batch
+from pipelines.shards import Manifest
+from pipelines.sources import FolderSource, Source, TarSource, label_names, list_folder
+
+_NAMED = 5  # entries of a list that an error shows
+
+
+class Subset:
+    """Some samples of a source under new ids 0 .. n - 1; see `sources.Source`."""
+
+    def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
+        """
+        Args:
+            source: the whole.
+            ids: (n,) which samples of it, in this order; at least one.
+        """
+        self._source, self._ids = source, ids
+        self.labels, self.heights, self.widths = (
+            array[ids] for array in (source.labels, source.heights, source.widths)
+        )
+        self.classes, self.fingerprint = source.classes, source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def read(self, i: int) -> bytes:
+        return self._source.read(int(self._ids[i]))
+
+    def describe(self, i: int) -> str:
+        return self._source.describe(int(self._ids[i]))
+
+
+def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
+    """A share of every class, drawn by seed: its count times share, rounded, and at least one.
+
+    With one seed the smaller share is part of the larger.
+
+    Args:
+        labels: (N,) class of each sample.
+        share: above 0, up to 1.
+        seed: 0 <= seed < 2**63.
+
+    Returns:
+        Sorted ids, int64.
+
+    Raises:
+        ValueError: share is out of its range.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of {share:g} of the labels is asked for: give more than 0, at most 1")
+    shuffled = global_batch(seed, 0, 0, len(labels), len(labels))
+    chosen = []
+    for label in np.unique(labels):
+        members = shuffled[labels[shuffled] == label]
+        chosen.append(members[: max(1, round(share * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
+    """The samples that a text file lists, one a line: all numbers (sample ids), or all names.
+
+    A name is that of the original file, with or without its folder, or the key of the sample in its shard.
+
+    Returns:
+        Sorted ids, int64.
+
+    Raises:
+        ValueError: the file cannot be read or is empty, an entry is unknown, ambiguous or listed twice, or the
+            source keeps no names.
+    """
+    try:
+        entries = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"list of samples {path} cannot be read: {error}") from None
+    if not entries:
+        raise ValueError(f"list of samples {path} is empty: write one sample id or name a line")
+    if all(entry.isdecimal() for entry in entries) and int(max(entries, key=int)) < len(source):
+        found = [int(entry) for entry in entries]
+    else:
+        known = _names(source)
+        wrong = [entry for entry in entries if known.get(entry, -1) < 0]
+        if wrong:
+            raise ValueError(
+                f"list of samples {path}: {len(wrong)} of {len(entries)} entries name no sample, or several: "
+                f"{', '.join(wrong[:_NAMED])}; write sample ids below {len(source)}, or names of original files"
+            )
+        found = [known[entry] for entry in entries]
+    ids = np.unique(np.array(found, np.int64))
+    if len(ids) < len(found):
+        raise ValueError(f"list of samples {path} holds {len(found) - len(ids)} entries twice: remove them")
+    return ids
+
+
+def _names(source: Source) -> dict[str, int]:
+    """Id by every name that a sample goes by; -1 where several share it."""
+    if isinstance(source, FolderSource):
+        names = [{name} for name in label_names(list_folder(source.folder))[0]]
+    elif isinstance(source, TarSource):
+        names = _names_in_shards(source.folder)
+    else:
+        raise ValueError("this data set keeps no names of its samples: list sample ids (0, 1, ...) instead")
+    known: dict[str, int] = {}
+    for number, aliases in enumerate(names):
+        for alias in aliases | {name.rpartition("/")[2] for name in aliases}:
+            known[alias] = number if known.get(alias, number) == number else -1
+    return known
+
+
+def _names_in_shards(folder: Path) -> list[set[str]]:
+    """Of every sample: its key, the name of its image in the tar, and of the original that its .json keeps."""
+    manifest = Manifest.load(folder)
+    names: list[set[str]] = [set() for _ in manifest.samples]
+    bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
+    for shard, first, end in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True):
+        number = {int(manifest.samples["offset"][i]): i for i in range(first, end)}
+        path = folder / shard.name
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            by_key: dict[str, set[str]] = {}
+            for member in tar.walk(path, descriptor):
+                stem, _, extension = member.name.rpartition("/")[2].partition(".")
+                key = member.name[: len(member.name) - len(extension) - 1]
+                aliases = by_key.setdefault(key, {key, stem})
+                if extension.lower() in IMAGE_EXTENSIONS and member.offset in number:
+                    aliases.add(member.name)
+                    names[number[member.offset]] = aliases
+                elif extension == "json":
+                    aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset))
+        finally:
+            os.close(descriptor)
+    return names
+
+
+def _original(text: bytes) -> set[str]:
+    """The original file's name in the .json that make_shards writes; nothing in others'."""
+    try:
+        name = json.loads(text)["file"]
+    except (ValueError, KeyError, TypeError):
+        return set()
+    return {name} if isinstance(name, str) else set()

@@ -1,0 +1,229 @@
+"""tools/evaluate.py as its users run it: every protocol on images whose class is their colour, on one and two ranks."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from configs import schema
+from model import checkpoint, distributed
+from model.byol import make_byol
+from model.trained import load_trained, weights_digest
+from pipelines.sources import open_source
+from tools import evaluate, protocols
+from tools.protocols import Bench
+
+CONFIG = """
+run: {out: unused}
+data: {path: DATA/train, backend: torch, threads: 1}
+augment:
+  size: 16
+  mean: [0.5, 0.5, 0.5]
+  std: [0.25, 0.25, 0.25]
+  view1: {blur: 1.0, solarize: 0.0, crop_area: [0.5, 1.0]}
+  view2: {blur: 0.1, solarize: 0.2}
+model: {backbone: resnet8, stem: cifar, projector_hidden: 16, projector_size: 8, predictor_hidden: 16}
+optimizer: {base_lr: 1.0, warmup_epochs: 0, weight_decay: 1.0e-6, base_tau: 0.9}
+train: {epochs: 2, batch_size: 8}
+eval: {path: DATA/val}
+"""
+COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+FAST = {
+    "knn": ["--k", "5"],
+    "linear": ["--epochs", "15", "--batch-size", "16", "--lr", "0.5", "1"],
+    "finetune": ["--labels", "0.5", "--epochs", "8", "--lr", "0.2", "0.000001", "--batch-size", "16"],
+    "transfer": ["--l2", "5"],
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with a checkpoint, an exported encoder and images of three colours: 24 to learn from, 7 to test."""
+    root = tmp_path_factory.mktemp("colours")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("val", 7)):
+        for name, colour in COLOURS.items():
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = rng.normal(0, 40, (18, 20, 3))
+                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    (root / "config.yaml").write_text(CONFIG.replace("DATA", str(root)))
+    config = schema.load(root / "config.yaml")
+    torch.manual_seed(0)
+    model = make_byol(**config.model.model_dump())
+    state = {"step": 18, "model": model.state_dict(), "config": config.model_dump(mode="json")}
+    checkpoint.save(root, 18, state, keep=1)
+    settings = {"backbone": "resnet8", "stem": "cifar", "steps": "18", "config": schema.to_yaml(config)}
+    checkpoint.export_encoder(root / "encoder.safetensors", model.online.encoder.state_dict(), settings)
+    return root
+
+
+def _main(run: Path, out: Path, *options: str) -> int:
+    threads = torch.get_num_threads()
+    given = [str(run / "checkpoint-000000018.pt"), "--out", str(out), "--device", "cpu", "--threads", "1"]
+    try:
+        return evaluate.main([*given, *options])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _measure(run: Path, out: Path, *options: str) -> dict[str, Any]:
+    assert _main(run, out, *options) == 0
+    [document] = out.glob("*.json")
+    assert Image.open(document.with_suffix(".png")).width > 300
+    return json.loads(document.read_text())
+
+
+def test_checkpoint_and_export_hold_the_same_encoder(run: Path) -> None:
+    first, second = (load_trained(run / name) for name in ("checkpoint-000000018.pt", "encoder.safetensors"))
+    assert first.digest == second.digest and first.config == second.config and first.step == second.step == 18
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(first.encoder(images), second.encoder(images))
+    with torch.no_grad():
+        first.encoder.conv1.weight[0, 0, 0, 0] += 1e-3  # type: ignore[index,union-attr,operator]
+    assert weights_digest(first.encoder.state_dict()) != second.digest
+
+
+@pytest.mark.parametrize("protocol", FAST)
+def test_every_protocol_finds_the_colours(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    document = _measure(run, tmp_path, "--protocol", protocol, *FAST[protocol])
+    [result] = document["results"]
+    assert result["top1"] == 100.0 and result["images"] == 21
+    assert "top5" not in result  # of three classes
+    z2 = 1.959964**2
+    assert result["top1_interval"] == pytest.approx([100 * 21 / (21 + z2), 100])
+    assert document["encoder_sha256"] == load_trained(run / "encoder.safetensors").digest
+    shown = capsys.readouterr().out
+    assert "100.00" in shown and f"evaluate-{protocol}" in shown
+    settings = result["settings"]
+    if protocol == "linear":
+        assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
+        assert settings["held_out_top1"].keys() == {"0.5", "1.0"}
+    if protocol == "finetune":
+        assert settings["labelled_images"] == 36 and settings["held_out_images"] == 3
+        assert settings["lr"] == 0.2  # not the useless one
+    if protocol == "transfer":
+        assert len(settings["held_out_top1"]) == 5 and settings["l2"] in settings["l2_values"]
+
+
+def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
+    document = _measure(run, tmp_path, "--protocol", "linear", "--fast", *FAST["linear"])
+    assert document["results"][0]["top1"] == 100.0 and document["protocol"] == "linear-fast"
+    assert (tmp_path / "evaluate-linear-fast.json").exists()  # beside the other's, not over it
+
+
+def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
+    listing = tmp_path / "some.txt"
+    listing.write_text("".join(f"{name}/{i}.png\n" for name in COLOURS for i in range(8)))
+    options = ["--subset", str(listing), *FAST["finetune"][2:-2], "--batch-size", "8"]
+    document = _measure(run, tmp_path / "out", "--protocol", "finetune", *options)
+    assert document["results"][0]["settings"]["labelled_images"] == 24
+    assert (tmp_path / "out" / "evaluate-finetune-some.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--protocol", "finetune"], "needs --labels 0.01, 0.1 or 1.0, or --subset FILE"),
+        (["--protocol", "finetune", "--labels", "2"], "share of 2 of the labels"),
+        (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
+        (["--protocol", "linear", "--lr", "0"], "--lr 0.0: it must be more than 0"),
+        (["--protocol", "linear", "--epochs", "1", "2"], "takes one number"),
+        (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear"),
+        (["--protocol", "knn", "--data", "/nowhere"], "--data: data path '/nowhere' does not exist"),
+        (["--protocol", "knn", "--data", "FLAT"], "holds unlabelled images"),
+        (["--protocol", "knn", "--train", "synthetic:10:8x8"], "has other classes than"),
+    ],
+)
+def test_mistakes_are_one_line(
+    options: list[str], part: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flat = str(run / "val" / "red")
+    command = [str(run / "encoder.safetensors"), *(flat if o == "FLAT" else o for o in options)]
+    assert evaluate.main([*command, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("evaluate: ") and part in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    damaged = tmp_path / "checkpoint-000000018.pt"
+    data = bytearray((run / damaged.name).read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    other = tmp_path / "other.safetensors"
+    checkpoint.export_encoder(other, {"w": torch.zeros(1)}, {})
+    for path, part in (
+        (run, "is a folder: name its encoder.safetensors"),
+        (damaged, "is damaged"),
+        (other, "does not say its 'steps'"),
+        (tmp_path / "nowhere.safetensors", "cannot be read"),
+        (run / "config.yaml", "is no byolt checkpoint"),
+    ):
+        assert evaluate.main([str(path), "--protocol", "knn"]) == 2
+        assert part in capsys.readouterr().err
+
+
+def _features(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    trained, world = load_trained(run / "encoder.safetensors"), distributed.init("cpu", timeout=30)
+    source, progress = open_source(run / "train"), Progress(disable=True)
+    bench = Bench(trained.config, trained.encoder, world, source, source, 0, torch.float32, progress)
+    try:
+        return protocols.plain_features(bench, source, "features")
+    finally:
+        distributed.shutdown(world)
+
+
+def _worker(rank: int, ports: list[int], run: str, out: str) -> None:
+    torch.set_num_threads(1)
+    protocols._FEATURES = 8  # so that there are batches for both
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
+    for (protocol, options), port in zip(FAST.items(), ports, strict=False):
+        os.environ["MASTER_PORT"] = str(port)
+        assert _main(Path(run), Path(out) / protocol, "--protocol", protocol, *_undecided(options)) == 0
+    os.environ["MASTER_PORT"] = str(ports[-1])
+    torch.save(_features(Path(run)), Path(out) / f"{rank}.pt")
+
+
+def _undecided(options: list[str]) -> list[str]:
+    """So short a training that the answers are not yet all right: equality then says something."""
+    short = {"15": "0.5", "8": "1", "0.2": "0.02"}
+    return [short.get(option, option) for option in options]
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_measures(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ports = []
+    for _ in range(len(FAST) + 1):
+        with socket.socket() as server:
+            server.bind(("127.0.0.1", 0))
+            ports.append(server.getsockname()[1])
+    torch.multiprocessing.spawn(_worker, (ports, str(run), str(tmp_path / "two")), nprocs=2)
+    monkeypatch.setattr(protocols, "_FEATURES", 8)
+    whole, labels = _features(run)
+    assert whole.shape == (72, 128) and labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24
+    for rank in range(2):
+        features, its_labels = torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True)
+        assert torch.equal(features, whole) and torch.equal(its_labels, labels)
+    wrong = []
+    for protocol, options in FAST.items():
+        one = _measure(run, tmp_path / "one" / protocol, "--protocol", protocol, *_undecided(options))
+        two = json.loads(next((tmp_path / "two" / protocol).glob("*.json")).read_text())
+        assert one["machine"]["ranks"] == 1 and two["machine"]["ranks"] == 2
+        assert one["results"] == two["results"]
+        wrong.append(one["results"][0]["top1"] < 100)
+    assert any(wrong)

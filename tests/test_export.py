@@ -1,0 +1,192 @@
+"""tools/export.py: what it writes is loaded by torchvision, timm and transformers and gives the encoder's features."""
+
+import json
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from configs import schema
+from model import checkpoint
+from model.byol import BACKBONES, make_byol, make_encoder
+from model.trained import Trained, load_trained
+from tools import export
+
+CONFIG = """
+run: {out: unused}
+data: {path: datasets/some}
+augment: {size: 32, mean: [0.1, 0.2, 0.3], view1: {blur: 1.0, solarize: 0.0}, view2: {blur: 0.1, solarize: 0.2}}
+model: {projector_hidden: 8, projector_size: 8, predictor_hidden: 8}
+optimizer: {base_lr: 1.0, warmup_epochs: 0, weight_decay: 1.0e-6, base_tau: 0.9}
+train: {epochs: 20, batch_size: 64}
+"""
+
+
+def _run(folder: Path, backbone: str, stem: str) -> Path:
+    """A checkpoint whose batch-norm statistics are no longer 0 and 1."""
+    (folder / "config.yaml").write_text(CONFIG)
+    config = schema.load(folder / "config.yaml", [f"model.backbone={backbone}", f"model.stem={stem}"])
+    torch.manual_seed(0)
+    model = make_byol(**config.model.model_dump())
+    for name, buffer in model.online.encoder.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2)
+    for (
+        layer
+    ) in model.online.encoder.modules():  # bottlenecks begin as the identity: no test of their weights
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.weight.data.uniform_(0.5, 1.5)
+    state = {"step": 30, "model": model.state_dict(), "config": config.model_dump(mode="json")}
+    return checkpoint.save(folder, 30, state, keep=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 with the 7x7 stem."""
+    return _run(tmp_path_factory.mktemp("run"), "resnet18", "imagenet")
+
+
+def _features(path: Path) -> tuple[Tensor, Tensor]:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return images, load_trained(path).encoder(images)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+def test_torchvision(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = _run(tmp_path, "resnet18", stem)
+    out = tmp_path / "exported"
+    assert export.main([str(path), "--to", "torchvision", "--out", str(out)]) == 0
+    assert "checked with torchvision: features differ by 0 of" in capsys.readouterr().out
+    assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.safetensors"]
+    card = (out / "README.md").read_text()
+    lines = (
+        card.split("```python\n")[1]
+        .split("```")[0]
+        .replace("'model.safetensors'", repr(str(out / "model.safetensors")))
+    )
+    scope: dict = {}
+    exec(lines, scope)  # the card's own lines load it
+    images, expected = _features(path)
+    with torch.no_grad():
+        assert torch.equal(scope["model"](images), expected)
+
+
+def test_every_backbone_of_torchvision_has_its_keys() -> None:
+    for backbone in set(BACKBONES) - {"resnet8"}:
+        with torch.device("meta"):
+            ours = make_encoder(backbone, "imagenet").state_dict()
+            theirs = torchvision.models.get_model(backbone, weights=None).state_dict()
+        assert ours.keys() == {key for key in theirs if not key.startswith("fc.")}
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.slow
+def test_timm(backbone: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    path = _run(tmp_path, backbone, "imagenet")
+    out = tmp_path / "exported"
+    assert export.main([str(path), "--to", "timm", "--out", str(out)]) == 0
+    assert "checked with timm" in capsys.readouterr().out
+    images, expected = _features(path)
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), expected, rtol=1e-5, atol=1e-5)
+    settings = timm.data.resolve_model_data_config(model)
+    assert [*settings["input_size"], *settings["mean"]] == [3, 32, 32, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.slow
+def test_transformers(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    pytest.importorskip("timm", reason="timm is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    out = tmp_path / "exported"
+    assert export.main([str(trained), "--to", "huggingface", "--out", str(out)]) == 0
+    assert "checked with transformers" in capsys.readouterr().out
+    images, expected = _features(trained)
+    model = transformers.AutoModel.from_pretrained(out).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixel_values=images).pooler_output, expected, rtol=1e-5, atol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(out)
+    assert tuple(processor.data_config["mean"]) == (0.1, 0.2, 0.3)
+    assert model(**processor(Image.new("RGB", (48, 40)))).pooler_output.shape == (1, 512)
+
+
+def test_without_timm_the_export_says_that_it_was_not_checked(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with patch.dict("sys.modules", {"timm": None}):
+        assert export.main([str(trained), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr().out
+    assert "checked with torchvision: features differ by 0" in shown and "not checked with timm" in shown
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architecture"] == "resnet18" and config["num_features"] == 512
+
+
+def test_card_holds_what_was_measured_on_these_weights_only(trained: Path, tmp_path: Path) -> None:
+    for name, digest in (("knn", load_trained(trained).digest), ("linear", "0" * 64)):
+        document = {
+            "protocol": name, "encoder_sha256": digest, "test": {"path": "datasets/val"},
+            "results": [{"name": "here", "top1": 61.23, "top1_interval": [60.0, 62.5], "images": 1000}],
+        }  # fmt: skip
+        (trained.parent / f"evaluate-{name}.json").write_text(json.dumps(document))
+    rows = [
+        {"step": 30, "epoch": 1.5, "loss": 1},
+        {"step": 30, "knn_top1": 41.5},
+        {"step": 20, "knn_top1": 7.25},
+    ]
+    (trained.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert export.main([str(trained), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- kNN (k = 200, temperature 0.1): top-1 41.50 %" in card and "7.25" not in card
+    assert "- knn, here: top-1 61.23 % (60.00 to 62.50), 1000 images of datasets/val" in card
+    assert "linear" not in card.split("## Load")[0].split("## Measured")[1]
+    assert "1.5 of 20 epochs, 30 steps of 64 images" in card and "`datasets/some`" in card
+    recipe = card.split("```yaml\n")[1].split("```")[0]
+    assert schema.from_yaml(recipe) == load_trained(trained).config
+
+
+def test_a_wrong_export_leaves_nothing(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def altered(folder: Path, source: Trained) -> nn.Module:
+        weights = load_file(folder / "model.safetensors")
+        weights["layer3.0.bn1.running_mean"] += 0.01
+        model = torchvision.models.resnet18()
+        model.fc = nn.Identity()
+        model.load_state_dict(weights)
+        return model.eval()
+
+    with patch.dict(export.LOADERS, torchvision=altered):
+        assert export.main([str(trained), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 1
+    assert "torchvision gives other features than the encoder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "target", "part"),
+    [
+        ("resnet8", "cifar", "torchvision", "model.backbone=resnet8 is this project's own"),
+        ("resnet18", "cifar", "timm", "model.stem=cifar: timm, on which --to timm rests"),
+        ("resnet18", "cifar", "huggingface", "use --to torchvision"),
+    ],
+)
+def test_what_a_library_lacks_is_refused(
+    backbone: str, stem: str, target: str, part: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = _run(tmp_path, backbone, stem)
+    assert export.main([str(path), "--to", target, "--out", str(tmp_path / "out")]) == 2
+    assert part in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_not_touched(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert export.main([str(trained), "--to", "torchvision", "--out", str(tmp_path)]) == 2
+    assert "exists: name a new folder" in capsys.readouterr().err

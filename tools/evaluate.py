@@ -1,0 +1,266 @@
+"""Measures a trained encoder: kNN, linear probe, fine-tuning on few labels, or transfer to another data set.
+
+python tools/evaluate.py runs/quickstart/encoder.safetensors --protocol knn
+torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train SHARDS --protocol linear
+
+CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured. --data is what is tested
+on, --train what is learned from; without them the run's own eval.path and data.path. Prints a table; writes
+evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from configs.schema import Config
+from model import distributed, evaluate, metrics, probe
+from model.checkpoint import CheckpointError, replacing
+from model.step import PRECISIONS
+from model.trained import Trained, load_trained
+from pipelines.loader import CorruptBudgetError
+from pipelines.sources import Source, open_source
+from pipelines.subset import Subset, listed_ids
+from tools import protocols
+from tools.protocols import Bench, Outcome
+
+LINEAR_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)  # paper, App. C.1
+FINETUNE_LRS = (0.01, 0.02, 0.05, 0.1, 0.005)  # paper, App. C.2
+FINETUNE_EPOCHS = (30.0, 50.0)  # paper, App. C.2
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
+    parser.add_argument("--protocol", required=True, choices=("knn", "linear", "finetune", "transfer"))
+    parser.add_argument("--data", help="labelled images to test on (default: the run's eval.path)")
+    parser.add_argument("--train", help="labelled images to learn from (default: the run's data.path)")
+    parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's)")
+    parser.add_argument("--max-images", type=int, metavar="N", help="at most N of each split, evenly spaced")
+    parser.add_argument("--seed", type=int, default=0, help="of classifiers, held-out part, subset and crops")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder")
+    parser.add_argument("--threads", type=int, help="CPU threads per rank (default: its share of the CPUs)")
+    knn = parser.add_argument_group("knn")
+    knn.add_argument("--k", type=int, nargs="+", default=[200, 20], help="neighbours (default 200 and 20)")
+    knn.add_argument("--temperature", type=float, default=0.1, help="a vote is exp(cosine / it) (default .1)")
+    trained = parser.add_argument_group("linear and finetune")
+    trained.add_argument("--lr", type=float, nargs="+", help="learning rates at batch 256 (default: paper's)")
+    trained.add_argument(
+        "--epochs", type=float, nargs="+", help="default: 80 (linear); 30 and 50, both tried (finetune)"
+    )
+    trained.add_argument("--batch-size", type=int, help="over all ranks (default 1024, less for few images)")
+    trained.add_argument(
+        "--fast", action="store_true", help="linear: features of unaugmented images, taken once"
+    )
+    finetune = parser.add_argument_group("finetune")
+    finetune.add_argument("--labels", type=float, help="share of every class: 0.01, 0.1 or 1.0")
+    finetune.add_argument(
+        "--subset", type=Path, metavar="FILE", help="or a list of sample ids or names, one a line"
+    )
+    transfer = parser.add_argument_group("transfer")
+    transfer.add_argument("--l2", type=int, default=45, metavar="N", help="penalties between 1e-6 and 1e5")
+    transfer.add_argument("--max-iterations", type=int, default=1000, help="of L-BFGS, for each penalty")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together, before anything is read.
+
+    Raises:
+        ValueError: names the option and the remedy.
+    """
+    positive: dict[str, Any] = {
+        "--max-images": args.max_images, "--threads": args.threads, "--k": min(args.k), "--l2": args.l2,
+        "--temperature": args.temperature, "--lr": min(args.lr or [1]), "--epochs": min(args.epochs or [1]),
+        "--max-iterations": args.max_iterations,
+    }  # fmt: skip
+    for option, value in positive.items():
+        if value is not None and not value > 0:
+            raise ValueError(f"{option} {value}: it must be more than 0")
+    if args.seed < 0:
+        raise ValueError(f"--seed {args.seed}: it must be 0 or more")
+    if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
+        raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
+    if args.protocol == "linear" and len(args.epochs or [80]) > 1:
+        raise ValueError("--epochs: the linear protocol takes one number")
+    if args.fast and args.protocol != "linear":
+        raise ValueError("--fast is an option of --protocol linear")
+
+
+def open_labelled(option: str, path: str | None, limit: int | None) -> Source:
+    """A data set, all of whose images have labels."""
+    if path is None:
+        raise ValueError(f"{option} is needed: the run that made this encoder names no labelled data")
+    try:
+        source = open_source(path)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+    if (source.labels < 0).any():
+        raise ValueError(f"{option} {path} holds unlabelled images: give a data set with classes")
+    if limit and limit < len(source):
+        return Subset(source, np.linspace(0, len(source), limit, endpoint=False).astype(np.int64))
+    return source
+
+
+def run(
+    args: argparse.Namespace, trained: Trained, train: Source, test: Source, world: distributed.World
+) -> None:
+    """Measures, and on rank 0 shows and writes."""
+    threads = args.threads or max(
+        1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    )
+    torch.set_num_threads(threads)
+    data = trained.config.data.model_copy(update={"threads": min(threads, 256)})
+    config: Config = trained.config.model_copy(update={"data": data})
+    console = Console(stderr=True)
+    started = time.monotonic()
+    with Progress(console=console, disable=not world.is_main) as progress:
+        encoder = trained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        bench = Bench(config, encoder, world, train, test, args.seed, PRECISIONS[args.precision], progress)
+        outcomes, labels = measure(args, bench)
+    if world.is_main:
+        seconds = time.monotonic() - started
+        report(args, trained, bench, outcomes, labels, seconds)
+
+
+def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tensor]:
+    """Runs the protocol that was asked for."""
+    if args.protocol == "knn":
+        return protocols.knn(bench, args.k, args.temperature)
+    if args.protocol == "linear":
+        epochs = (args.epochs or [80.0])[0]
+        return protocols.linear(bench, args.lr or LINEAR_LRS, epochs, args.batch_size, args.fast)
+    if args.protocol == "finetune":
+        chosen = args.labels if args.subset is None else listed_ids(bench.train, args.subset)
+        lrs, epochs = args.lr or FINETUNE_LRS, args.epochs or FINETUNE_EPOCHS
+        return protocols.finetune(bench, chosen, lrs, epochs, args.batch_size)
+    return protocols.transfer(bench, probe.l2_values(args.l2), args.max_iterations)
+
+
+def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
+    """Accuracies in per cent with their 95 % intervals, and the settings."""
+    row: dict[str, Any] = {"name": outcome.name, "images": len(labels)}
+    for k in (1, 5):
+        if k < classes:  # among five of five classes the true one always is
+            right = int(evaluate.topk_correct(outcome.scores, labels, k).sum())
+            low, high = evaluate.wilson_interval(right, len(labels))
+            row |= {f"top{k}": 100 * right / len(labels), f"top{k}_interval": [100 * low, 100 * high]}
+    return row | {"settings": outcome.settings}
+
+
+def report(
+    args: argparse.Namespace,
+    trained: Trained,
+    bench: Bench,
+    outcomes: list[Outcome],
+    labels: Tensor,
+    seconds: float,
+) -> None:
+    """The table, the JSON file and the picture."""
+    rows = [summary(outcome, labels, bench.classes) for outcome in outcomes]
+    model = trained.config.model
+    title = f"{args.protocol}: {model.backbone} ({model.stem} stem), step {trained.step}"
+    table = Table(
+        "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
+    )
+    for row in rows:
+        cells = [
+            cell
+            for k in (1, 5)
+            for cell in (
+                (f"{row[f'top{k}']:.2f}", "{:.2f} - {:.2f}".format(*row[f"top{k}_interval"]))
+                if f"top{k}" in row
+                else ("-", "-")
+            )
+        ]
+        table.add_row(row["name"], *cells)
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table)
+    settings = {
+        key: value for key, value in outcomes[0].settings.items() if not isinstance(value, dict | list)
+    }
+    console.print(", ".join(f"{key} {value}" for key, value in settings.items()), markup=False)
+    console.print(
+        f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
+        f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
+    )
+    protocol = args.protocol + "-fast" * args.fast
+    name = f"evaluate-{protocol}"
+    if args.protocol == "finetune":
+        name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
+    out = args.out or trained.path.parent
+    document = {
+        "protocol": protocol,
+        "checkpoint": trained.path.name,
+        "encoder_sha256": trained.digest,
+        "step": trained.step,
+        "results": rows,
+        "test": {"path": args.data, "fingerprint": bench.test.fingerprint, "images": len(bench.test)},
+        "train": {"path": args.train, "fingerprint": bench.train.fingerprint, "images": len(bench.train)},
+        "classes": bench.classes,
+        "seed": args.seed,
+        "machine": {
+            "ranks": bench.world.size, "device": bench.world.device.type, "precision": args.precision,
+            "torch": torch.__version__, "seconds": round(seconds, 1),
+        },
+    }  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+    predicted = outcomes[0].scores.argmax(dim=1)
+    counts = evaluate.confusion_matrix(predicted, labels, bench.classes)
+    names = bench.test.classes or [str(label) for label in range(bench.classes)]
+    caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
+    metrics.save_confusion(out / f"{name}.png", counts, names, caption)
+    console.print(f"{out / name}.json, {name}.png", markup=False, soft_wrap=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 measured, 1 failed on the way, 2 it cannot be done as asked, 130 interrupted."""
+    args = make_parser().parse_args(argv)
+    try:
+        check(args)
+        trained = load_trained(args.checkpoint)
+        args.data = args.data or trained.config.eval.path
+        args.train = args.train or trained.config.data.path
+        test = open_labelled("--data", args.data, args.max_images)
+        train = open_labelled("--train", args.train, args.max_images)
+        if train.classes and test.classes and train.classes != test.classes:
+            raise ValueError(
+                f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
+            )
+        world = distributed.init(args.device)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    try:
+        run(args, trained, train, test, world)
+    except ValueError as error:
+        print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except (CorruptBudgetError, FloatingPointError, OSError) as error:
+        print(f"evaluate: rank {world.rank}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("evaluate: interrupted, nothing was written", file=sys.stderr)
+        return 130
+    finally:
+        distributed.shutdown(world)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
