@@ -1,0 +1,80 @@
+"""The picture of a benchmark: where an image's time goes, what the parts reach together, and how others compare."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from tools.bench_stages import STAGES, Cost
+
+BLUE, GREY, ORANGE = "#3b6ea8", "#9aa5b1", "#d98032"
+_BAR = 0.32  # inches a row takes
+
+
+def save_picture(
+    path: Path,
+    title: str,
+    costs: dict[str, Cost],
+    stalled: float,
+    others: dict[str, float],
+    on_gpu: bool,
+) -> None:
+    """Writes a PNG.
+
+    Args:
+        path: the file.
+        title: what was measured, on what.
+        costs: of STAGES, "loader", "step" and "both".
+        stalled: as `bench_together.stall` gives it.
+        others: CPU ms an image of other pipelines by name.
+        on_gpu: stages are shown in elapsed ms an image, else in CPU ms.
+    """
+    spent = {name: costs[name].wall_ms if on_gpu else costs[name].cpu_ms for name in (*STAGES, "loader")}
+    together = {name: costs[name].wall_ms for name in ("loader", "step", "both")}
+    rows = [len(spent), len(together), *([len(others) + 1] if others else [])]
+    figure = Figure(figsize=(8, _BAR * sum(rows) + 0.75 * len(rows) + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes: Any = figure.subplots(len(rows), 1, height_ratios=rows, squeeze=False)[:, 0]
+
+    starts, at = [], 0.0
+    for name in STAGES:  # a staircase: each stage begins where the one before it ended
+        starts.append(at)
+        at += spent[name]
+    unit = "ms an image" if on_gpu else "CPU ms an image"
+    labels = [f"{value:.2f}" for value in spent.values()]
+    _bars(axes[0], spent, labels, [BLUE] * len(STAGES) + [ORANGE], [*starts, 0.0])
+    axes[0].set_title(f"Stages alone, and the whole loader: {unit}", **_LEFT)
+
+    labels = [f"{value:.2f}   {1000 / value:,.0f} images/s" for value in together.values()]
+    _bars(axes[1], together, labels, [ORANGE, GREY, BLUE])
+    axes[1].set_title(f"Alone and together, stall {100 * stalled:.1f} %: elapsed ms an image", **_LEFT)
+
+    if others:
+        loader = costs["loader"].cpu_ms
+        compared = {"loader": loader, **others}
+        labels = [f"{value:.2f}   {value / loader:.1f} x" for value in compared.values()]
+        _bars(axes[2], compared, labels, [ORANGE] + [GREY] * len(others))
+        axes[2].set_title("Others, the same images, the same run: CPU ms an image", **_LEFT)
+    figure.savefig(path, dpi=130)
+
+
+_LEFT: dict[str, Any] = {"loc": "left", "fontsize": 9}
+
+
+def _bars(
+    axes: Axes,
+    values: dict[str, float],
+    labels: list[str],
+    colors: list[str],
+    starts: list[float] | None = None,
+) -> None:
+    """Horizontal bars from top to bottom, each with its label at its end."""
+    left = starts or [0.0] * len(values)
+    bars = axes.barh(list(values), list(values.values()), left=left, color=colors, height=0.7)
+    axes.bar_label(bars, labels, padding=4, fontsize=8)
+    axes.invert_yaxis()
+    longest = max(start + value for start, value in zip(left, values.values(), strict=True))
+    axes.set_xlim(0, 1.25 * longest)  # room for the labels
+    axes.tick_params(labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
