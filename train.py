@@ -55,6 +55,12 @@ def main() -> int:
         metavar="KEY",
         help="resume although this setting differs",
     )
+    parser.add_argument(
+        "--trace",
+        type=int,
+        metavar="STEPS",
+        help="write a Chrome trace of so many steps, after a warm-up, into run.out",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
     args = parser.parse_intermixed_args()
@@ -62,6 +68,8 @@ def main() -> int:
         config = schema.load(args.config, args.overrides)
         config.images_per_rank(world_size())
         check_allowed(config, args.allow_change)
+        if args.trace is not None and args.trace < 1:
+            raise ValueError(f"--trace {args.trace}: give the number of steps, 1 or more")
         if args.print_config:
             print(describe(config))
             return 0
@@ -70,7 +78,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     try:
-        return train(config, args.resume, args.allow_change, Stop())
+        return train(config, args.resume, args.allow_change, args.trace or 0, Stop())
     except KeyboardInterrupt:
         return 130
 
@@ -112,11 +120,11 @@ def describe(config: schema.Config) -> str:
     return "\n".join(lines)
 
 
-def train(config: schema.Config, resume: str | None, allowed: list[str], stop: Stop) -> int:
+def train(config: schema.Config, resume: str | None, allowed: list[str], trace_steps: int, stop: Stop) -> int:
     """Runs or continues a whole run; returns the exit code."""
     import torch
 
-    from model import checkpoint, distributed, metrics, schedules
+    from model import checkpoint, distributed, metrics, schedules, trace
     from model.byol import make_byol
     from model.optim import LARS
     from model.step import PRECISIONS, TrainStep
@@ -183,6 +191,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
             train_step.load_state_dict(state["train_step"])
             step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
+        trace.check_length(trace_steps, last_step - step)
         loader = Loader(
             config,
             source,
@@ -244,7 +253,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     broken = torch.zeros((), dtype=torch.bool, device=world.device)
     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
-        with display, loader:
+        with display, loader, trace.Trace(trace_steps if world.is_main else 0, out, display.say) as tracing:
             display.say(backend_reason)
             begin = f"resumed from {found}" if found else "new run"
             display.say(
@@ -267,7 +276,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     stopping = distributed.any_rank(bool(stop.signal), world)
                     if stopping:
                         break
-                batch = next(batches)
+                with tracing.range("wait for data"):
+                    batch = next(batches)
                 if step == 0 and world.is_main:
                     first = batch[0]
                     mean, std = config.augment.mean, config.augment.std
@@ -281,12 +291,14 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     total_steps=total_steps,
                 )
                 tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
-                result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
+                with tracing.range("training step"):
+                    result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
                 # An fp16 gradient may overflow: the scale is lowered and the run goes on. Its loss may not.
                 broken |= ~(result.loss.isfinite() if precision == "fp16" else result.finite)
                 step += 1
                 display.step(step)
+                tracing.step(step)
 
                 if logging:
                     check_finite()
