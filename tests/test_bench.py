@@ -152,7 +152,7 @@ import argparse, importlib.util, json, types
 parser = argparse.ArgumentParser()
 for name in ("data", "out", "extra"):
     parser.add_argument("--" + name)
-for name in ("batches", "batch-size", "size", "workers", "repeats", "retries", "quiet-wait"):
+for name in ("warmup", "batches", "batch-size", "size", "workers", "repeats", "retries", "quiet-wait"):
     parser.add_argument("--" + name, type=int)
 parser.add_argument("--peers", nargs="+")
 args = parser.parse_args()

@@ -3,7 +3,7 @@
 The pipelines come with a harness of their own, a Python program with the interface
 
     HARNESS --data JPEGS --peers NAME ... --extra NAME=FILE.py:FUNCTION ... --out FILE.json
-            --batches N --batch-size N --size N --workers N --repeats N --retries N --quiet-wait SECONDS
+            --warmup N --batches N --batch-size N --size N --workers N --repeats N --retries N --quiet-wait SECONDS
 
 which runs every pipeline in a process of its own, in turns, and writes throughput.summary: rows with peer, wallN
 (images/s with N workers), cpu_ms_per_image (of the process and its children), or error. FUNCTION takes a job with the
@@ -90,6 +90,7 @@ def run_harness(
             *([OURS, *peers] if peers else ["all"]),
         ]
         numbers = {
+            "warmup": 2 * config.data.prefetch + 2,  # until batches are made in memory that was used before
             "batches": batches,
             "batch-size": config.train.batch_size,
             "size": config.augment.size,
