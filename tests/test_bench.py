@@ -76,6 +76,7 @@ def test_bottleneck_names_the_slower_and_the_dearest_stage() -> None:
     assert said.startswith("The loader is the bottleneck: 500 images/s, where the step takes 1,000; decode")
 
 
+@pytest.mark.slow
 def test_run_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("nvidia.dali")
     files = ["--json", str(tmp_path / "b.json"), "--picture", str(tmp_path / "b.png")]

@@ -34,7 +34,7 @@ from pipelines.sources import Source, open_source
 from pipelines.torch_backend import UndecodableError
 from tools.bench_peers import run_harness
 from tools.bench_picture import save_picture
-from tools.bench_stages import Cost, measure_stages
+from tools.bench_stages import Cost, measure_stages, rate
 from tools.bench_together import ROUNDS, bottleneck, measure_together, stall
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "throughput.yaml"
@@ -101,12 +101,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def table(costs: dict[str, Cost]) -> str:
-    """One line for each cost; a dash where a difference is not positive."""
+    """One line for each cost."""
     lines = [f"{'':14} {'images/s':>9} {'CPU ms':>8} {'GPU µs':>8}   an image"]
     for name, cost in costs.items():
-        rate = f"{cost.images_per_s:,.0f}" if cost.images_per_s else "-"
         gpu = f"{cost.gpu_us:,.1f}" if cost.gpu_us is not None else "-"
-        lines.append(f"{name:14} {rate:>9} {cost.cpu_ms:>8.3f} {gpu:>8}")
+        lines.append(f"{name:14} {rate(cost.images_per_s):>9} {cost.cpu_ms:>8.3f} {gpu:>8}")
     return "\n".join(lines)
 
 
@@ -146,10 +145,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             numbers = "{images_per_s:>9,.0f} {cpu_ms:>8.3f} {ratio:>8.1f}"
             print(f"{peer['peer']:14}", peer.get("error") or numbers.format_map(peer))
     if args.picture:
-        others = {"torchvision v2": costs["torchvision"].cpu_ms} if args.torchvision else {}
-        others |= {peer["peer"]: peer["cpu_ms"] for peer in peers[1:] if "cpu_ms" in peer}
-        title = f"{where['gpu'] or where['cpu']}, {threads} threads, {config.augment.size} px"
-        save_picture(args.picture, title, costs, stalled, others, on_gpu)
+        comparisons = {}
+        if args.torchvision:
+            compared = {name: costs[name].cpu_ms for name in ("loader", "torchvision")}
+            comparisons["Beside a plain torchvision v2 pipeline"] = compared
+        if peers:
+            compared = {peer["peer"]: peer["cpu_ms"] for peer in peers if "cpu_ms" in peer}
+            comparisons["In the peers' harness, each a process of its own"] = compared
+        title = f"{where['gpu'] or where['cpu']}, {threads} thread(s), {config.augment.size} px"
+        save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
     return {
         **where,
         "command": " ".join(["bench.py", *args.command]),

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tools.bench_stages import STAGES, Cost
+from tools.bench_stages import STAGES, Cost, rate
 
 BLUE, GREY, ORANGE = "#3b6ea8", "#9aa5b1", "#d98032"
 _BAR = 0.32  # inches a row takes
@@ -17,7 +17,7 @@ def save_picture(
     title: str,
     costs: dict[str, Cost],
     stalled: float,
-    others: dict[str, float],
+    comparisons: dict[str, dict[str, float]],
     on_gpu: bool,
 ) -> None:
     """Writes a PNG.
@@ -27,12 +27,12 @@ def save_picture(
         title: what was measured, on what.
         costs: of STAGES, "loader", "step" and "both".
         stalled: as `bench_together.stall` gives it.
-        others: CPU ms an image of other pipelines by name.
+        comparisons: by title, CPU ms an image of pipelines by name, of which the first is ours, all of one run.
         on_gpu: stages are shown in elapsed ms an image, else in CPU ms.
     """
     spent = {name: costs[name].wall_ms if on_gpu else costs[name].cpu_ms for name in (*STAGES, "loader")}
     together = {name: costs[name].wall_ms for name in ("loader", "step", "both")}
-    rows = [len(spent), len(together), *([len(others) + 1] if others else [])]
+    rows = [len(spent), len(together), *map(len, comparisons.values())]
     figure = Figure(figsize=(8, _BAR * sum(rows) + 0.75 * len(rows) + 0.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
     axes: Any = figure.subplots(len(rows), 1, height_ratios=rows, squeeze=False)[:, 0]
@@ -42,20 +42,19 @@ def save_picture(
         starts.append(at)
         at += spent[name]
     unit = "ms an image" if on_gpu else "CPU ms an image"
-    labels = [f"{value:.2f}" for value in spent.values()]
+    labels = [f"{round(value, 2) + 0.0:.2f}" for value in spent.values()]  # + 0.0: no -0.00
     _bars(axes[0], spent, labels, [BLUE] * len(STAGES) + [ORANGE], [*starts, 0.0])
     axes[0].set_title(f"Stages alone, and the whole loader: {unit}", **_LEFT)
 
-    labels = [f"{value:.2f}   {1000 / value:,.0f} images/s" for value in together.values()]
+    labels = [f"{value:.2f}   {rate(1000 / value)} images/s" for value in together.values()]
     _bars(axes[1], together, labels, [ORANGE, GREY, BLUE])
     axes[1].set_title(f"Alone and together, stall {100 * stalled:.1f} %: elapsed ms an image", **_LEFT)
 
-    if others:
-        loader = costs["loader"].cpu_ms
-        compared = {"loader": loader, **others}
-        labels = [f"{value:.2f}   {value / loader:.1f} x" for value in compared.values()]
-        _bars(axes[2], compared, labels, [ORANGE] + [GREY] * len(others))
-        axes[2].set_title("Others, the same images, the same run: CPU ms an image", **_LEFT)
+    for axis, (heading, compared) in zip(axes[2:], comparisons.items(), strict=True):
+        ours, *_ = compared.values()
+        labels = [f"{value:.2f}   {value / ours:.1f} x" for value in compared.values()]
+        _bars(axis, compared, labels, [ORANGE] + [GREY] * (len(compared) - 1))
+        axis.set_title(f"{heading}: CPU ms an image", **_LEFT)
     figure.savefig(path, dpi=130)
 
 

@@ -61,6 +61,13 @@ class Cost:
         return 1000 / self.wall_ms if self.wall_ms > 0 else None
 
 
+def rate(images_per_s: float | None) -> str:
+    """As it is printed; a dash for a difference that is not positive."""
+    if images_per_s is None:
+        return "-"
+    return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"
+
+
 class Clock:
     """Adds up what happens inside `measure`."""
 

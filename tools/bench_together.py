@@ -23,7 +23,7 @@ from model.optim import LARS
 from model.step import StepResult, TrainStep
 from pipelines.loader import Batch, Loader, make_backend
 from pipelines.sources import Source
-from tools.bench_stages import STAGES, Clock, Cost
+from tools.bench_stages import STAGES, Clock, Cost, rate
 
 ROUNDS = 3
 LONGEST = 3.0  # seconds after which a turn ends early: a step can take that long on a CPU
@@ -143,8 +143,10 @@ def bottleneck(costs: dict[str, Cost], on_gpu: bool) -> str:
     dearest = max(spent, key=lambda name: spent[name])
     of_it = f"{dearest} takes {spent[dearest]:.2f} of its {sum(spent.values()):.2f} {unit} an image"
     if step <= loader:
-        return f"The step is the bottleneck: {step:,.0f} images/s, where the loader makes {loader:,.0f} ({of_it})."
-    return f"The loader is the bottleneck: {loader:,.0f} images/s, where the step takes {step:,.0f}; {of_it}."
+        return f"The step is the bottleneck: {rate(step)} images/s, where the loader makes {rate(loader)} ({of_it})."
+    return (
+        f"The loader is the bottleneck: {rate(loader)} images/s, where the step takes {rate(step)}; {of_it}."
+    )
 
 
 def torchvision_views(config: Config) -> Callable[[bytes], list[Tensor]]:
