@@ -66,6 +66,12 @@ def main() -> int:
         metavar="KEY",
         help="resume although this setting differs",
     )
+    parser.add_argument(
+        "--trace",
+        type=int,
+        metavar="STEPS",
+        help="write a Chrome trace of so many steps, after a warm-up, into run.out",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
     args = parser.parse_intermixed_args()
@@ -73,6 +79,8 @@ def main() -> int:
         config = schema.load(args.config, args.overrides)
         config.images_per_rank(world_size())
         fixed.check_allowed(config, args.allow_change)
+        if args.trace is not None and args.trace < 1:
+            raise ValueError(f"--trace {args.trace}: give the number of steps, 1 or more")
         if args.print_config:
             print(describe(config))
             return 0
@@ -82,7 +90,7 @@ def main() -> int:
         return fail(error)
     try:
         with RunLock(Path(config.run.out)) as lock:
-            return train(config, args.resume, args.allow_change, Stop(), lock)
+            return train(config, args.resume, args.allow_change, args.trace or 0, Stop(), lock)
     except KeyboardInterrupt:
         return 130
 
@@ -124,12 +132,14 @@ def describe(config: schema.Config) -> str:
     return "\n".join(lines)
 
 
-def train(config: schema.Config, resume: str | None, allowed: list[str], stop: Stop, lock: RunLock) -> int:
+def train(
+    config: schema.Config, resume: str | None, allowed: list[str], trace_steps: int, stop: Stop, lock: RunLock
+) -> int:
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")
     import torch
 
-    from model import checkpoint, distributed, failure, metrics, provenance, schedules
+    from model import checkpoint, distributed, failure, metrics, provenance, schedules, trace
     from model.byol import make_byol
     from model.digest import digest
     from model.finite import FiniteCheck
@@ -198,6 +208,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             fixed.check_same_run(config, source.fingerprint, found, state, allowed)
             restore(found, state, model, optimizer, train_step, probe)
             step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
+        trace.check_length(trace_steps, last_step - step)
         loader = Loader(
             config,
             source,
@@ -314,7 +325,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
     logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
     try:
-        with display, loader:
+        with display, loader, trace.Trace(trace_steps if world.is_main else 0, out, display.say) as tracing:
             display.say(backend_reason)
             begin = f"resumed from {found}" if found else "new run"
             display.say(
@@ -339,7 +350,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     stopping = distributed.any_rank(bool(stop.signal), world)
                     if stopping:
                         break
-                batch = next(batches)
+                with tracing.range("wait for data"):
+                    batch = next(batches)
                 if step == 0 and world.is_main:
                     first = batch[0]
                     mean, std = config.augment.mean, config.augment.std
@@ -359,7 +371,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     schedule=config.optimizer.tau_schedule,
                 )
                 failpoint.reach("step", step)
-                result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
+                with tracing.range("training step"):
+                    result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
                 finite.add(step + 1, result, torch.cat([b.id for b in batch]))
                 if probe:
@@ -367,6 +380,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     probe_sum += probe(torch.cat(result.features1), labels, lr, result.finite)
                 step += 1
                 display.step(step)
+                tracing.step(step)
 
                 if logging or not on_gpu:  # on a GPU the host would wait for it
                     check_finite()

@@ -350,3 +350,20 @@ def test_print_config_derives(run: Run) -> None:
     assert "# peak learning rate: 0.0625" in done.stdout
     assert "# images: 32" in done.stdout and "# steps: 4, of these warm-up: 1" in done.stdout
     assert "# images per rank and micro-batch: 16 on 1 rank(s)" in done.stdout
+
+
+def test_trace_shows_the_loop_and_the_loader(run: Run) -> None:
+    done = run("--trace", "2", "eval.path=null", "train.epochs=4", "train.stop_at_step=8")
+    assert done.returncode == 0, done.stderr
+    assert f"trace up to step 7: {run.out / 'trace.json'}" in done.stderr
+    events = json.loads((run.out / "trace.json").read_text())["traceEvents"]
+    for name in ("wait for data", "training step"):
+        assert [e["name"] for e in events if e.get("cat") == "user_annotation"].count(name) == 2
+    threads = {e["tid"] for e in events if str(e.get("name")).startswith("aten::")}
+    assert len(threads) > 1  # the loader's is not the step's
+
+
+@pytest.mark.parametrize(("steps", "said"), [("4", "needs 9 steps"), ("0", "1 or more")])
+def test_trace_that_cannot_be_made_is_refused(run: Run, steps: str, said: str) -> None:
+    done = run("--trace", steps)
+    assert done.returncode == 2 and f"--trace {steps}" in done.stderr and said in done.stderr

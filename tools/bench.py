@@ -1,217 +1,208 @@
-"""How fast the data path is: images/s and CPU ms an image, stage by stage and through the whole loader.
+"""How fast the data path and the training step are, stage by stage and together, and which of them is the bottleneck.
 
-    python tools/bench.py DATASET [--size 224] [--threads 1 2] [--batches 16]
-        [--profile byol] [--torchvision] [--json FILE]
+    python tools/bench.py SHARDS --threads 1 2 --torchvision
+    python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json bench.json --picture bench.png
+    python tools/bench.py FOLDER_OF_JPEGS --peers HARNESS.py mocov3 lightly
 
-An image is both its views, by BYOL's recipe, in float32 on the CPU; with --profile torchvision by torchvision's
-definitions of the operations. CPU ms hardly move when others use the machine; images/s do. --torchvision runs a plain
-torchvision v2 pipeline (one thread) between the rounds of the loader.
+An image is both its views. CPU ms are those of all threads and hardly move when others use the machine; images/s do. On
+a GPU, GPU µs are what passes between two events on the step's stream, waits for the host included. The stages and what
+their numbers mean: tools/bench_stages.py; loader, step and both: tools/bench_together.py; peers: tools/bench_peers.py.
+
+The stall is 1 - both / slower of the two alone, in images/s. Without a GPU loader and step share the cores, so there it
+says how they compete, not how long the step waits; and the step is then that of a small encoder (SMALL_STEP), unless
+the command line says otherwise, so that it ends in a minute or two.
 """
 
 import argparse
-import io
 import json
-import statistics
+import os
+import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
-from configs.schema import Config, Profile
-from pipelines import dali_backend, order
-from pipelines.encoded import inspect
-from pipelines.kernels import make_views
-from pipelines.loader import Loader
+from configs import schema
+from model import distributed
+from model.step import PRECISIONS
+from pipelines.loader import make_backend
 from pipelines.sources import Source, open_source
-from pipelines.views import draw_both
+from pipelines.torch_backend import UndecodableError
+from tools.bench_peers import run_harness
+from tools.bench_picture import save_picture
+from tools.bench_stages import Cost, measure_stages, rate
+from tools.bench_together import ROUNDS, bottleneck, measure_together, stall
 
-ROUNDS = 3  # of each whole pipeline, in turn; the median counts
-
-
-class Clock:
-    """Adds up wall and CPU seconds of all threads of this process."""
-
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
-        self.images = 0
-
-    @contextmanager
-    def measure(self, images: int) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.process_time()
-        yield
-        self.wall += time.perf_counter() - wall
-        self.cpu += time.process_time() - cpu
-        self.images += images
-
-    def result(self) -> dict[str, float]:
-        return {"images_per_s": self.images / self.wall, "cpu_ms": 1000 * self.cpu / self.images}
+DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "throughput.yaml"
+SMALL_STEP = [
+    "model.backbone=resnet8",
+    "model.projector_hidden=256",
+    "model.projector_size=64",
+    "model.predictor_hidden=256",
+    "train.batch_size=64",
+]
+PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
-def make_config(path: str, size: int, threads: int, batch_size: int, profile: Profile = "byol") -> Config:
-    """The paper's views; what concerns training is filled in and not used."""
-    return Config.model_validate(
-        {
-            "run": {"out": "unused", "seed": 0},
-            "data": {"path": path, "threads": threads, "backend": "dali"},
-            "augment": {
-                "profile": profile,
-                "size": size,
-                "view1": {"blur": 1.0, "solarize": 0.0},
-                "view2": {"blur": 0.1, "solarize": 0.2},
-            },
-            "model": {},
-            "optimizer": {"base_lr": 0.1, "weight_decay": 0, "base_tau": 0.99, "warmup_epochs": 0},
-            "train": {"epochs": 1000, "batch_size": batch_size},
-        }
-    )
+def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distributed.World]:
+    """The config to measure and the device; without a GPU with a small step, with DALI unless data.backend=torch.
+
+    Raises:
+        ValueError: a setting is wrong, or DALI is not installed.
+    """
+    config = schema.load(path, overrides)
+    world = distributed.init(config.train.device)
+    if world.size > 1:
+        raise ValueError("the benchmark is of one process: start it without torchrun")
+    first = [] if world.device.type == "cuda" else SMALL_STEP
+    if config.data.backend == "auto":
+        first = [*first, "data.backend=dali"]
+    config = schema.load(path, [*first, *overrides])
+    make_backend(config, world.device, torch.float32)  # says at once if DALI is missing
+    return config, world
 
 
-def make_backend(config: Config) -> dali_backend.DaliBackend:
-    """DALI on the CPU, float32."""
-    return dali_backend.DaliBackend(config.augment, torch.device("cpu"), torch.float32, config.data.threads)
+def measure(
+    config: schema.Config, source: Source, world: distributed.World, batches: int, peer: bool
+) -> dict[str, Cost]:
+    """Costs of STAGES, "loader", "step", "both" and, if asked, "torchvision"."""
+    on_gpu, precision = world.device.type == "cuda", config.train.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    dtype = PRECISIONS[precision] if on_gpu else torch.float32
+    stages = measure_stages(config, source, world.device, dtype, batches)
+    return stages | measure_together(config, source, world, precision, dtype, batches, peer)
 
 
-def bench_stages(config: Config, source: Source, batches: int) -> dict[str, dict[str, float]]:
-    """Reading (with the check of the header), decoding, making both views: the same batches as the loader's."""
-    clocks = {"read": Clock(), "decode": Clock(), "views": Clock()}
-    backend, augment, size = make_backend(config), config.augment, config.train.batch_size
-    outs = [np.empty((size, augment.size, augment.size, 3), np.float32) for _ in range(2)]
-    for number in range(batches + 1):
-        if number == 1:  # the first compiles and builds
-            clocks = {name: Clock() for name in clocks}
-        epoch, step = order.position(number, len(source), size)
-        ids = order.global_batch(0, epoch, step, len(source), size)
-        with clocks["read"].measure(size):
-            encoded = [source.read(i) for i in ids.tolist()]
-            for data in encoded:
-                inspect(data)
-        params = draw_both(augment, 0, epoch, ids, source.heights[ids], source.widths[ids])
-        for start in range(0, size, dali_backend.TOGETHER):
-            rows = slice(start, start + dali_backend.TOGETHER)
-            part = [drawn[rows] for drawn in params]
-            with clocks["decode"].measure(len(part[0])):
-                pixels = backend.decode(encoded[rows], part[0], part[1])
-            with clocks["views"].measure(len(part[0])):
-                make_views(pixels, part, augment, [out[rows] for out in outs], backend.pool)
-    return {name: clock.result() for name, clock in clocks.items()}
-
-
-def bench_whole(
-    config: Config, source: Source, batches: int, peer: Callable[[bytes], Any] | None
-) -> dict[str, Any]:
-    """The loader, and between its rounds the peer on the same images."""
-    size = config.train.batch_size
-    rounds: dict[str, list[dict[str, float]]] = {"loader": [], "torchvision": []}
-    with Loader(config, source, make_backend(config)) as loader:
-        steps = iter(loader)
-        for _ in range(ROUNDS):
-            for _ in range(
-                config.data.prefetch + 2
-            ):  # made ahead while the peer was measured; the first compiles
-                next(steps)
-            clock = Clock()
-            with clock.measure(batches * size):
-                for _ in range(batches):
-                    (batch,) = next(steps)
-            rounds["loader"].append(clock.result())
-            if peer:
-                wait_until_idle()
-                clock = Clock()
-                encoded = [source.read(i) for i in batch.id.tolist()]
-                with clock.measure(len(encoded)):
-                    torch.stack([torch.stack(peer(data)) for data in encoded])
-                rounds["torchvision"].append(clock.result())
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the numbers depend on: processor, GPU, versions, date."""
+    names = [
+        line.split(":", 1)[1].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
     return {
-        name: {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        for name, rows in rounds.items()
-        if rows
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": found,
     }
 
 
-def wait_until_idle() -> None:
-    """Until the loader has made its batches ahead: no thread of this process works any more."""
-    before = -1.0
-    while time.process_time() - before > 0.005:
-        before = time.process_time()
-        time.sleep(0.1)
+def table(costs: dict[str, Cost]) -> str:
+    """One line for each cost."""
+    lines = [f"{'':14} {'images/s':>9} {'CPU ms':>8} {'GPU µs':>8}   an image"]
+    for name, cost in costs.items():
+        gpu = f"{cost.gpu_us:,.1f}" if cost.gpu_us is not None else "-"
+        lines.append(f"{name:14} {rate(cost.images_per_s):>9} {cost.cpu_ms:>8.3f} {gpu:>8}")
+    return "\n".join(lines)
 
 
-def torchvision_views(config: Config) -> Callable[[bytes], list[torch.Tensor]]:
-    """The recipe as torchvision's documentation would have it: PIL decodes, transforms.v2 on uint8 tensors."""
-    from torchvision.transforms import InterpolationMode, v2
-
-    augment = config.augment
-
-    def view(blur: float, solarize: float) -> Any:
-        return v2.Compose(
-            [
-                v2.RandomResizedCrop(augment.size, (0.08, 1.0), interpolation=InterpolationMode.BICUBIC),
-                v2.RandomHorizontalFlip(),
-                v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-                v2.RandomGrayscale(0.2),
-                v2.RandomApply([v2.GaussianBlur(augment.blur_taps, (0.1, 2.0))], blur),
-                v2.RandomSolarize(128, solarize),
-                v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(augment.mean, augment.std),
-            ]
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures and prints; returns what --json writes."""
+    overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
+    config, world = settings(args.config, overrides)
+    source, where = open_source(config.data.path), machine(world.device)
+    on_gpu, cores = world.device.type == "cuda", where["cores"]
+    torch.set_num_threads(cores)  # of the step, as in train.py
+    print(
+        f"{config.data.path}: {len(source)} images, {config.augment.size} px, {config.model.backbone}, "
+        f"batch {config.train.batch_size}; {cores} cores of {where['cpu']}, GPU: {where['gpu'] or 'none'}"
+    )
+    results, peers = [], []
+    for threads in args.threads or [min(config.data.threads, cores)]:
+        data = config.data.model_copy(update={"threads": threads})
+        costs = measure(
+            config.model_copy(update={"data": data}), source, world, args.batches, args.torchvision
         )
-
-    views = view(1.0, 0.0), view(0.1, 0.2)
-
-    def make(encoded: bytes) -> list[torch.Tensor]:
-        image = v2.functional.pil_to_tensor(Image.open(io.BytesIO(encoded)).convert("RGB"))
-        return [view(image) for view in views]
-
-    return make
+        stalled = stall(*(1000 / costs[name].wall_ms for name in ("loader", "step", "both")))
+        sentence = bottleneck(costs, on_gpu)
+        print(f"\n{threads} thread{'s'[: threads > 1]}\n{table(costs)}")
+        print(f"{'stall':14} {100 * stalled:>8.1f} %\n{sentence}", flush=True)
+        row: dict[str, Any] = {"threads": threads, "stall": stalled, "bottleneck": sentence}
+        if args.torchvision:
+            row["torchvision_ratio"] = costs["torchvision"].cpu_ms / costs["loader"].cpu_ms
+            print(f"torchvision takes {row['torchvision_ratio']:.1f} times the loader's CPU time")
+        row["costs"] = {
+            name: asdict(cost) | {"images_per_s": cost.images_per_s} for name, cost in costs.items()
+        }
+        results.append(row)
+    if args.peers:
+        peers = run_harness(Path(args.peers[0]), args.peers[1:], config, threads, args.batches, ROUNDS)
+        print(f"\n{'peer':14} {'images/s':>9} {'CPU ms':>8} {'ratio':>8}")
+        for peer in peers:
+            numbers = "{images_per_s:>9,.0f} {cpu_ms:>8.3f} {ratio:>8.1f}"
+            print(f"{peer['peer']:14}", peer.get("error") or numbers.format_map(peer))
+    if args.picture:
+        comparisons = {}
+        if args.torchvision:
+            compared = {name: costs[name].cpu_ms for name in ("loader", "torchvision")}
+            comparisons["Beside a plain torchvision v2 pipeline"] = compared
+        if peers:
+            compared = {peer["peer"]: peer["cpu_ms"] for peer in peers if "cpu_ms" in peer}
+            comparisons["In the peers' harness, each a process of its own"] = compared
+        title = f"{where['gpu'] or where['cpu']}, {threads} thread(s), {config.augment.size} px"
+        save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
+    return {
+        **where,
+        "command": " ".join(["bench.py", *args.command]),
+        "config": config.model_dump(mode="json"),
+        "images": len(source),
+        "batches": args.batches,
+        "results": results,
+        "peers": peers,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table; returns the exit code."""
+    """Prints the tables; returns the exit code."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
-        "dataset", help="what data.path takes: shards, a folder of images, synthetic:COUNT:HxW"
+        "words",
+        nargs="*",
+        metavar="DATASET | section.key=value",
+        help="what data.path takes (shards, a folder of images, synthetic:COUNT:HxW), and overrides of the config",
     )
-    parser.add_argument("--size", type=int, default=224, help="side of a view in pixels (default 224)")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="each in turn (default 1)")
+    parser.add_argument(
+        "--config", type=Path, default=DEFAULT_CONFIG, help="default: configs/throughput.yaml"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="each in turn; default: data.threads, at most as many as cores"
+    )
     parser.add_argument("--batches", type=int, default=16, help="of each measurement (default 16)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--profile", choices=get_args(Profile), default="byol", help="augment.profile")
     parser.add_argument(
         "--torchvision", action="store_true", help="a plain torchvision v2 pipeline beside it"
     )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar=("HARNESS", "NAME"),
+        help="a peers' benchmark harness (its interface: tools/bench_peers.py), and which of them; default: all",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    results = []
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="and a bar chart there")
+    args = parser.parse_intermixed_args(argv)
+    args.command = sys.argv[1:] if argv is None else argv
     try:
-        if min(args.batches, args.batch_size, *args.threads) < 1:
-            raise ValueError("--batches, --batch-size and --threads must be at least 1")
-        source = open_source(args.dataset)
-        print(f"{'threads':>7}  {'stage':14} {'images/s':>9} {'CPU ms/image':>13}")
-        for threads in args.threads:
-            config = make_config(args.dataset, args.size, threads, args.batch_size, args.profile)
-            peer = torchvision_views(config) if args.torchvision else None
-            stages = bench_stages(config, source, args.batches)
-            stages |= bench_whole(config, source, args.batches, peer)
-            for name, row in stages.items():
-                print(
-                    f"{threads:>7}  {name:14} {row['images_per_s']:>9,.0f} {row['cpu_ms']:>13.3f}", flush=True
-                )
-            if peer:
-                ratio = stages["torchvision"]["cpu_ms"] / stages["loader"]["cpu_ms"]
-                print(f"{threads:>7}  torchvision takes {ratio:.1f} times the loader's CPU time")
-            results.append({"threads": threads, "profile": args.profile, "size": args.size, "stages": stages})
-    except (OSError, ValueError) as error:
+        if min(args.batches, *(args.threads or [1])) < 1:
+            raise ValueError("--batches and --threads must be at least 1")
+        report = run(args)
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=2) + "\n")
+    except (OSError, ValueError, UndecodableError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 

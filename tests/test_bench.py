@@ -1,0 +1,197 @@
+"""tools/bench.py: the arithmetic in closed form, a run on a few made-up images, and what it says when it cannot run."""
+
+import builtins
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from configs.schema import ViewConfig
+from pipelines.views import draw
+from tools import bench
+from tools.bench_peers import ROOT, compare, run_harness
+from tools.bench_stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
+from tools.bench_together import bottleneck, median, stall
+
+TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "data.threads=1", "--batches", "1"]
+
+
+@pytest.mark.parametrize(
+    ("loader", "step", "both", "expected"),
+    [(100, 50, 50, 0.0), (100, 50, 45, 0.1), (40, 80, 20, 0.5), (30, 60, 33, -0.1)],
+)
+def test_stall(loader: float, step: float, both: float, expected: float) -> None:
+    assert stall(loader, step, both) == pytest.approx(expected, abs=1e-12)
+
+
+def test_parts_are_differences_and_add_up() -> None:
+    cumulative = {"a": Cost(2.0, 3.0, 10.0), "b": Cost(2.5, 5.0, 40.0), "c": Cost(2.4, 5.5, 45.0)}
+    parts = differences(cumulative)
+    assert [part.cpu_ms for part in parts.values()] == [3.0, 2.0, 0.5]
+    assert [part.gpu_us for part in parts.values()] == [10.0, 30.0, 5.0]
+    assert sum(part.wall_ms for part in parts.values()) == pytest.approx(2.4)
+    assert parts["b"].images_per_s == 2000
+    assert parts["c"].images_per_s is None  # faster with one more operation: noise
+
+
+def test_median_is_of_each_number() -> None:
+    assert median([Cost(1, 9, 5), Cost(3, 7, 4), Cost(2, 8, 6)]) == Cost(2, 8, 5)
+    assert median([Cost(1, 9), Cost(3, 7), Cost(2, 8)]) == Cost(2, 8, None)
+
+
+def test_clock_counts_cpu_time_and_waiting_apart() -> None:
+    clock = Clock(torch.device("cpu"))
+    with clock.measure(3):
+        time.sleep(0.09)
+    with clock.measure(1):
+        pass
+    cost = clock.cost()
+    assert cost.wall_ms >= 90 / 4 and cost.cpu_ms < cost.wall_ms / 2 and cost.gpu_us is None
+
+
+def test_only_switches_off_the_other_operations() -> None:
+    view = ViewConfig(blur=1.0, solarize=1.0, jitter=1.0, gray=1.0)
+    ids, sides = np.arange(5), np.full(5, 40)
+    params = draw(view, 0, 0, ids, 0, sides, sides)
+    assert PARTS["solarize"] == OPERATIONS and PARTS["crop + resize"] == ()
+    part = only(params, PARTS["blur"])
+    assert [bool(getattr(part, name).any()) for name in OPERATIONS] == [True, True, True, False]
+    np.testing.assert_array_equal(part.sigma, params.sigma)
+    np.testing.assert_array_equal(part.top, params.top)
+
+
+def test_bottleneck_names_the_slower_and_the_dearest_stage() -> None:
+    costs = {name: Cost(0.1, 0.1) for name in STAGES} | {"decode": Cost(9.0, 1.2), "blur": Cost(0.1, 3.0)}
+    costs |= {"loader": Cost(2.0, 2.0), "step": Cost(10.0, 10.0)}
+    said = bottleneck(costs, on_gpu=False)
+    assert said.startswith("The step is the bottleneck: 100 images/s, where the loader makes 500")
+    assert "blur takes 3.00 of its 4.80 CPU ms" in said  # 1.2 + 3.0 + 6 stages of 0.1
+    said = bottleneck(costs | {"step": Cost(1.0, 1.0)}, on_gpu=True)
+    assert said.startswith("The loader is the bottleneck: 500 images/s, where the step takes 1,000; decode")
+
+
+@pytest.mark.slow
+def test_run_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nvidia.dali")
+    files = ["--json", str(tmp_path / "b.json"), "--picture", str(tmp_path / "b.png")]
+    assert bench.main([*TINY, "--torchvision", *files]) == 0
+    shown = capsys.readouterr().out
+    assert "bottleneck" in shown and "times the loader's CPU time" in shown
+    report = json.loads((tmp_path / "b.json").read_text())
+    (result,) = report["results"]
+    assert list(result["costs"]) == [*STAGES, "loader", "step", "both", "torchvision"]
+    costs = result["costs"]
+    assert all(costs[name]["cpu_ms"] > 0 for name in ("read", "draw", "decode", "loader", "step", "both"))
+    assert result["stall"] == pytest.approx(
+        stall(*(costs[name]["images_per_s"] for name in ("loader", "step", "both")))
+    )
+    assert result["torchvision_ratio"] == costs["torchvision"]["cpu_ms"] / costs["loader"]["cpu_ms"]
+    assert report["config"]["model"]["backbone"] == "resnet8" and report["config"]["train"]["batch_size"] == 4
+    assert report["versions"]["torch"] == torch.__version__.split("+")[0] and report["cpu"]
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.width > 800 and picture.height > 600
+
+
+def test_without_dali_one_clear_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("nvidia"):
+            raise ImportError("No module named 'nvidia'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.delitem(sys.modules, "pipelines.dali_backend", raising=False)
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    assert bench.main(TINY) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench: data.backend=dali needs NVIDIA DALI") and "pip install" in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["nowhere"], "nowhere"),
+        (["--batches", "0"], "--batches"),
+        (["--threads", "1", "0"], "--threads"),
+        (["augment.sise=32"], "augment.sise"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_a_mistake_is_named(words: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("bench: ") and named in said
+
+
+def test_peers_are_compared_with_ours() -> None:
+    summary = [
+        {"peer": "slow", "cpu_ms_per_image": 12.0, "wall2": 100.0},
+        {"peer": "broken", "error": "no such package"},
+        {"peer": "byolt", "cpu_ms_per_image": 1.5, "wall2": 800.0},
+    ]
+    assert compare(summary, 2) == [
+        {"peer": "byolt", "cpu_ms": 1.5, "images_per_s": 800.0, "ratio": 1.0},
+        {"peer": "slow", "cpu_ms": 12.0, "images_per_s": 100.0, "ratio": 8.0},
+        {"peer": "broken", "error": "no such package"},
+    ]
+    with pytest.raises(ValueError, match="could not run our loader: out of luck"):
+        compare([{"peer": "byolt", "error": "out of luck"}], 2)
+
+
+HARNESS = '''
+"""Runs what --extra names for one batch, as a harness would."""
+import argparse, importlib.util, json, types
+parser = argparse.ArgumentParser()
+for name in ("data", "out", "extra"):
+    parser.add_argument("--" + name)
+for name in ("warmup", "batches", "batch-size", "size", "workers", "repeats", "retries", "quiet-wait"):
+    parser.add_argument("--" + name, type=int)
+parser.add_argument("--peers", nargs="+")
+args = parser.parse_args()
+name, _, spec = args.extra.partition("=")
+path, _, function = spec.partition(":")
+found = importlib.util.spec_from_file_location("extra", path)
+module = importlib.util.module_from_spec(found)
+found.loader.exec_module(module)
+job = types.SimpleNamespace(data=args.data, batch_size=args.batch_size, size=args.size, workers=args.workers)
+first, second = next(getattr(module, function)(job))
+assert args.peers == [name, "pil"] and (args.batches, args.repeats) == (5, 2)
+ours = {"peer": name, "cpu_ms_per_image": float(len(first)), "wall1": float(second.shape[-1])}
+theirs = {"peer": "pil", "cpu_ms_per_image": 12.0, "wall1": 1.0}
+json.dump({"throughput": {"summary": [theirs, ours]}}, open(args.out, "w"))
+'''
+
+
+@pytest.mark.slow
+def test_harness_runs_our_loader(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    images, harness = tmp_path / "images", tmp_path / "harness.py"
+    images.mkdir()
+    harness.write_text(HARNESS)
+    for i in range(6):
+        Image.fromarray(np.full((30, 40, 3), 30 * i, np.uint8)).save(images / f"{i}.jpg")
+    overrides = [f"data.path={images}", "augment.size=16", "train.batch_size=4"]
+    config = bench.schema.load(ROOT / "configs" / "throughput.yaml", overrides)
+    rows = run_harness(harness, ["pil"], config, workers=1, batches=5, repeats=2)
+    assert rows == [
+        {"peer": "byolt", "cpu_ms": 4.0, "images_per_s": 16.0, "ratio": 1.0},
+        {"peer": "pil", "cpu_ms": 12.0, "images_per_s": 1.0, "ratio": 3.0},
+    ]
+    harness.write_text("raise SystemExit(3)")
+    with pytest.raises(ValueError, match="ended with 3"):
+        run_harness(harness, ["pil"], config, workers=1, batches=5, repeats=2)
+
+
+def test_missing_harness_is_named() -> None:
+    config = bench.schema.load(ROOT / "configs" / "throughput.yaml")
+    with pytest.raises(ValueError, match=r"--peers nowhere\.py: no such file"):
+        run_harness(Path("nowhere.py"), [], config, workers=1, batches=1, repeats=1)
