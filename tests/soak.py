@@ -72,6 +72,20 @@ def growth(rows: list[Row], name: str) -> float:
     return sum(last) / len(last) / (sum(first) / len(first)) - 1
 
 
+def draw(lives: list[list[Row]], path: Path) -> None:
+    """A picture of each quantity over the steps, one colour for each life."""
+    figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True)
+    for axis, (name, label) in zip(axes, WHAT.items(), strict=True):
+        for life in lives:
+            axis.plot([row["step"] for row in life], [row[name] for row in life])
+        axis.set(ylabel=label)
+        axis.set_ylim(0, 1.15 * max(row[name] for life in lives for row in life))
+        axis.grid(alpha=0.3)
+    axes[-1].set_xlabel("step (killed and resumed half-way)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--steps", type=int, default=2000)
@@ -98,16 +112,7 @@ def main() -> int:
     result = {"command": " ".join(["python", *sys.argv]), "steps": args.steps, "growth": grown, "rows": rows}
     args.to.mkdir(parents=True, exist_ok=True)
     (args.to / "soak.json").write_text(json.dumps(result) + "\n")
-    figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True)
-    for axis, (name, label) in zip(axes, WHAT.items(), strict=True):
-        for life in lives:
-            axis.plot([row["step"] for row in life], [row[name] for row in life])
-        axis.set(ylabel=label)
-        axis.set_ylim(bottom=0)
-        axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("step (killed and resumed half-way)")
-    figure.tight_layout()
-    figure.savefig(args.to / "soak.png", dpi=100)
+    draw(lives, args.to / "soak.png")
     print(json.dumps(grown))
     return int(any(rate > MAY_GROW[name] for name, rates in grown.items() for rate in rates))
 
