@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pipelines.encoded import ppm_header
+
 VERSION = 2
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")]
@@ -147,7 +149,7 @@ class BetonSource:
             raise OSError(
                 f"{self.describe(i)}: read {len(data)} of {length} bytes: the file was cut since it was opened"
             )
-        return b"P6\n%d %d\n255\n" % (self.widths[i], self.heights[i]) + data if self._raw[i] else data
+        return ppm_header(self.heights[i], self.widths[i]) + data if self._raw[i] else data
 
     def note(self, i: int) -> bytes:
         """The first JSON field of sample `i`, without its final zero; empty where the file has no such field.

@@ -154,6 +154,7 @@ class BetonFolder(BetonSource):
         self.folder = Path(folder)
         manifest = Manifest.load(self.folder)
         check_sizes(self.folder, manifest.shards)
+        _allow_descriptors(len(manifest.shards) + _SPARE_DESCRIPTORS)
         super().__init__([self.folder / shard.name for shard in manifest.shards])
         stated = manifest.samples["label"], manifest.samples["height"], manifest.samples["width"]
         if not all(map(np.array_equal, stated, (self.labels, self.heights, self.widths))):
