@@ -49,7 +49,8 @@ class BetonSource:
 
     The image is the first RGB image field and the label the first int field, unless they are named. An image is
     handed on as it is stored: JPEG as its bytes, raw pixels behind a PPM header, which every decoder reads. See
-    `sources.Source`.
+    `sources.Source`; beyond that there are, each of shape (len,), `offsets` and `lengths` of the images in their
+    file, in bytes, and `raw`.
     """
 
     classes: list[str] | None = None  # the format has no names for labels
@@ -67,11 +68,11 @@ class BetonSource:
             ValueError: Missing, not a .beton of version 2, unfinished, cut short, without such a field, with a
                 field of a custom type, or with an image that is not where the file says; names file and sample.
         """
-        self._paths = [os.fspath(path) for path in paths]
+        self.paths = [os.fspath(path) for path in paths]
         self._fields = image, label
         self._descriptors: list[int] = []
         layouts = []
-        for path in self._paths:
+        for path in self.paths:
             self._descriptors.append(_open(path))
             layouts.append(_layout(path, self._descriptors[-1], image, label))
         self._layouts = layouts
@@ -79,8 +80,8 @@ class BetonSource:
         total = self._ends[-1]
         self.labels = np.full(total, -1, np.int64)
         self.heights, self.widths = np.empty(total, np.int64), np.empty(total, np.int64)
-        self._pointers, self._sizes = np.empty(total, np.int64), np.empty(total, np.int64)
-        self._raw = np.empty(total, bool)
+        self.offsets, self.lengths = np.empty(total, np.int64), np.empty(total, np.int64)
+        self.raw = np.empty(total, bool)
         for layout, end in zip(layouts, self._ends, strict=True):
             rows = slice(end - layout.samples, end)
             self._read_metadata(layout, rows)
@@ -97,7 +98,7 @@ class BetonSource:
             layout.refuse(first, pointer >= layout.table, "its image lies beyond the data")
             part = slice(rows.start + first, rows.start + first + len(piece))
             self.heights[part], self.widths[part] = image["height"], image["width"]
-            self._pointers[part], self._raw[part] = pointer, mode == RAW
+            self.offsets[part], self.raw[part] = pointer, mode == RAW
             if layout.label is not None:
                 self.labels[part] = piece[layout.label]
 
@@ -107,7 +108,7 @@ class BetonSource:
         Its rows are in no order, and an empty region has the same pointer as the one that follows it: the largest
         size counts.
         """
-        starts = np.sort(np.append(self._pointers[rows], layout.table))  # np.unique takes .4 s of a million
+        starts = np.sort(np.append(self.offsets[rows], layout.table))  # np.unique takes .4 s of a million
         starts = starts[np.append(True, starts[1:] != starts[:-1])]
         found = np.zeros(len(starts), np.uint64)
         for _, piece in _pieces(layout, ALLOCATION, layout.table, layout.allocations):
@@ -117,20 +118,20 @@ class BetonSource:
             np.maximum.at(found, place[hit], piece["size"][hit])
         for first in range(0, layout.samples, _PIECE):
             part = slice(rows.start + first, min(rows.start + first + _PIECE, rows.stop))
-            place = np.searchsorted(starts, self._pointers[part])
+            place = np.searchsorted(starts, self.offsets[part])
             size, room = found[place], starts[place + 1] - starts[place]
             layout.refuse(first, size == 0, "its image has no bytes in the allocation table")
             layout.refuse(
                 first, size > room.view(np.uint64), "its image reaches into the next, or beyond the data"
             )
-            self._sizes[part] = size
-            unfit = self._raw[part] & (self._sizes[part] != 3 * self.heights[part] * self.widths[part])
+            self.lengths[part] = size
+            unfit = self.raw[part] & (self.lengths[part] != 3 * self.heights[part] * self.widths[part])
             layout.refuse(first, unfit, "its raw image has not 3 x height x width bytes")
 
     def _fingerprint(self) -> str:
         """Of labels, sizes and the bytes of a few images; where they lie, and in how many files, is no matter."""
         digest = hashlib.sha256()
-        for column in (self.labels, self.heights, self.widths, self._sizes, self._raw):
+        for column in (self.labels, self.heights, self.widths, self.lengths, self.raw):
             digest.update(column.data)
         for i in np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).astype(int).tolist():
             digest.update(self.read(i))
@@ -140,16 +141,21 @@ class BetonSource:
         return len(self.labels)
 
     def read(self, i: int) -> bytes:
-        length = int(self._sizes[i])
+        data = self.region(i)
+        return ppm_header(self.heights[i], self.widths[i]) + data if self.raw[i] else data
+
+    def region(self, i: int) -> bytes:
+        """What the file holds for image `i`: a JPEG, or raw pixels without any header. Raises OSError."""
+        length = int(self.lengths[i])
         try:
-            data = os.pread(self._descriptors[self._locate(i)[0]], length, int(self._pointers[i]))
+            data = os.pread(self._descriptors[self._locate(i)[0]], length, int(self.offsets[i]))
         except OSError as error:
             raise OSError(error.errno, f"{self.describe(i)}: {error.strerror}") from error
         if len(data) != length:
             raise OSError(
                 f"{self.describe(i)}: read {len(data)} of {length} bytes: the file was cut since it was opened"
             )
-        return ppm_header(self.heights[i], self.widths[i]) + data if self._raw[i] else data
+        return data
 
     def note(self, i: int) -> bytes:
         """The first JSON field of sample `i`, without its final zero; empty where the file has no such field.
@@ -172,13 +178,9 @@ class BetonSource:
         """Names of the fields that are neither image nor label nor note, as "file: field"."""
         return [f"{layout.path}: {name}" for layout in self._layouts for name in layout.unread]
 
-    def records(self) -> np.ndarray:
-        """(len, 3) uint64: offset and bytes of each image in its file, and 1 where it is raw."""
-        return np.stack([self._pointers, self._sizes, self._raw], 1).astype(np.uint64)
-
     def describe(self, i: int) -> str:
         file, number = self._locate(i)
-        return f"{self._paths[file]} sample {number}"
+        return f"{self.paths[file]} sample {number}"
 
     def _locate(self, i: int) -> tuple[int, int]:
         """The file of sample `i`, and its number there."""
@@ -187,7 +189,7 @@ class BetonSource:
         return file, i - (self._ends[file - 1] if file else 0)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return BetonSource, (self._paths, *self._fields)
+        return BetonSource, (self.paths, *self._fields)
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", ()):

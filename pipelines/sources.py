@@ -96,7 +96,9 @@ class TarSource:
         self._shards = manifest.shards
         self._samples = manifest.samples
         check_sizes(self.folder, self._shards)
+        self.paths = [self.folder / shard.name for shard in manifest.shards]
         self.classes = manifest.classes
+        self.lengths = manifest.samples["length"].astype(np.int64)
         self.labels = manifest.samples["label"].astype(np.int64)
         self.heights = manifest.samples["height"].astype(np.int64)
         self.widths = manifest.samples["width"].astype(np.int64)
