@@ -46,7 +46,9 @@ def test_only_its_own_files_import_it(library: str) -> None:
 
 def test_ffcv_is_not_imported_with_the_code() -> None:
     """Also where it is installed: a stand-in is, that would be found."""
-    names = [p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in FILES if p.name[0] != "_"]
+    names = [
+        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in FILES if p.name[0] != "_"
+    ]
     check = f"import sys; sys.modules['ffcv'] = None\nfor name in {names}: __import__(name)\n"
     check += "assert 'pipelines.ffcv_engine' in sys.modules and sys.modules['ffcv'] is None"
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
