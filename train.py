@@ -150,7 +150,7 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
         last_step = min(total_steps, config.train.stop_at_step or total_steps)
         delivered = PRECISIONS[precision] if on_gpu else torch.float32
-        backend, backend_reason = make_backend(config, world.device, delivered)
+        backend, backend_reason = make_backend(config, world.device, delivered, source)
 
         # ------------------------------------------------------------------------------------------- model
         model = make_byol(**config.model.model_dump())
@@ -280,7 +280,12 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
                     warmup_steps=warmup_steps,
                     total_steps=total_steps,
                 )
-                tau = schedules.tau(step, base_tau=config.optimizer.base_tau, total_steps=total_steps)
+                tau = schedules.tau(
+                    step,
+                    base_tau=config.optimizer.base_tau,
+                    total_steps=total_steps,
+                    schedule=config.optimizer.tau_schedule,
+                )
                 result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
                 loss_sum += result.loss
                 # An fp16 gradient may overflow: the scale is lowered and the run goes on. Its loss may not.
@@ -463,7 +468,7 @@ def check_same_run(
     config: schema.Config, fingerprint: str, path: Path, state: dict[str, Any], allowed: list[str]
 ) -> None:
     """Refuses to continue a run with other settings than it was begun with."""
-    then = flatten(state["config"]) | {"data.fingerprint": state["data"]}
+    then = flatten(schema.complete(state["config"])) | {"data.fingerprint": state["data"]}
     now = flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
     changed = [
         key

@@ -44,6 +44,8 @@ class DataConfig(Section):
     set --print-config derives the steps from it."""
     backend: Literal["auto", "dali", "torch"] = "auto"
     """What decodes and augments: DALI, or plain torch; auto takes DALI where it is installed."""
+    resident: Literal["auto", "always", "never"] = "auto"
+    """Keep the whole set decoded in memory; auto: when no image is larger than 96 px and all are below 4 GiB."""
     order: Literal["full", "block"] = "full"
     """full: a permutation of all samples; block: long consecutive reads, shuffled in a window (pipelines/order.py)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 4
@@ -115,6 +117,8 @@ class ModelConfig(Section):
     """Dimension of projections and predictions (paper, section 3.3)."""
     predictor_hidden: Annotated[int, Field(ge=1)] = 4096
     """Width of the predictor's hidden layer (paper, section 3.3)."""
+    predictor: bool = True
+    """Without it the projection is the prediction: an ablation, which collapses (paper, table 5b)."""
 
 
 class OptimizerConfig(Section):
@@ -130,7 +134,9 @@ class OptimizerConfig(Section):
     backend: Literal["auto", "foreach", "apex"] = "auto"
     """Kernels of the update: torch's multi-tensor ones (auto, foreach). apex is refused with the reason."""
     base_tau: Annotated[float, Field(ge=0, le=1)]
-    """tau of the target's moving average at step 0; cosine to 1 at the end."""
+    """tau of the target's moving average at step 0."""
+    tau_schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: tau rises to 1 at the end (paper, section 3.3); constant: for ablations."""
 
 
 class TrainConfig(Section):
@@ -282,6 +288,17 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         lines = [_explain(mistake) for mistake in error.errors()]
         count = f"{len(lines)} mistake" + "s" * (len(lines) > 1)
         raise ValueError("\n  ".join([f"{path}: {count}", *lines])) from None
+
+
+def complete(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an older version wrote, with the defaults of those that were added since.
+
+    A default is what the older version did. Settings that no longer exist are kept, for messages.
+    """
+    try:
+        return Config.model_validate(settings).model_dump(mode="json")
+    except ValidationError:
+        return settings
 
 
 def to_yaml(config: Config) -> str:

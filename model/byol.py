@@ -161,6 +161,7 @@ class BYOL(nn.Module):
         projector_hidden: width of the projector's hidden layer.
         projector_size: dimension D of projections and predictions.
         predictor_hidden: width of the predictor's hidden layer. Defaults: paper, sec. 3.3.
+        predictor: whether there is a predictor at all; without it BYOL collapses (paper, table 5b).
     """
 
     def __init__(
@@ -169,11 +170,12 @@ class BYOL(nn.Module):
         projector_hidden: int = 4096,
         projector_size: int = 256,
         predictor_hidden: int = 4096,
+        predictor: bool = True,
     ) -> None:
         super().__init__()
         projector = MLP(int(encoder.num_features), projector_hidden, projector_size)  # type: ignore[arg-type]
-        predictor = MLP(projector_size, predictor_hidden, projector_size)
-        self.online = Online(encoder, projector, predictor)
+        head = MLP(projector_size, predictor_hidden, projector_size) if predictor else nn.Identity()
+        self.online = Online(encoder, projector, head)
         self.target = Target(self.online)
 
     def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -189,9 +191,10 @@ def make_byol(
     projector_hidden: int = 4096,
     projector_size: int = 256,
     predictor_hidden: int = 4096,
+    predictor: bool = True,
 ) -> BYOL:
     """BYOL around a named backbone; the arguments are those of `make_encoder` and `BYOL`."""
-    return BYOL(make_encoder(backbone, stem), projector_hidden, projector_size, predictor_hidden)
+    return BYOL(make_encoder(backbone, stem), projector_hidden, projector_size, predictor_hidden, predictor)
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:

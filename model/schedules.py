@@ -33,20 +33,27 @@ def learning_rate(
     return peak * _half_cosine((step - warmup_steps) / (total_steps - warmup_steps))
 
 
-def tau(step: int, *, base_tau: float, total_steps: int) -> float:
+def tau(step: int, *, base_tau: float, total_steps: int, schedule: str = "cosine") -> float:
     """1 - (1 - base_tau) (1 + cos(pi step / total_steps)) / 2: from base_tau to 1 (paper, sec. 3.3).
+
+    With schedule "constant" it stays base_tau, as where the paper's table 5a has tau 0.
 
     Args:
         step: 0-based index of the update, 0 .. total_steps.
         base_tau: coefficient of the first update, 0 .. 1.
         total_steps: updates of the whole run, >= 1.
+        schedule: "cosine" or "constant".
 
     Raises:
         ValueError: an argument is out of its range.
     """
     _check_step(step, total_steps)
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule is {schedule!r}; it must be cosine or constant")
     if not 0 <= base_tau <= 1:
         raise ValueError(f"base_tau is {base_tau}; it must lie in 0 .. 1")
+    if schedule == "constant":
+        return base_tau
     return 1 - (1 - base_tau) * _half_cosine(step / total_steps)
 
 

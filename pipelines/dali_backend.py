@@ -15,7 +15,6 @@ and hue become their linear counterparts about the luma, and clipping happens on
 the window's edge pixel instead of dropping taps, and the blur drops taps beyond 3 sigma.
 """
 
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from configs.schema import AugmentConfig
 from pipelines.kernels import Pixels, make_views
+from pipelines.memory import Memory
 from pipelines.torch_backend import GRAY_WEIGHTS, UndecodableError, decode
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
@@ -58,7 +58,7 @@ class DaliBackend:
             ThreadPoolExecutor(threads) if threads > 1 else None
         )  # makes views; None: the caller's thread
         self._decoded: Any = None
-        self._free: list[npt.NDArray[np.float32]] = []
+        self._memory = Memory()
 
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
@@ -112,7 +112,8 @@ class DaliBackend:
         return [torch.from_dlpack(output.as_tensor()) for output in self._run(encoded, inputs)]
 
     def _on_cpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
-        views = [self._memory(len(encoded)), self._memory(len(encoded))]
+        shape = len(encoded), self._augment.size, self._augment.size, 3
+        views = [self._memory.take(shape) for _ in range(2)]
         for start in range(0, len(encoded), TOGETHER):
             rows = slice(start, start + TOGETHER)
             params = params1[rows], params2[rows]
@@ -126,19 +127,6 @@ class DaliBackend:
         inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
         (self._decoded,) = self._run(encoded, inputs)
         return Pixels(np.array([self._decoded[i].data_ptr() for i in range(len(box))]), box)
-
-    def _memory(self, count: int) -> npt.NDArray[np.float32]:
-        """(count, size, size, 3): memory whose tensors are gone is used again, new pages cost 0.1 ms an image."""
-        shape = count, self._augment.size, self._augment.size, 3
-        while self._free:
-            memory = self._free.pop()
-            if memory.shape == shape:
-                break
-        else:
-            memory = np.empty(shape, np.float32)
-        view = memory[:]  # torch.from_numpy keeps this object as long as any tensor shows its memory
-        weakref.finalize(view, self._free.append, memory).atexit = False
-        return view
 
     def _run(self, encoded: Sequence[bytes], inputs: dict[str, Any]) -> Any:
         if self._pipeline is None or len(encoded) > self._batch_size:

@@ -64,6 +64,13 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     return header
 
 
+def check(data: bytes, height: int, width: int) -> None:
+    """Raises ValueError with the reason where the bytes are no whole image (see `inspect`) of the indexed size."""
+    header = inspect(data)
+    if (header.height, header.width) != (height, width):
+        raise ValueError(f"is {header.height} x {header.width} pixels, and {height} x {width} by the index")
+
+
 def _inspect_jpeg(data: bytes) -> ImageHeader:
     """Walks the markers up to the first scan; an EXIF thumbnail lies inside a segment and is stepped over."""
     end = len(data)

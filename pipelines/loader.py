@@ -21,7 +21,8 @@ from torch import Tensor
 
 from configs.schema import Config
 from pipelines import order
-from pipelines.encoded import inspect
+from pipelines.encoded import check
+from pipelines.resident import Resident, is_wanted
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
 from pipelines.views import ViewParams, draw
@@ -44,13 +45,25 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The back end that data.backend asks for, and one sentence that says which it is and why.
+def make_backend(
+    config: Config, device: torch.device, dtype: torch.dtype, source: Source | None = None
+) -> tuple[Backend | Resident, str]:
+    """What data.backend and data.resident ask for, and one sentence that says which it is and why.
+
+    Args:
+        config: the run.
+        device: where the views are delivered.
+        dtype: float32, float16 or bfloat16.
+        source: the data set; without it none is kept in memory.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
+    if source is not None and choice != "torch" and device.type == "cpu" and is_wanted(config.data, source):
+        resident = Resident(source, config.augment, dtype, threads)
+        reason = f"data.resident={config.data.resident}: all {len(source)} images decoded in memory"
+        return resident, f"{reason}, views on the CPU, {threads} threads"
     if choice != "torch":
         try:
             from pipelines.dali_backend import DaliBackend
@@ -83,7 +96,7 @@ class Loader:
         self,
         config: Config,
         source: Source,
-        backend: Backend,
+        backend: Backend | Resident,
         *,
         rank: int = 0,
         world_size: int = 1,
@@ -149,6 +162,9 @@ class Loader:
 
     def _produce(self) -> None:
         try:
+            if isinstance(self._backend, Resident):
+                for number, reason in self._backend.broken.items():
+                    self._count_corrupt(number, reason)
             while not self._stop.is_set():
                 for batch in self._micro_batches(self._next_step):
                     self._queue.put(batch)
@@ -168,21 +184,25 @@ class Loader:
             yield self._make(micro, epoch)
 
     def _make(self, ids: npt.NDArray[np.int64], epoch: int) -> Batch:
-        source, augment, seed = self._source, self._config.augment, self._config.run.seed
+        if isinstance(self._backend, Resident):
+            ids = self._backend.sound(ids)
+            return self._batch(ids, self._backend(ids, *self._draw(ids, epoch)))
         while True:
             ids, encoded = self._read_sound(ids)
-            heights, widths = source.heights[ids], source.widths[ids]
-            params = [
-                draw(view, seed, epoch, ids, index, heights, widths)
-                for index, view in enumerate((augment.view1, augment.view2))
-            ]
             try:
-                view1, view2 = self._backend(encoded, *params)
+                return self._batch(ids, self._backend(encoded, *self._draw(ids, epoch)))
             except UndecodableError as error:  # a sound header and broken data: known only now
                 for place, reason in error.reasons.items():
                     self._count_corrupt(int(ids[place]), reason)
-                continue
-            return Batch(view1, view2, torch.from_numpy(source.labels[ids]), torch.from_numpy(ids))
+
+    def _draw(self, ids: npt.NDArray[np.int64], epoch: int) -> list[ViewParams]:
+        augment, seed = self._config.augment, self._config.run.seed
+        sides = self._source.heights[ids], self._source.widths[ids]
+        views = enumerate((augment.view1, augment.view2))
+        return [draw(view, seed, epoch, ids, index, *sides) for index, view in views]
+
+    def _batch(self, ids: npt.NDArray[np.int64], views: tuple[Tensor, Tensor]) -> Batch:
+        return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))
 
     def _read_sound(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[bytes]]:
         """The bytes of every id; an unsound image is replaced by the next sound one, whichever rank reads it."""
@@ -191,26 +211,15 @@ class Loader:
             while True:
                 if number not in self._corrupt:
                     data = self._source.read(number)
-                    reason = self._unsound(number, data)
-                    if reason is None:
+                    try:
+                        check(data, int(self._source.heights[number]), int(self._source.widths[number]))
                         break
-                    self._count_corrupt(number, reason)
+                    except ValueError as error:
+                        self._count_corrupt(number, str(error))
                 number = (number + 1) % len(self._source)
             sound[place] = number
             encoded.append(data)
         return sound, encoded
-
-    def _unsound(self, number: int, data: bytes) -> str | None:
-        try:
-            header = inspect(data)
-        except ValueError as error:
-            return str(error)
-        expected = int(self._source.heights[number]), int(self._source.widths[number])
-        if (header.height, header.width) != expected:
-            return (
-                f"is {header.height} x {header.width} pixels, and {expected[0]} x {expected[1]} by the index"
-            )
-        return None
 
     def _count_corrupt(self, number: int, reason: str) -> None:
         self._corrupt[number] = reason

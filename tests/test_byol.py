@@ -188,3 +188,13 @@ def test_the_target_uses_batch_statistics_even_in_eval_mode() -> None:
         if "running_mean" in name:
             buffer.fill_(77.0)
     torch.testing.assert_close(model.target(view, view)[0], before, rtol=0, atol=0)
+
+
+def test_without_predictor_the_projection_is_the_prediction() -> None:
+    model = make_byol("resnet8", "cifar", 16, 8, 16, predictor=False)
+    view = torch.rand(4, 3, 16, 16)
+    assert torch.equal(
+        model.online(view, view).prediction1, model.online.projector(model.online.encoder(view))
+    )
+    target, online = model.ema_parameters()
+    assert len(target) == len(online) == len(list(model.online.parameters()))

@@ -68,6 +68,14 @@ def test_learning_rate_refuses(wrong: dict[str, float], message: str) -> None:
         learning_rate(**{**right, **wrong})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("base_tau", [0.0, 0.99, 1.0])
+def test_constant_tau(base_tau: float) -> None:
+    values = {tau(k, base_tau=base_tau, total_steps=10, schedule="constant") for k in range(11)}
+    assert values == {base_tau}
+    with pytest.raises(ValueError, match="schedule"):
+        tau(0, base_tau=base_tau, total_steps=10, schedule="linear")
+
+
 @pytest.mark.parametrize("base_tau", [-0.1, 1.1, math.nan])
 def test_tau_refuses(base_tau: float) -> None:
     with pytest.raises(ValueError, match="base_tau"):

@@ -1,0 +1,91 @@
+"""Small images, decoded once at the start and kept: a batch then costs its views alone.
+
+At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from configs.schema import AugmentConfig, DataConfig
+from pipelines.encoded import check
+from pipelines.kernels import Pixels, make_views
+from pipelines.memory import Memory
+from pipelines.sources import Source
+from pipelines.torch_backend import decode
+from pipelines.views import ViewParams
+
+SMALL = 96  # pixels: images with longer sides are cropped while they are decoded, and rarely fit
+LIMIT = 4 << 30  # bytes
+
+
+def is_wanted(data: DataConfig, source: Source) -> bool:
+    """What data.resident says; auto: no side is longer than SMALL, and the pixels stay below LIMIT."""
+    if data.resident != "auto":
+        return data.resident == "always"
+    longest = max(source.heights.max(), source.widths.max())
+    return bool(longest <= SMALL and 3 * (source.heights * source.widths).sum() <= LIMIT)
+
+
+class Resident:
+    """Both views of any samples of a data set whose pixels are all in memory.
+
+    Attributes:
+        broken: Reason by sample id: images that do not decode, or not to the size that the index states.
+    """
+
+    def __init__(self, source: Source, augment: AugmentConfig, dtype: torch.dtype, threads: int) -> None:
+        """Decodes the whole data set.
+
+        Args:
+            source: The data set.
+            augment: Size of the views, mean and std.
+            dtype: Of the views: float32, float16 or bfloat16.
+            threads: Threads that decode now and make views later.
+
+        Raises:
+            ValueError: No image decodes.
+        """
+        self._augment, self._dtype = augment, dtype
+        self._pool = ThreadPoolExecutor(threads)
+        self._memory = Memory()
+        self.broken: dict[int, str] = {}
+        sizes = source.heights * source.widths * 3
+        self._starts = np.cumsum(sizes) - sizes
+        self._pixels = np.zeros(int(sizes.sum()), np.uint8)
+        self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), source.heights, source.widths], 1)
+        for _ in self._pool.map(lambda i: self._load(source, i), range(len(source))):
+            pass
+        sound = np.setdiff1d(np.arange(len(source)), list(self.broken))
+        if not len(sound):
+            raise ValueError(f"none of the {len(source)} images decodes; the first: {self.broken[0]}")
+        self._instead = sound[np.searchsorted(sound, np.arange(len(source))) % len(sound)]
+
+    def _load(self, source: Source, number: int) -> None:
+        try:
+            data = source.read(number)
+            check(data, *self._boxes[number, 2:].tolist())
+            image = decode(data).numpy()
+        except ValueError as error:
+            self.broken[number] = str(error)
+        else:
+            start = self._starts[number]
+            self._pixels[start : start + image.size] = image.reshape(-1)
+
+    def sound(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The same ids (N,), a broken image's replaced by the next sound one's."""
+        return self._instead[ids]
+
+    def __call__(
+        self, ids: npt.NDArray[np.int64], params1: ViewParams, params2: ViewParams
+    ) -> tuple[Tensor, Tensor]:
+        """Makes both views of some samples; arguments and result as of TorchBackend, with ids (N,) for the bytes."""
+        shape = len(ids), self._augment.size, self._augment.size, 3
+        views = [self._memory.take(shape) for _ in range(2)]
+        pixels = Pixels(self._pixels.ctypes.data + self._starts[ids], self._boxes[ids])
+        make_views(pixels, (params1, params2), self._augment, views, self._pool)
+        first, second = (torch.from_numpy(view).to(self._dtype).permute(0, 3, 1, 2) for view in views)
+        return first, second

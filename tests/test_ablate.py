@@ -1,0 +1,69 @@
+"""Ablations: which settings each changes, and the table of what came out."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_train import TINY, images  # noqa: F401 (a fixture)
+
+from configs import schema
+from tools import ablate
+
+RECIPE = Path(__file__).parent.parent / "configs/r18_cifar10.yaml"
+
+
+@pytest.mark.parametrize("name", [name for name in ablate.ABLATIONS if not name.startswith("batch_")])
+def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str) -> None:
+    before = schema.load(RECIPE).model_dump()
+    after = schema.load(RECIPE, ablate.overrides_of(name, 512)).model_dump()
+    changed = {
+        f"{section}.{key}"
+        for section, values in before.items()
+        for key, value in values.items()
+        if after[section][key] != value
+    }
+    sections = {"tau": "optimizer.", "no_predictor": "model.predictor", "baseline": "nothing"}
+    allowed = sections.get(name.split("_")[0]) or sections.get(name) or "augment.view"
+    assert all(key.startswith(allowed) for key in changed)
+    recipe = {"baseline", "tau_0.99"}  # the recipe's own tau is .99
+    assert bool(changed) == (name not in recipe)
+
+
+def test_views_of_crop_only() -> None:
+    augment = schema.load(RECIPE, ablate.overrides_of("crop_only", 512)).augment
+    for view in (augment.view1, augment.view2):
+        assert (view.flip, view.jitter, view.gray, view.blur, view.solarize) == (0, 0, 0, 0, 0)
+        assert view.crop_area == (0.2, 1.0)
+
+
+def test_small_batches_are_accumulated_to_the_recipe_s() -> None:
+    assert ablate.overrides_of("batch_64", 512) == ["train.accumulation=8"]
+    with pytest.raises(ValueError, match="batch_512: the recipe's batch of 512 is not several of 512"):
+        ablate.overrides_of("batch_512", 512)
+    with pytest.raises(ValueError, match="not several of 64"):
+        ablate.overrides_of("batch_64", 100)
+
+
+def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    code = ablate.main(["--config", str(RECIPE), "--out", str(tmp_path / "x"), "train.epochz=1"])
+    assert code == 2
+    assert "epochs" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+    recipe = tmp_path / "tiny.yaml"
+    text = TINY.replace("OUT", "unused").replace("DATA", str(images)).replace("BACKEND", "torch")
+    recipe.write_text(text)
+    command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--only", "tau_1", "no_predictor"]
+    assert ablate.main(command) == 0
+    report = json.loads((tmp_path / "runs/ablation.json").read_text())
+    assert list(report["results"]) == ["tau_1", "no_predictor"]
+    for result in report["results"].values():
+        assert 0 <= result["knn_top1"] <= 100
+        assert 0 < result["prediction_std"] < 1
+    markdown = (tmp_path / "runs/ablation.md").read_text().splitlines()
+    assert markdown[2].startswith("| tau_1 |")
+    assert "| 18.8 |" in markdown[2]
+    assert "| 0.2 |" in markdown[3]

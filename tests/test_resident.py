@@ -1,0 +1,120 @@
+"""Small images kept in memory: the same batches as from their bytes, and when that is done."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_loader import Damaged, N, make_config
+
+from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend
+from pipelines.memory import Memory
+from pipelines.resident import Resident, is_wanted
+from pipelines.sources import SyntheticSource
+
+
+def batches(resident: str, source: SyntheticSource, log: Path | None = None, **data: object) -> list[Batch]:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    view = {"blur": 0.5, "solarize": 0.5}
+    config = make_config(
+        data={"backend": "dali", "resident": resident, "threads": 2} | data,
+        augment={"view1": view, "view2": view},
+    )
+    backend, _ = make_backend(config, torch.device("cpu"), torch.float32, source)
+    assert isinstance(backend, Resident) == (resident == "always")
+    with Loader(config, source, backend, corrupt_log=log) as loader:
+        steps = iter(loader)
+        return [batch for _ in range(7) for batch in next(steps)]
+
+
+def test_views_are_those_of_the_encoded_images() -> None:
+    for kept, decoded in zip(batches("always", Damaged({})), batches("never", Damaged({})), strict=True):
+        assert kept.id.tolist() == decoded.id.tolist()
+        assert kept.label.tolist() == decoded.label.tolist()
+        assert kept.view1.is_contiguous(memory_format=torch.channels_last)
+        # DALI's decoder and PIL's agree to the bit, so the views do
+        assert torch.equal(kept.view1, decoded.view1)
+        assert torch.equal(kept.view2, decoded.view2)
+
+
+def test_broken_images_are_replaced_and_listed_as_from_bytes(tmp_path: Path) -> None:
+    def half(data: bytes) -> bytes:
+        return data[: len(data) // 2]
+
+    def wide(_: bytes) -> bytes:
+        return SyntheticSource(1, 20, 31).read(0)
+
+    def source() -> Damaged:
+        return Damaged({3: half, 4: lambda _: b"", N - 1: wide})
+
+    logs = tmp_path / "kept.jsonl", tmp_path / "decoded.jsonl"
+    kept, decoded = batches("always", source(), logs[0]), batches("never", source(), logs[1])
+    assert [batch.id.tolist() for batch in kept] == [batch.id.tolist() for batch in decoded]
+    assert not {3, 4, N - 1} & {number for batch in kept for number in batch.id.tolist()}
+    assert all(torch.equal(a.view1, b.view1) for a, b in zip(kept, decoded, strict=True))
+    first, second = (sorted(log.read_text().splitlines()) for log in logs)
+    assert first == second
+    assert len(first) == 3
+
+
+def test_the_budget_of_broken_images_holds() -> None:
+    source = Damaged({3: lambda _: b"", 4: lambda _: b"text"})
+    with pytest.raises(CorruptBudgetError, match=r"2 undecodable images, more than data\.max_corrupt=1"):
+        batches("always", source, max_corrupt=1)
+
+
+def test_a_set_without_a_sound_image_is_refused() -> None:
+    with pytest.raises(ValueError, match=f"none of the {N} images decodes; the first: empty"):
+        Resident(
+            Damaged({i: lambda _: b"" for i in range(N)}), make_config().augment, torch.float32, threads=1
+        )
+
+
+def test_views_have_the_dtype_that_is_asked_for() -> None:
+    config, ids = make_config(), np.arange(4)
+    expected, actual = (
+        Resident(Damaged({}), config.augment, dtype, threads=1) for dtype in (torch.float32, torch.bfloat16)
+    )
+    with Loader(config, Damaged({}), expected) as loader:
+        params = loader._draw(ids, 0)
+    assert torch.equal(actual(ids, *params)[0], expected(ids, *params)[0].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("count", "height", "width", "wanted"),
+    [
+        (10, 96, 32, True),
+        (10, 97, 32, False),
+        (10, 32, 97, False),
+        (155_344, 96, 96, True),
+        (155_345, 96, 96, False),
+    ],
+)
+def test_auto_keeps_small_images_below_the_limit(count: int, height: int, width: int, wanted: bool) -> None:
+    source = SyntheticSource(
+        count, height, width
+    )  # 155,344 times 96 x 96 x 3 bytes are 4 GiB but 1,536 bytes
+    assert is_wanted(make_config().data, source) == wanted
+    assert is_wanted(make_config(data={"resident": "always"}).data, source)
+    assert not is_wanted(make_config(data={"resident": "never"}).data, source)
+
+
+def test_torch_back_end_and_unknown_sources_stay_encoded() -> None:
+    for backend, source in (("torch", Damaged({})), ("auto", None)):
+        config = make_config(data={"backend": backend, "resident": "always"})
+        assert not isinstance(make_backend(config, torch.device("cpu"), torch.float32, source)[0], Resident)
+
+
+def test_memory_is_used_again_only_when_its_tensor_is_gone() -> None:
+    memory = Memory()
+    first = torch.from_numpy(memory.take((2, 3)))
+    address = first.data_ptr()
+    other = memory.take((2, 3))
+    assert other.ctypes.data != address
+    row = first[1]
+    del first
+    assert memory.take((2, 3)).ctypes.data != address  # the row still shows it
+    del row
+    assert memory.take((2, 3)).ctypes.data == address
+    del other
+    assert memory.take((4, 3)).shape == (4, 3)
