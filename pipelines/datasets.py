@@ -65,7 +65,18 @@ def list_data_set(source: Path) -> Listing:
         raise ValueError(
             f"SRC {source} holds no sample that can be used, as {refused[0].file}: {refused[0].reason}"
         )
-    return Listing(source, KIND, "", entries, found.classes, refused, tuple(left_out), found.fingerprint)
+    made_with = Manifest.load(source).settings if (source / MANIFEST).is_file() else {}
+    return Listing(
+        source,
+        KIND,
+        "",
+        entries,
+        found.classes,
+        refused,
+        left_out=tuple(left_out),
+        fingerprint=found.fingerprint,
+        proven=bool(made_with.get("decode")),
+    )
 
 
 def _can_name_a_member(key: str) -> bool:

@@ -61,7 +61,8 @@ class Listing(NamedTuple):
     """All input files, sorted by name. `path` is what to read from: the source, or the decompressed tar.
 
     A data set that was made before (kind "data set") is in its own order, and stays in it. `left_out` names what of
-    it has no place in another, `fingerprint` is its `sources.Source.fingerprint`.
+    it has no place in another, `fingerprint` is its `sources.Source.fingerprint`, and `proven` says that every image
+    was decoded when it was made: what has the same checksum need not be decoded again.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Listing(NamedTuple):
     refused: list[Refused]
     left_out: tuple[str, ...] = ()
     fingerprint: str = ""
+    proven: bool = False
 
     def sha256(self) -> str:
         """Identity of the source: names, labels and sizes."""
