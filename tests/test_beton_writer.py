@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -159,6 +160,7 @@ def test_page_grows_with_the_largest_sample(small_pages: int, tmp_path: Path) ->
     assert sorted(row[1] for row in metadata) == [400] * 5 + [500] * 2 + [900]
     assert len({row[3] // page for row in metadata}) > 1
     assert list(quarantine(tmp_path / "dst")) == ["bad.jpg"]
+    assert writer._counters[0] == 9  # though the file was begun twice
     assert verify([str(tmp_path / "dst"), "--workers", "1"]) == 0
 
 
@@ -385,9 +387,10 @@ def test_beton_without_manifest(source: Path, tmp_path: Path, capsys: pytest.Cap
         assert "40 samples are whole" in capsys.readouterr().out
     beton = BetonSource([tmp_path / "b/y.beton"])
     with open(tmp_path / "b/y.beton", "r+b") as file:
-        file.seek(int(beton.offsets[7] + beton.lengths[7] // 2))
-        file.write(bytes(200))
+        file.seek(int(beton.offsets[7] + beton.lengths[7] - 80))
+        file.write(bytes(60))
     assert f"{tmp_path}/b/y.beton sample 7: " in problems(tmp_path / "b", capsys)
+    assert verify([str(tmp_path / "b"), "--no-decode", "--workers", "1"]) == 0
     os.truncate(tmp_path / "b/y.beton", 1000)
     assert verify([pair]) == 2
     assert "y.beton is cut short" in capsys.readouterr().err
@@ -401,6 +404,18 @@ def test_missing_or_exchanged_file_is_noticed_at_opening(source: Path, tmp_path:
     (tmp_path / "a" / NAME).unlink()
     with pytest.raises(ValueError, match="No such file"):
         open_source(tmp_path / "a")
+
+
+def test_engine_that_is_not_installed(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ffcv", None)
+    monkeypatch.delitem(sys.modules, "ffcv.writer", raising=False)
+    assert run(source, tmp_path / "dst", "--format", "beton", "--engine", "ffcv") == 2
+    error = capsys.readouterr().err
+    assert "--engine ffcv needs the library ffcv" in error and "tools/install_ffcv.sh FOLDER" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "dst").exists()
 
 
 def test_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
