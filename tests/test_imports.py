@@ -45,7 +45,7 @@ def test_only_its_own_files_import_it(library: str) -> None:
 
 
 def test_ffcv_is_not_imported_with_the_code() -> None:
-    """Also where it is installed: a stand-in is, that would be found."""
+    """Where sys.modules holds None, importing it raises, whether it is installed or not."""
     names = [
         p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in FILES if p.name[0] != "_"
     ]
