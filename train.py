@@ -116,11 +116,11 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
     """Runs or continues a whole run; returns the exit code."""
     import torch
 
-    from model import checkpoint, distributed, metrics, schedules
+    from model import checkpoint, distributed, metrics, provenance, schedules
     from model.byol import make_byol
     from model.optim import LARS
     from model.step import PRECISIONS, TrainStep
-    from pipelines.loader import CorruptBudgetError, Loader, make_backend
+    from pipelines.loader import CorruptBudgetError, Loader, make_backend, make_resident
     from pipelines.order import steps_per_epoch
 
     out = Path(config.run.out)
@@ -150,7 +150,8 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
         last_step = min(total_steps, config.train.stop_at_step or total_steps)
         delivered = PRECISIONS[precision] if on_gpu else torch.float32
-        backend, backend_reason = make_backend(config, world.device, delivered, source)
+        resident = make_resident(config, source, world.device, delivered)
+        backend, backend_reason = resident or make_backend(config, world.device, delivered)
 
         # ------------------------------------------------------------------------------------------- model
         model = make_byol(**config.model.model_dump())
@@ -191,8 +192,17 @@ def train(config: schema.Config, resume: str | None, allowed: list[str], stop: S
             world_size=world.size,
             first_step=step,
             corrupt_log=out / "corrupt.jsonl",
+            device=world.device,
         )
         log = metrics.MetricLog(out, step) if world.is_main else None
+        if world.is_main:
+            facts = {
+                "ranks": world.size,
+                "precision": precision,
+                "backend": backend_reason,
+                "config": config.model_dump(mode="json"),
+            }
+            provenance.record_start(out, step, world.device, facts)
     except (ValueError, OSError, checkpoint.CheckpointError) as error:
         distributed.shutdown(world)
         return fail(error)

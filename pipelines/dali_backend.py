@@ -1,7 +1,7 @@
-"""DALI decodes; on the CPU compiled kernels make the views, on the GPU DALI's own operators do.
+"""DALI decodes; compiled kernels make the views, on the CPU and on the GPU, from the same numbers.
 
-    CPU   encoded ─► decode what the two windows cover ─► pipelines/kernels.py: the whole view, exact ─► view 1, view 2
-    GPU   encoded ─► decode ─► window → bicubic → flip ─► colour ─► blur? ─► solarize? ─► normalise ─► view 1, view 2
+    CPU   encoded ─► decode what the two windows cover ─► pipelines/kernels.py (numba) ─► view 1, view 2
+    GPU   encoded ─► decode (nvJPEG where it can) ─► pipelines/triton_kernels.py ─► view 1, view 2
 
 An image is decoded once. Every number comes in from outside (`pipelines.views` draws them): nothing here is random.
 
@@ -9,12 +9,14 @@ On the CPU the pixels are those of pipelines/torch_backend.py to 1e-5 (tests/tes
 threads and hands over addresses, the kernels run in a pool of as many threads without the GIL. They are not operators
 in the graph (DALI's numba_function), because those are compiled anew, for a second or more, whenever a graph is built.
 
-On the GPU they are **not exact yet**. Colour is one affine map per image, out = A x + B mean(x) + c, composed in
-`color_affine` from the drawn operations in their drawn order: exact for brightness, contrast and grey, while saturation
-and hue become their linear counterparts about the luma, and clipping happens once at the end. The cubic resize repeats
-the window's edge pixel instead of dropping taps, and the blur drops taps beyond 3 sigma.
+On the GPU the kernels compute the same: tests/test_triton_kernels.py holds them to the same definition in Triton's
+interpreter. What differs is how nvJPEG rounds (not yet measured; it is told to upsample chroma as libjpeg-turbo does).
+No pixel visits the host, and the host does not wait for the views. This path **has not yet run on a GPU**: its graph is
+built and checked, its kernels are interpreted and compiled in the tests.
 """
 
+import importlib
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,20 +24,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from configs.schema import AugmentConfig
 from pipelines.encoded import inspect
-from pipelines.kernels import Pixels, make_views
 from pipelines.memory import Memory
-from pipelines.torch_backend import GRAY_WEIGHTS, UndecodableError, decode
-from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
+from pipelines.recipe import Pixels
+from pipelines.torch_backend import UndecodableError, decode
+from pipelines.views import ViewParams
 
-_DTYPES = {torch.float32: types.FLOAT, torch.float16: types.FLOAT16}
 TOGETHER = 64  # images that are decoded before their views are made: what fits in the cache is not read twice
-_PER_VIEW = ("start", "end", "matrix", "mean_matrix", "offset", "blur", "sigma", "window", "solarize")
 
 
 class DaliBackend:
@@ -47,20 +47,28 @@ class DaliBackend:
         """
         Args:
             augment: size of the views, mean and std.
-            device: "cuda": decoding by nvJPEG and all the rest on that GPU; "cpu": everything on the CPU.
-            dtype: float32, float16 or bfloat16. The kernels make float32 and DALI has no bfloat16: what is missing
-                is converted at the end, on the device.
+            device: where the views are made and delivered, "cpu" or "cuda"; there nvJPEG decodes.
+            dtype: float32, float16 or bfloat16. The CPU's kernels make float32, which is then converted.
             threads: CPU threads that decode and, on the CPU, augment.
         """
+        on_gpu = device.type == "cuda"
+        if on_gpu:
+            index = torch.cuda.current_device() if device.index is None else device.index
+            device = torch.device("cuda", index)
+            self._decoding = torch.cuda.Stream(device)
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
+        # The one that is needed: triton comes with torch for CUDA only, and the GPU can do without numba.
+        kernels = "pipelines.triton_kernels" if on_gpu else "pipelines.kernels"
+        self._make_views = importlib.import_module(kernels).make_views
         self.pool = (
             ThreadPoolExecutor(threads) if threads > 1 else None
         )  # makes views; None: the caller's thread
         self._decoded: Any = None
         self._raw: list[npt.NDArray[np.uint8]] = []
         self._memory = Memory()
+        self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
 
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
@@ -74,10 +82,12 @@ class DaliBackend:
             params2: N drawn views.
 
         Returns:
-            Two (N, 3, size, size) tensors, normalised, in channels_last memory, on the device.
+            Two (N, 3, size, size) tensors, normalised, in channels_last memory, on the device; on a GPU they are there
+            when the current stream has come so far.
 
         Raises:
             UndecodableError: names the images of the batch that do not decode. The backend stays usable.
+            RuntimeError, ValueError: a window reaches beyond its image (on the CPU, on the GPU).
         """
         make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         try:
@@ -107,11 +117,26 @@ class DaliBackend:
         return reasons
 
     def _on_gpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
-        inputs: dict[str, Any] = {}
-        for view, params in (("1", params1), ("2", params2)):
-            for name, value in _arguments(params, self._augment).items():
-                inputs[name + view] = value
-        return [torch.from_dlpack(output.as_tensor()) for output in self._run(encoded, inputs)]
+        """Three streams in turn: DALI's own decode, `_decoding` waits for them, the current one for that.
+
+        DALI binds the outputs of `run` to the stream it is given, which is one of our own because the current one may
+        be the default stream, whose handle is null. When DALI takes back the memory of outputs that nobody refers to
+        any more is its own affair, so they are referred to until an event says that the views' kernels have run.
+        """
+        while self._in_use and self._in_use[0][0].query():
+            self._in_use.popleft()
+        with torch.cuda.device(self._device):
+            (decoded,) = self._run(encoded, {}, self._decoding)
+            current = torch.cuda.current_stream()
+            current.wait_stream(self._decoding)
+            sizes = np.array([shape[:2] for shape in decoded.shape()], np.int64)
+            addresses = np.array([decoded[i].data_ptr() for i in range(len(sizes))], np.int64)
+            pixels = Pixels(addresses, np.concatenate([np.zeros_like(sizes), sizes], 1))
+            shape = len(encoded), self._augment.size, self._augment.size, 3
+            views = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in range(2)]
+            self._make_views(pixels, (params1, params2), self._augment, views)
+            self._in_use.append((current.record_event(), decoded))
+        return views
 
     def _on_cpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
         shape = len(encoded), self._augment.size, self._augment.size, 3
@@ -120,7 +145,7 @@ class DaliBackend:
             rows = slice(start, start + TOGETHER)
             params = params1[rows], params2[rows]
             pixels = self.decode(encoded[rows], *params)
-            make_views(pixels, params, self._augment, [view[rows] for view in views], self.pool)
+            self._make_views(pixels, params, self._augment, [view[rows] for view in views], self.pool)
         return [torch.from_numpy(view) for view in views]
 
     def decode(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> Pixels:
@@ -144,29 +169,27 @@ class DaliBackend:
             address[i] = data[-3 * header.height * header.width :].ctypes.data
         return Pixels(address, box)
 
-    def _run(self, encoded: Sequence[bytes], inputs: dict[str, Any]) -> Any:
+    def _run(
+        self, encoded: Sequence[bytes], inputs: dict[str, Any], stream: torch.cuda.Stream | None = None
+    ) -> Any:
         if self._pipeline is None or len(encoded) > self._batch_size:
             self._batch_size = len(encoded)
-            self._pipeline = build(self._augment, self._device, self._dtype, self._batch_size, self._threads)
+            self._pipeline = build(self._device, self._batch_size, self._threads)
         self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
         for name, value in inputs.items():
             self._pipeline.feed_input(name, value)
-        return self._pipeline.run()
+        return self._pipeline.run(stream)
 
 
-def build(
-    augment: AugmentConfig, device: torch.device, dtype: torch.dtype, batch_size: int, threads: int
-) -> Pipeline:
-    """The compiled graph: views on the GPU, decoded windows on the CPU.
+def build(device: torch.device, batch_size: int, threads: int) -> Pipeline:
+    """The compiled graph, which delivers decoded images: whole ones on the GPU, windows on the CPU.
 
-    On the GPU output memory is freed with the tensors that show it (exec_dynamic); on the CPU it is used again by the
-    next run, when the kernels are done with it.
+    On the GPU output memory is freed when nothing refers to it (exec_dynamic); on the CPU it is used again by the next
+    run, when the kernels are done with it.
     """
     on_gpu = device.type == "cuda"
     graph = _graph(
-        augment=augment,
         on="gpu" if on_gpu else "cpu",
-        dtype=_DTYPES.get(dtype, types.FLOAT),
         batch_size=batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
@@ -177,18 +200,15 @@ def build(
     return graph
 
 
-@pipeline_def(enable_conditionals=True)
-def _graph(augment: AugmentConfig, on: str, dtype: Any) -> Any:
+@pipeline_def
+def _graph(on: str) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     # The manifest's sizes, and the windows drawn from them, ignore EXIF.
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
-    if on == "cpu":
-        start, shape = (
-            fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape")
-        )
-        return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
-    image = fn.decoders.image(encoded, device="mixed", **options)
-    return _view(image, "1", augment, dtype), _view(image, "2", augment, dtype)
+    if on == "gpu":
+        return fn.decoders.image(encoded, device="mixed", jpeg_fancy_upsampling=True, **options)
+    start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
+    return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
 
 
 def _union(params1: ViewParams, params2: ViewParams) -> npt.NDArray[np.int64]:
@@ -197,112 +217,6 @@ def _union(params1: ViewParams, params2: ViewParams) -> npt.NDArray[np.int64]:
     bottom = np.maximum(params1.top + params1.height, params2.top + params2.height)
     right = np.maximum(params1.left + params1.width, params2.left + params2.width)
     return np.stack([top, left, bottom - top, right - left], 1).astype(np.int64)
-
-
-def _view(image: Any, index: str, augment: AugmentConfig, dtype: Any) -> Any:
-    def argument(name: str, ndim: int, dtype: Any = types.FLOAT) -> Any:
-        return fn.external_source(name=name + index, dtype=dtype, ndim=ndim)
-
-    size, radius = augment.size, augment.blur_taps // 2
-    x = fn.resize(
-        image,
-        size=[size, size],
-        roi_start=argument("start", 1),  # a window whose end lies before its start comes out flipped
-        roi_end=argument("end", 1),
-        interp_type=types.INTERP_CUBIC,
-        antialias=False,
-        dtype=types.FLOAT,
-    )
-    x = math.clamp(x / 255.0, 0.0, 1.0)
-    mean = fn.reductions.mean(x, axes=(0, 1), keep_dims=True)
-    x = fn.coord_transform(x, M=argument("matrix", 2), T=argument("offset", 1))
-    x = math.clamp(x + fn.coord_transform(mean, M=argument("mean_matrix", 2)), 0.0, 1.0)
-    if argument("blur", 0, types.BOOL):
-        padded = fn.slice(
-            x,
-            (-radius, -radius),
-            (size + 2 * radius, size + 2 * radius),
-            axes=(0, 1),
-            out_of_bounds_policy="pad",  # zeros, as the reference; gaussian_blur alone would mirror the image
-        )
-        blurred = fn.gaussian_blur(
-            padded, sigma=argument("sigma", 0), window_size=argument("window", 0, types.INT32)
-        )
-        x = fn.slice(blurred, (radius, radius), (size, size), axes=(0, 1))
-    if argument("solarize", 0, types.BOOL):
-        x = math.min(x, 1.0 - x)  # x where it is below 0.5, else 1 - x
-    return fn.crop_mirror_normalize(
-        x, dtype=dtype, output_layout="HWC", mean=list(augment.mean), std=list(augment.std)
-    )
-
-
-def _arguments(params: ViewParams, augment: AugmentConfig) -> dict[str, Any]:
-    """The graph's inputs for one view, by name; the first axis of each is the sample."""
-    left, right = params.left, params.left + params.width
-    start = np.stack([params.top, np.where(params.flip, right, left)], 1)
-    end = np.stack([params.top + params.height, np.where(params.flip, left, right)], 1)
-    matrix, mean_matrix, offset = color_affine(params)
-    # A tap beyond 3 sigma weighs less than an 8-bit level; the full window costs three times as much.
-    window = np.minimum(2 * np.ceil(3 * params.sigma) + 1, augment.blur_taps)
-    values = (
-        start.astype(np.float32),
-        end.astype(np.float32),
-        matrix,
-        mean_matrix,
-        offset,
-        params.blur,
-        params.sigma,
-        window.astype(np.int32),
-        params.solarize,
-    )
-    return dict(zip(_PER_VIEW, values, strict=True))
-
-
-def color_affine(
-    params: ViewParams,
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Each sample's colour jitter and grey as one map: out = A x + B m + c, m the image's per-channel mean.
-
-    Args:
-        params: N drawn views.
-
-    Returns:
-        A (N, 3, 3), B (N, 3, 3), c (N, 3), float32.
-    """
-    n = len(params)
-    a, b, c = np.tile(np.eye(3), (n, 1, 1)), np.zeros((n, 3, 3)), np.zeros((n, 3))
-    identity = np.eye(3)
-    luma = np.tile(np.array(GRAY_WEIGHTS), (3, 1))
-    saturation = params.saturation[:, None, None].astype(float)
-    linear = {
-        SATURATION: luma + saturation * (identity - luma),
-        HUE: _hue_rotation(params.hue.astype(float)),
-    }
-    factor = params.contrast[:, None, None].astype(float)
-    for place in range(4):
-        which = np.where(params.jitter, params.order[:, place], 255)
-        for operation, matrix in linear.items():
-            rows = which == operation
-            a[rows], b[rows] = matrix[rows] @ a[rows], matrix[rows] @ b[rows]
-            c[rows] = np.einsum("nij,nj->ni", matrix[rows], c[rows])
-        rows = which == CONTRAST  # the mean at this point is (A + B) m + c, so c cancels
-        b[rows] = factor[rows] * b[rows] + (1 - factor[rows]) * (a[rows] + b[rows])
-        a[rows] *= factor[rows]
-        c[which == BRIGHTNESS] += params.brightness[which == BRIGHTNESS, None]
-    gray = params.gray
-    a[gray], b[gray], c[gray] = luma @ a[gray], luma @ b[gray], c[gray] @ luma.T
-    return a.astype(np.float32), b.astype(np.float32), c.astype(np.float32)
-
-
-def _hue_rotation(turns: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """(N, 3, 3): rotation about the grey axis, the linear counterpart of adding to H in HSV.
-
-    HSV's hue is an angle about that axis, red, green and blue a third of a turn apart, so whole thirds are exact.
-    """
-    angle = 2 * np.pi * turns[:, None, None]
-    mean = np.full((3, 3), 1 / 3)
-    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
-    return mean + np.cos(angle) * (np.eye(3) - mean) + np.sin(angle) * cross
 
 
 def _undecodable(encoded: Sequence[bytes]) -> dict[int, str]:

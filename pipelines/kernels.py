@@ -29,17 +29,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 
 from configs.schema import AugmentConfig
+from pipelines.recipe import NEGLIGIBLE, Floats, Pixels, Recipe, normalisation, write
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
-
-Floats = npt.NDArray[np.float32]
 
 _ZERO, _HALF, _ONE, _TWO, _THREE, _FOUR, _SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
 _RED, _GREEN, _BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
 _TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 _TABLE = 1024  # the reference tabulates the cubic kernel in so many steps between two pixels
-_NEGLIGIBLE = 1e-6  # a blur tap lighter than the centre by this factor is dropped; together they weigh < 2e-6
 _MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
-_NOTHING = 255  # in the place of a colour operation
 _CHUNK = 16  # images that a thread takes at a time
 
 _compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
@@ -241,7 +238,7 @@ def _blur_taps(sigma: np.float32, taps: int, weights: Floats) -> int:
     for k in range(1, taps // 2 + 1):
         weight = math.exp(-0.5 * (k / float(sigma)) ** 2)
         total += 2 * weight
-        if weight > _NEGLIGIBLE:
+        if weight > NEGLIGIBLE:
             weights[k] = weight
             radius = k
     for k in range(radius + 1):
@@ -294,25 +291,6 @@ def _deliver(
         out[3 * x] = (red if red < limit else _ONE - red) * s0 + t0
         out[3 * x + 1] = (green if green < limit else _ONE - green) * s1 + t1
         out[3 * x + 2] = (blue if blue < limit else _ONE - blue) * s2 + t2
-
-
-class Recipe(NamedTuple):
-    """One view of N decoded images, in the kernels' terms."""
-
-    window: npt.NDArray[np.int64]  # (N, 4) top, left, height, width in what was decoded
-    flip: npt.NDArray[np.bool_]
-    order: npt.NDArray[np.uint8]  # (N, 4) colour operations, _NOTHING without jitter
-    value: Floats  # (N, 4) by operation
-    gray: npt.NDArray[np.bool_]
-    sigma: Floats  # (N,) 0 without blur
-    solarize: npt.NDArray[np.bool_]
-
-
-class Pixels(NamedTuple):
-    """N decoded images, each the whole or a part of a stored one: uint8 (height, width, 3) at an address."""
-
-    address: npt.NDArray[np.int64]  # (N,)
-    box: npt.NDArray[np.int64]  # (N, 4) top, left, height, width of what was decoded
 
 
 class Work(NamedTuple):
@@ -430,22 +408,6 @@ except RuntimeError:  # "cannot cache function: no locator available": each proc
     _views = _compiled(_views)
 
 
-def _recipe(params: ViewParams, box: npt.NDArray[np.int64]) -> Recipe:
-    value = np.empty((len(params), 4), np.float32)
-    value[:, BRIGHTNESS], value[:, CONTRAST] = params.brightness, params.contrast
-    value[:, SATURATION], value[:, HUE] = params.saturation, params.hue
-    top, left = params.top - box[:, 0], params.left - box[:, 1]
-    return Recipe(
-        window=np.stack([top, left, params.height, params.width], 1).astype(np.int64),
-        flip=np.ascontiguousarray(params.flip, np.bool_),
-        order=np.where(params.jitter[:, None], params.order, _NOTHING).astype(np.uint8),
-        value=value,
-        gray=np.ascontiguousarray(params.gray, np.bool_),
-        sigma=np.where(params.blur, params.sigma, 0).astype(np.float32),
-        solarize=np.ascontiguousarray(params.solarize, np.bool_),
-    )
-
-
 def make_views(
     pixels: Pixels,
     params: Sequence[ViewParams],
@@ -466,14 +428,7 @@ def make_views(
         ValueError: a window is not inside its image's box. (The kernels read memory without checks.)
     """
     n, size = len(pixels.address), augment.size
-    recipes = tuple(_recipe(drawn, pixels.box) for drawn in params)
-    for window in (recipe.window for recipe in recipes):
-        if (window[:, :2] < 0).any() or (window[:, 2:] < 1).any():
-            raise ValueError("a window begins outside its image, or is empty")
-        if (window[:, :2] + window[:, 2:] > pixels.box[:, 2:]).any():
-            raise ValueError("a window reaches beyond its image")
-    std = np.array(augment.std)
-    norm = np.array([1 / std, -np.array(augment.mean) / std], np.float32)
+    recipes, norm = write(pixels, params), normalisation(augment)
     steps, rows = np.array([1, size]), tuple(out.reshape(n, size, 3 * size) for out in outs)
 
     def work(start: int, stop: int) -> None:

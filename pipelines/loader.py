@@ -1,7 +1,8 @@
 """Batches for the training step: ids from the order, bytes from the source, views from a back end, made ahead.
 
-A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step. What the step waited
-for is measured. The loader has no state but the number of the next step: batch k is the same in any run.
+A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step; on a GPU, on a stream of its
+own, so that the step never queues behind the decoding of a later batch. What the step waited for is measured. The
+loader has no state but the number of the next step: batch k is the same in any run.
 """
 
 import json
@@ -45,25 +46,36 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor]: ...
 
 
-def make_backend(
-    config: Config, device: torch.device, dtype: torch.dtype, source: Source | None = None
-) -> tuple[Backend | Resident, str]:
-    """What data.backend and data.resident ask for, and one sentence that says which it is and why.
+def make_resident(
+    config: Config, source: Source, device: torch.device, dtype: torch.dtype
+) -> tuple[Resident, str] | None:
+    """The decoded data set in memory and one sentence about it; None where the images are to stay encoded.
 
     Args:
-        config: the run.
-        device: where the views are delivered.
+        config: the run; data.resident decides, and data.backend=torch keeps no images.
+        source: the data set.
+        device: where the views are made and delivered.
         dtype: float32, float16 or bfloat16.
-        source: the data set; without it none is kept in memory.
+
+    Raises:
+        ValueError: no image decodes, or they do not fit into the memory.
+    """
+    if config.data.backend == "torch" or not is_wanted(config.data, source):
+        return None
+    resident = Resident(source, config.augment, device, dtype, config.data.threads)
+    place = "GPU" if device.type == "cuda" else "CPU"
+    kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
+    return resident, f"data.resident={config.data.resident}: {kept}"
+
+
+def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
+    """The back end that data.backend asks for, and one sentence that says which it is and why.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
-    if source is not None and choice != "torch" and device.type == "cpu" and is_wanted(config.data, source):
-        resident = Resident(source, config.augment, dtype, threads)
-        reason = f"data.resident={config.data.resident}: all {len(source)} images decoded in memory"
-        return resident, f"{reason}, views on the CPU, {threads} threads"
+    place = "GPU" if device.type == "cuda" else "CPU"
     if choice != "torch":
         try:
             from pipelines.dali_backend import DaliBackend
@@ -73,7 +85,6 @@ def make_backend(
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
-        place = "GPU" if device.type == "cuda" else "CPU"
         why = ", because it is installed" if choice == "auto" else ""
         reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
         return DaliBackend(config.augment, device, dtype, threads), reason
@@ -102,6 +113,7 @@ class Loader:
         world_size: int = 1,
         first_step: int = 0,
         corrupt_log: Path | None = None,
+        device: torch.device | None = None,
     ) -> None:
         """
         Args:
@@ -112,6 +124,8 @@ class Loader:
             world_size: processes that share each global batch.
             first_step: the step of the run to begin with.
             corrupt_log: file to which each undecodable image is appended as a JSON line.
+            device: the GPU to which the back end delivers, for a stream of its own; else batches are made on the
+                default stream.
 
         Raises:
             ValueError: the batch does not fit the data set or the number of ranks.
@@ -124,7 +138,11 @@ class Loader:
         self._corrupt_log = corrupt_log
         self._next_step = first_step
         self.waited = 0.0  # seconds the consumer has waited for batches, in all
-        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(config.data.prefetch)
+        on_gpu = device is not None and device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if on_gpu else None
+        self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
+            config.data.prefetch
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
         self._thread.start()
@@ -145,7 +163,13 @@ class Loader:
         self.waited += time.perf_counter() - start
         if isinstance(item, BaseException):
             raise item
-        return item
+        batch, ready = item
+        if ready is not None:  # the stream waits, the host does not
+            stream = torch.cuda.current_stream(batch.view1.device)
+            stream.wait_event(ready)
+            batch.view1.record_stream(stream)  # their memory was allocated on the loader's stream
+            batch.view2.record_stream(stream)
+        return batch
 
     def close(self) -> None:
         """Stops the thread; batches made ahead are dropped."""
@@ -165,10 +189,11 @@ class Loader:
             if isinstance(self._backend, Resident):
                 for number, reason in self._backend.broken.items():
                     self._count_corrupt(number, reason)
-            while not self._stop.is_set():
-                for batch in self._micro_batches(self._next_step):
-                    self._queue.put(batch)
-                self._next_step += 1
+            with torch.cuda.stream(self._stream):  # which changes nothing where it is None
+                while not self._stop.is_set():
+                    for batch in self._micro_batches(self._next_step):
+                        self._queue.put((batch, self._stream.record_event() if self._stream else None))
+                    self._next_step += 1
         except BaseException as error:  # whatever it is, the step that waits for the batch must see it
             self._queue.put(error)
 

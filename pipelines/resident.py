@@ -1,8 +1,10 @@
 """Small images, decoded once at the start and kept: a batch then costs its views alone.
 
-At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB.
+At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB. Where
+views are made on a GPU the pixels are kept there, and no sample is touched by Python.
 """
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,8 +14,8 @@ from torch import Tensor
 
 from configs.schema import AugmentConfig, DataConfig
 from pipelines.encoded import check
-from pipelines.kernels import Pixels, make_views
 from pipelines.memory import Memory
+from pipelines.recipe import Pixels
 from pipelines.sources import Source
 from pipelines.torch_backend import decode
 from pipelines.views import ViewParams
@@ -37,25 +39,28 @@ class Resident:
         broken: Reason by sample id: images that do not decode, or not to the size that the index states.
     """
 
-    def __init__(self, source: Source, augment: AugmentConfig, dtype: torch.dtype, threads: int) -> None:
+    def __init__(
+        self, source: Source, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+    ) -> None:
         """Decodes the whole data set.
 
         Args:
             source: The data set.
             augment: Size of the views, mean and std.
+            device: Where pixels are kept and views are made.
             dtype: Of the views: float32, float16 or bfloat16.
             threads: Threads that decode now and make views later.
 
         Raises:
-            ValueError: No image decodes.
+            ValueError: No image decodes, or the pixels do not fit into the memory.
         """
-        self._augment, self._dtype = augment, dtype
+        self._augment, self._device, self._dtype = augment, device, dtype
         self._pool = ThreadPoolExecutor(threads)
         self._memory = Memory()
         self.broken: dict[int, str] = {}
         sizes = source.heights * source.widths * 3
         self._starts = np.cumsum(sizes) - sizes
-        self._pixels = np.zeros(int(sizes.sum()), np.uint8)
+        self._pixels = self._allocate(int(sizes.sum()), torch.device("cpu"))
         self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), source.heights, source.widths], 1)
         for _ in self._pool.map(lambda i: self._load(source, i), range(len(source))):
             pass
@@ -63,6 +68,15 @@ class Resident:
         if not len(sound):
             raise ValueError(f"none of the {len(source)} images decodes; the first: {self.broken[0]}")
         self._instead = sound[np.searchsorted(sound, np.arange(len(source))) % len(sound)]
+        if device.type == "cuda":
+            self._pixels = self._allocate(len(self._pixels), device).copy_(self._pixels)
+
+    def _allocate(self, size: int, device: torch.device) -> Tensor:
+        try:
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        except RuntimeError:  # torch.OutOfMemoryError is one; on the CPU there is no better name
+            gigabytes = f"{size / 1e9:.1f} GB of decoded images do not fit into the memory of {device}"
+            raise ValueError(f"{gigabytes}: set data.resident=never") from None
 
     def _load(self, source: Source, number: int) -> None:
         try:
@@ -73,7 +87,7 @@ class Resident:
             self.broken[number] = str(error)
         else:
             start = self._starts[number]
-            self._pixels[start : start + image.size] = image.reshape(-1)
+            self._pixels.numpy()[start : start + image.size] = image.reshape(-1)
 
     def sound(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The same ids (N,), a broken image's replaced by the next sound one's."""
@@ -83,9 +97,23 @@ class Resident:
         self, ids: npt.NDArray[np.int64], params1: ViewParams, params2: ViewParams
     ) -> tuple[Tensor, Tensor]:
         """Makes both views of some samples; arguments and result as of TorchBackend, with ids (N,) for the bytes."""
-        shape = len(ids), self._augment.size, self._augment.size, 3
-        views = [self._memory.take(shape) for _ in range(2)]
-        pixels = Pixels(self._pixels.ctypes.data + self._starts[ids], self._boxes[ids])
-        make_views(pixels, (params1, params2), self._augment, views, self._pool)
-        first, second = (torch.from_numpy(view).to(self._dtype).permute(0, 3, 1, 2) for view in views)
-        return first, second
+        make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
+        pixels = Pixels(self._pixels.data_ptr() + self._starts[ids], self._boxes[ids])
+        first, second = make(
+            pixels, (params1, params2), (len(ids), self._augment.size, self._augment.size, 3)
+        )
+        return first.permute(0, 3, 1, 2), second.permute(0, 3, 1, 2)
+
+    def _on_gpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
+        from pipelines.triton_kernels import make_views  # triton comes with torch for CUDA only
+
+        views = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in params]
+        make_views(pixels, params, self._augment, views)
+        return views
+
+    def _on_cpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
+        from pipelines.kernels import make_views
+
+        views = [self._memory.take(tuple(shape)) for _ in params]
+        make_views(pixels, params, self._augment, views, self._pool)
+        return [torch.from_numpy(view).to(self._dtype) for view in views]

@@ -16,8 +16,6 @@ from pipelines.torch_backend import TorchBackend, UndecodableError
 from pipelines.views import ViewParams, draw
 
 dali_backend = pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
-from nvidia.dali import fn, pipeline_def, types  # noqa: E402
-
 CPU = torch.device("cpu")
 NONE = ViewConfig(flip=0, jitter=0, gray=0, blur=0, solarize=0)
 
@@ -52,25 +50,6 @@ def _difference(encoded: list[bytes], view: ViewConfig, size: int, **fixed: obje
     params, other = replace(_params(encoded, view), **fixed), _params(encoded, view, 1)
     augment = _augment(size, view)
     ours, _ = dali_backend.DaliBackend(augment, CPU, torch.float32, threads=1)(encoded, params, other)
-    plain, _ = TorchBackend(augment, CPU, torch.float32, threads=1)(encoded, params, params)
-    return (ours - plain).abs() * 255
-
-
-def _gpu_operators(encoded: list[bytes], view: ViewConfig, size: int) -> torch.Tensor:
-    """What `_difference` is for the operators of the GPU graph, run by DALI on the CPU."""
-    params, augment = _params(encoded, view), _augment(size, view)
-
-    @pipeline_def(enable_conditionals=True)
-    def graph() -> Any:
-        image = fn.decoders.image(fn.external_source(name="encoded", ndim=1), adjust_orientation=False)
-        return dali_backend._view(image, "1", augment, types.FLOAT)
-
-    pipeline = graph(batch_size=len(encoded), num_threads=1, device_id=None, prefetch_queue_depth=1)
-    pipeline.build()
-    pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
-    for name, value in dali_backend._arguments(params, augment).items():
-        pipeline.feed_input(name + "1", value)
-    ours = torch.from_dlpack(pipeline.run()[0].as_tensor()).permute(0, 3, 1, 2)
     plain, _ = TorchBackend(augment, CPU, torch.float32, threads=1)(encoded, params, params)
     return (ours - plain).abs() * 255
 
@@ -144,55 +123,22 @@ def test_pixels_equal_the_torch_back_end(name: str, encoded: list[bytes]) -> Non
     assert _difference(encoded, EACH[name], 29).max() < 2e-3
 
 
-def test_color_affine_composes_in_drawn_order() -> None:
-    """Against the operations themselves, on colours that no step clips; linear operations only."""
-    rng = np.random.default_rng(0)
-    image = torch.from_numpy(rng.uniform(0.4, 0.6, (1, 5, 5, 3)).astype(np.float32))
-    heights = np.full(200, 5)
-    drawn = draw(
-        ViewConfig(blur=0, solarize=0, brightness=0.1, jitter=1.0), 0, 0, np.arange(200), 0, heights, heights
-    )
-    a, b, c = dali_backend.color_affine(
-        replace(drawn, saturation=np.ones(200, np.float32), hue=np.zeros(200))
-    )
-    for i in range(200):
-        expected = image
-        for operation in drawn.order[i]:
-            if operation == 0:
-                expected = torch_backend.brightness(expected, torch.from_numpy(drawn.brightness[i : i + 1]))
-            if operation == 1:
-                expected = torch_backend.contrast(expected, torch.from_numpy(drawn.contrast[i : i + 1]))
-        if drawn.gray[i]:
-            expected = torch_backend.grayscale(expected)
-        ours = image.numpy() @ a[i].T + image.numpy().mean((1, 2)) @ b[i].T + c[i]
-        assert np.abs(ours - expected.numpy()).max() < 1e-5
-
-
-def test_hue_of_whole_thirds_permutes_the_channels() -> None:
-    pixel = np.array([0.9, 0.2, 0.4])
-    turned = dali_backend._hue_rotation(np.array([1 / 3, 2 / 3])) @ pixel
-    assert np.allclose(turned, [[0.4, 0.9, 0.2], [0.2, 0.4, 0.9]])
-
-
 @pytest.mark.slow
 def test_difference_is_measured(shared_data: Path, capsys: pytest.CaptureFixture) -> None:
-    """Printed, with ceilings: CPU on all images; the linear colour of the GPU's operators is not to grow unseen."""
+    """Printed, with ceilings: on the CPU, whole chains from real JPEGs."""
     images = [path.read_bytes() for path in sorted((shared_data / "imagenet-sample").iterdir())]
     rows = []
     for name, view in EACH.items():
         some = images if name in ("view 1", "view 2", "every operation") else images[::5]
-        cpu, gpu = _difference(some, view, 224), _gpu_operators(images[::10], view, 224)
-        rows.append((name, cpu.mean().item(), cpu.max().item(), gpu.mean().item(), gpu.max().item()))
+        difference = _difference(some, view, 224)
+        rows.append((name, difference.mean().item(), difference.max().item()))
     with capsys.disabled():
-        print(
-            f"\n|DALI - torch| in levels of 255, {len(images)} ImageNet images; one operation: every 5th; GPU: every 10th"
-        )
-        print(f"  {'':24} CPU mean     max   GPU's operators mean    max")
+        print(f"\n|DALI - torch| in levels of 255, {len(images)} ImageNet images; one operation: every 5th")
+        print(f"  {'':24}     mean     max")
         for row in rows:
-            print("  {:24} {:8.5f} {:7.5f} {:22.3f} {:6.1f}".format(*row))
-    assert max(mean for _, mean, _, _, _ in rows) < 2e-4
-    assert max(largest for _, _, largest, _, _ in rows) < 5e-3
-    assert max(mean for _, _, _, mean, _ in rows) < 6
+            print("  {:24} {:8.5f} {:7.5f}".format(*row))
+    assert max(mean for _, mean, _ in rows) < 2e-4
+    assert max(largest for _, _, largest in rows) < 5e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -265,29 +211,86 @@ def test_image_that_only_dali_refuses_is_named(encoded: list[bytes]) -> None:
 
 def test_gpu_graph_is_well_formed() -> None:
     """Serializing checks names, devices and argument kinds of every operator, without a GPU."""
-    view = ViewConfig(blur=0.5, solarize=0.2)
-    graph = dali_backend._graph(
-        augment=_augment(224, view),
-        on="gpu",
-        dtype=types.FLOAT16,
-        batch_size=4,
-        num_threads=1,
-        device_id=None,
-    )
+    graph = dali_backend._graph(on="gpu", batch_size=4, num_threads=1, device_id=None)
     text = graph.serialize()
-    assert b"mixed" in text and len(text) > 10_000
+    assert b"mixed" in text and b"jpeg_fancy_upsampling" in text and b"encoded" in text
+
+
+def _pngs(count: int, height: int = 60, width: int = 80) -> list[bytes]:
+    rng = np.random.default_rng(1)
+    coarse = [Image.fromarray(rng.integers(0, 256, (9, 8, 3), np.uint8)) for _ in range(count)]
+    resized = [image.resize((width + i, height), Image.Resampling.BICUBIC) for i, image in enumerate(coarse)]
+    return [_saved(image, format="PNG") for image in resized]
+
+
+def _on(device: str, dtype: torch.dtype = torch.float32) -> Any:
+    return dali_backend.DaliBackend(_augment(64, EACH["every operation"]), torch.device(device), dtype, 2)
+
+
+def _both(encoded: list[bytes]) -> tuple[ViewParams, ViewParams]:
+    return _params(encoded, EACH["every operation"]), _params(encoded, EACH["view 2"], 1)
 
 
 @pytest.mark.gpu
-def test_gpu_pixels_equal_cpu_pixels(encoded: list[bytes]) -> None:
-    """Without the colour operations, which are linear on the GPU, and without the border of its cubic resize."""
-    view = ViewConfig(blur=0.5, solarize=0.0, jitter=0.0)
-    params = _params(encoded, view)
-    views = [
-        dali_backend.DaliBackend(_augment(64, view), torch.device(device), torch.float32, 2)(
-            encoded, params, params
-        )[0]
-        for device in ("cpu", "cuda")
-    ]
-    assert views[1].device.type == "cuda"
-    assert (views[0] - views[1].cpu())[..., 6:-6, 6:-6].abs().mean() * 255 < 0.5
+def test_gpu_pixels_equal_cpu_pixels() -> None:
+    """From PNGs, which decode without loss, every operation drawn: rounding alone."""
+    images = _pngs(24)
+    for cpu, gpu in zip(_on("cpu")(images, *_both(images)), _on("cuda")(images, *_both(images)), strict=True):
+        assert gpu.device.type == "cuda" and gpu.is_contiguous(memory_format=torch.channels_last)
+        assert (cpu - gpu.cpu()).abs().max() * 255 < 2e-3
+
+
+@pytest.mark.gpu
+def test_nvjpeg_differs_from_libjpeg_by_little(encoded: list[bytes], capsys: pytest.CaptureFixture) -> None:
+    """From JPEGs the two decoders' rounding is added. Printed: it has not yet been measured, the ceiling is a guess."""
+    cpu, gpu = (_on(device)(encoded, *_both(encoded))[0].cpu() for device in ("cpu", "cuda"))
+    difference = (cpu - gpu).abs() * 255
+    with capsys.disabled():
+        print(
+            f"\n|nvJPEG - libjpeg| in levels of 255: mean {difference.mean():.4f}, max {difference.max():.2f}"
+        )
+    assert difference.mean() < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gpu_result_is_the_same_in_every_run_and_stays(dtype: torch.dtype, encoded: list[bytes]) -> None:
+    """Batches follow each other without waiting; none is overwritten, nor are the pixels it is made from."""
+    backend, params = _on("cuda", dtype), _both(encoded)
+    runs = [backend(encoded, *params) for _ in range(20)]
+    half = [backend(encoded[:12], *(part[:12] for part in params)) for _ in range(3)]
+    for views in runs[1:]:
+        assert all(torch.equal(ours, first) for ours, first in zip(views, runs[0], strict=True))
+    assert all(torch.equal(ours[0], runs[0][0][:12]) for ours in half)
+    assert runs[0][0].dtype == dtype
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_host_does_not_wait_for_the_gpu(own_stream: bool, encoded: list[bytes]) -> None:
+    backend, params = _on("cuda"), _both(encoded)
+    expected = backend(encoded, *params)[0].cpu()  # builds the graph, compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(
+        "error"
+    )  # of torch's own waits; DALI's decoder waits inside run() as it needs to
+    try:
+        with torch.cuda.stream(torch.cuda.Stream() if own_stream else None):
+            view = backend(encoded, *params)[0]
+            backend(encoded[::-1], *params)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    assert torch.equal(view.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_broken_image_is_named_on_the_gpu(encoded: list[bytes]) -> None:
+    backend, params = _on("cuda"), _both(encoded)
+    before = backend(encoded, *params)[0].clone()
+    broken = list(encoded)
+    broken[5] = b"\xff\xd8\xff\xe0junk\xff\xd9"
+    with pytest.raises(UndecodableError) as caught:
+        backend(broken, *params)
+    assert set(caught.value.reasons) == {5}
+    assert torch.equal(backend(encoded, *params)[0], before)

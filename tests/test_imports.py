@@ -19,6 +19,7 @@ ALLOWED = {
     "omegaconf": {"configs/schema.py"},
     "webdataset": {"pipelines/sources.py", "tools/make_shards.py"},
     "numba": {"pipelines/kernels.py"},
+    "triton": {"pipelines/triton_kernels.py"},
     "train": set(),
     "ffcv": {"pipelines/ffcv_engine.py", "tools/bench_beton.py"},
 }

@@ -183,3 +183,23 @@ def test_backend_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch on the CPU, because DALI is not installed" in reason and "byolt[dali]" in reason
     with pytest.raises(ValueError, match=r"data\.backend=dali needs NVIDIA DALI"):
         make_backend(make_config(data={"backend": "dali"}), torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "dali"])
+def test_batches_made_on_a_stream_of_their_own_are_those_of_the_cpu(backend: str) -> None:
+    """The consumer's stream waits for them, and keeps their memory until it is done."""
+    if backend == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = make_config(data={"backend": backend})
+    device = torch.device("cuda", torch.cuda.current_device())
+    made, _ = make_backend(config, device, torch.float32)
+    with Loader(config, Damaged({}), made, device=device) as loader:
+        batches = iter(loader)
+        ours = [batch.view1 * 1 for _ in range(8) for batch in next(batches)]  # and the views are given up
+    with Loader(config, Damaged({}), make_backend(config, torch.device("cpu"), torch.float32)[0]) as loader:
+        batches = iter(loader)
+        wanted = [batch.view1 for _ in range(8) for batch in next(batches)]
+    for view, expected in zip(ours, wanted, strict=True):
+        assert view.device == device
+        assert (view.cpu() - expected).abs().mean() < 0.02  # a JPEG's decoder rounds differently

@@ -7,10 +7,13 @@ import pytest
 import torch
 from test_loader import Damaged, N, make_config
 
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend
+from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident
 from pipelines.memory import Memory
+from pipelines.recipe import Pixels
 from pipelines.resident import Resident, is_wanted
 from pipelines.sources import SyntheticSource
+
+CPU = torch.device("cpu")
 
 
 def batches(resident: str, source: SyntheticSource, log: Path | None = None, **data: object) -> list[Batch]:
@@ -20,8 +23,9 @@ def batches(resident: str, source: SyntheticSource, log: Path | None = None, **d
         data={"backend": "dali", "resident": resident, "threads": 2} | data,
         augment={"view1": view, "view2": view},
     )
-    backend, _ = make_backend(config, torch.device("cpu"), torch.float32, source)
-    assert isinstance(backend, Resident) == (resident == "always")
+    kept = make_resident(config, source, CPU, torch.float32)
+    assert (kept is not None) == (resident == "always")
+    backend, _ = kept or make_backend(config, CPU, torch.float32)
     with Loader(config, source, backend, corrupt_log=log) as loader:
         steps = iter(loader)
         return [batch for _ in range(7) for batch in next(steps)]
@@ -66,18 +70,40 @@ def test_the_budget_of_broken_images_holds() -> None:
 def test_a_set_without_a_sound_image_is_refused() -> None:
     with pytest.raises(ValueError, match=f"none of the {N} images decodes; the first: empty"):
         Resident(
-            Damaged({i: lambda _: b"" for i in range(N)}), make_config().augment, torch.float32, threads=1
+            Damaged({i: lambda _: b"" for i in range(N)}),
+            make_config().augment,
+            CPU,
+            torch.float32,
+            threads=1,
         )
 
 
 def test_views_have_the_dtype_that_is_asked_for() -> None:
     config, ids = make_config(), np.arange(4)
     expected, actual = (
-        Resident(Damaged({}), config.augment, dtype, threads=1) for dtype in (torch.float32, torch.bfloat16)
+        Resident(Damaged({}), config.augment, CPU, dtype, threads=1)
+        for dtype in (torch.float32, torch.bfloat16)
     )
     with Loader(config, Damaged({}), expected) as loader:
         params = loader._draw(ids, 0)
     assert torch.equal(actual(ids, *params)[0], expected(ids, *params)[0].bfloat16())
+
+
+def test_the_gpu_makes_the_same_views() -> None:
+    """On the GPU, or its kernels in Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    view = {"blur": 0.5, "solarize": 0.5}
+    config, ids = make_config(augment={"view1": view, "view2": view}), np.array([5, 0, 39])
+    kept, on_cpu = (Resident(Damaged({}), config.augment, d, torch.float32, threads=1) for d in (device, CPU))
+    with Loader(config, Damaged({}), on_cpu) as loader:
+        params = loader._draw(ids, 0)
+    pixels = Pixels(kept._pixels.data_ptr() + kept._starts[ids], kept._boxes[ids])
+    views = kept._on_gpu(pixels, params, (3, 8, 8, 3))
+    for view, expected in zip(views, on_cpu(ids, *params), strict=True):
+        torch.testing.assert_close(
+            view.permute(0, 3, 1, 2).cpu(), expected, rtol=0, atol=5e-5
+        )  # of values / std
 
 
 @pytest.mark.parametrize(
@@ -99,10 +125,9 @@ def test_auto_keeps_small_images_below_the_limit(count: int, height: int, width:
     assert not is_wanted(make_config(data={"resident": "never"}).data, source)
 
 
-def test_torch_back_end_and_unknown_sources_stay_encoded() -> None:
-    for backend, source in (("torch", Damaged({})), ("auto", None)):
-        config = make_config(data={"backend": backend, "resident": "always"})
-        assert not isinstance(make_backend(config, torch.device("cpu"), torch.float32, source)[0], Resident)
+def test_images_stay_encoded_for_the_torch_back_end() -> None:
+    config = make_config(data={"backend": "torch", "resident": "always"})
+    assert make_resident(config, Damaged({}), CPU, torch.float32) is None
 
 
 def test_memory_is_used_again_only_when_its_tensor_is_gone() -> None:

@@ -25,7 +25,7 @@ from model.byol import Online, make_encoder
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 run: {out: OUT, log_every: 2, keep_checkpoints: 2}
-data: {path: DATA/train, backend: BACKEND, threads: 1}
+data: {path: DATA/train, backend: BACKEND, threads: 1, resident: never}
 augment:
   size: 16
   view1: {blur: 1.0, solarize: 0.0}

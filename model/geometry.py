@@ -1,0 +1,109 @@
+"""How features lie in their space: principal axes and spectrum, effective rank, and nearest neighbours."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class Principal(NamedTuple):
+    """Eigenvalues (D,) of a covariance, largest first, and the unit axes (D, D) that belong to them, as rows."""
+
+    eigenvalues: Tensor
+    axes: Tensor
+
+
+def principal_axes(features: Tensor) -> Principal:
+    """Eigenvalues and eigenvectors of the covariance of the features (divided by N - 1).
+
+    Args:
+        features: (N, D) finite floating point, N >= 2.
+
+    Returns:
+        float64. Eigenvalues below 1e-12 of the features' mean squared length are set to 0: float32 features of
+        one and the same point differ that much by rounding. The sign of an axis is such that its largest
+        component (by size) is positive, so that two computations give the same picture.
+
+    Raises:
+        ValueError: fewer than two samples, or features that are not finite.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ValueError(f"features of shape {tuple(features.shape)}; a covariance needs (N, D) with N >= 2")
+    if not features.isfinite().all():
+        raise ValueError("the features are not finite; the encoder is broken")
+    eigenvalues, columns = torch.linalg.eigh(torch.cov(features.double().T).reshape(features.shape[1], -1))
+    eigenvalues = eigenvalues.flip(0)
+    eigenvalues[eigenvalues <= 1e-12 * features.double().square().sum(dim=1).mean()] = 0
+    axes = columns.T.flip(0)
+    largest = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True))
+    return Principal(eigenvalues, axes * largest.sign())
+
+
+def project(features: Tensor, principal: Principal, dimensions: int = 2) -> Tensor:
+    """Coordinates (N, dimensions) of the centred features along the first principal axes, float64."""
+    centred = features.double() - features.double().mean(dim=0)
+    return centred @ principal.axes[:dimensions].T
+
+
+def effective_rank(eigenvalues: Tensor) -> float:
+    """exp of the entropy of the eigenvalues as shares of their sum: k where k are equal and the rest 0.
+
+    Roy & Vetterli, The effective rank: a measure of effective dimensionality (EUSIPCO 2007), definition 1,
+    applied to the covariance matrix. RankMe (arXiv 2210.02885) takes the singular values of the features
+    themselves instead, which gives larger numbers.
+
+    Args:
+        eigenvalues: (D,) >= 0.
+
+    Returns:
+        1 .. D; 0.0 if every eigenvalue is 0 (all features are one point).
+    """
+    total = eigenvalues.sum()
+    if total <= 0:
+        return 0.0
+    return math.exp(torch.special.entr(eigenvalues.double() / total).sum().item())
+
+
+def nearest(features: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
+    """The k most similar others of every sample.
+
+    Args:
+        features: (N, D) floating point.
+        k: clamped to N - 1.
+        chunk: rows compared at once; memory is chunk x N floats.
+
+    Returns:
+        Indices (N, k) int64, most similar first, and cosines (N, k) float32.
+    """
+    unit = F.normalize(features.float(), dim=1)
+    k = min(k, len(unit) - 1)
+    cosines, indices = [], []
+    for start in range(0, len(unit), chunk):
+        similarity = unit[start : start + chunk] @ unit.T
+        rows = torch.arange(len(similarity))
+        similarity[rows, start + rows] = -math.inf  # a sample is no neighbour of itself
+        values, others = similarity.topk(k, dim=1)
+        cosines.append(values)
+        indices.append(others)
+    return torch.cat(indices), torch.cat(cosines)
+
+
+def neighbour_precision(labels: Tensor, indices: Tensor) -> tuple[float, float]:
+    """Share of neighbours that have the label of their query, and what random neighbours would give.
+
+    Args:
+        labels: (N,) int64, -1 where unknown.
+        indices: (N, k) int64, as `nearest` gives them.
+
+    Returns:
+        Two numbers in 0 .. 1, over the pairs of samples whose labels are both known; NaN if there is none.
+    """
+    known = labels >= 0
+    pairs = known[:, None] & known[indices]
+    right = (labels[:, None] == labels[indices]) & pairs
+    counts = labels[known].unique(return_counts=True)[1].double()
+    total = counts.sum()
+    chance = (counts * (counts - 1)).sum() / (total * (total - 1))
+    return (right.sum() / pairs.sum()).item(), chance.item()

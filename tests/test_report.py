@@ -1,0 +1,322 @@
+"""The report: what it says about whole, unfinished, unlabelled and damaged runs, and that it is inert."""
+
+import json
+import re
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_train import Run as TrainRun
+from test_train import images  # noqa: F401 (a fixture)
+
+from configs import schema
+from model import checkpoint
+from model.byol import make_byol
+from tools import report, report_figures
+from tools.report_features import neighbours
+from tools.report_run import Sample, read_run
+
+EVIL = "<script>alert('x')<"
+VOID = {"meta", "img"}
+
+
+class Inert(HTMLParser):
+    """Reads a page and refuses whatever runs, loads or is left open."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: Counter[str] = Counter()
+        self.ids: Counter[str] = Counter()
+        self.classes: Counter[str] = Counter()
+        self.text: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        assert all(count == 1 for count in self.ids.values())
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        assert tag not in {"script", "link", "iframe", "object", "embed", "form", "base"}
+        for name, value in attributes:
+            assert not name.startswith("on")
+            if name in {"src", "href", "xlink:href"}:
+                assert value and value.startswith(("data:image/png;base64,", "#"))
+            assert "url(" not in (value or "").replace("url(#", "")
+        self.ids.update(value for name, value in attributes if name == "id" and value)
+        self.classes.update(value for name, value in attributes if name == "class" and value)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+        if self.open and self.open[-1] == "style":
+            assert "url(" not in data and "@import" not in data
+
+
+def _pictures(folder: Path, classes: list[str]) -> None:
+    """Six random images of each class, or in no folder for a class ''."""
+    rng = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for i in range(6):
+            Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(folder / name / f"{i}.png")
+
+
+def _config(folder: Path, data: Path, evaluate: bool = True) -> schema.Config:
+    path = folder / "c.yaml"
+    path.write_text(f"""
+run: {{out: {folder}}}
+data: {{path: {data}, backend: torch, threads: 1}}
+augment: {{size: 16, view1: {{blur: 1.0, solarize: 0.0}}, view2: {{blur: 0.1, solarize: 0.2}}}}
+model: {{backbone: resnet8, stem: cifar, projector_hidden: 16, projector_size: 8, predictor_hidden: 16}}
+optimizer: {{base_lr: 1.0, warmup_epochs: 0.5, weight_decay: 1.0e-6, base_tau: 0.9}}
+train: {{epochs: 4, batch_size: 6}}
+eval: {{path: {data if evaluate else "null"}}}
+""")
+    return schema.load(path)
+
+
+def _save(folder: Path, config: schema.Config, step: int, exported: bool = False) -> None:
+    """A checkpoint as train.py writes it, or the exported encoder."""
+    torch.manual_seed(step)
+    model = make_byol(**config.model.model_dump())
+    if exported:
+        about = {"backbone": "resnet8", "stem": "cifar", "steps": str(step), "config": schema.to_yaml(config)}
+        checkpoint.export_encoder(folder / "encoder.safetensors", model.online.encoder.state_dict(), about)
+    else:
+        state = {"step": step, "model": model.state_dict(), "config": config.model_dump(mode="json")}
+        checkpoint.save(folder, step, state, keep=3)
+
+
+ROWS = [
+    {"step": 0, "knn_top1": 25.0},
+    {"step": 2, "epoch": 1.0, "loss": 3.5, "lr": 0.1, "tau": 0.9, "images_per_second": 100.0,
+     "data_wait_percent": 1.0, "gradient_norm": 2.0, "corrupt_images": 0.0, "prediction_std": 0.2,
+     "prediction_cosine": 0.5, "projection_std": 0.3, "projection_cosine": 0.4},
+    {"step": 8, "knn_top1": 62.5},
+]  # fmt: skip
+
+
+def _rows(folder: Path, rows: list[dict]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 9, "lo')
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder with a hostile name."""
+    folder = tmp_path / "a<b>run&"
+    folder.mkdir()
+    return folder
+
+
+def _report(folder: Path, *arguments: str) -> tuple[str, Inert]:
+    assert report.main([str(folder), *arguments]) == 0
+    html = (folder / "report.html").read_text()
+    page = Inert(html)
+    return " ".join(" ".join(page.text).split()), page
+
+
+def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ["a$b$", EVIL])
+    config = _config(folder, tmp_path / "images")
+    _save(folder, config, 8, exported=True)
+    _rows(folder, ROWS)
+    start = {"step": 0, "command": "python train.py <x>", "hardware": "abacus", "versions": {"torch": "9.9"}}
+    (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    broken = {"id": 3, "where": '"><img src=x onerror=alert(1)>', "reason": "broken"}
+    (folder / "corrupt.jsonl").write_text(f"{json.dumps(broken)}\n{json.dumps(broken)}\n")
+    Image.new("RGB", (40, 20)).save(folder / "views.png")
+    text, page = _report(folder)
+    assert "a<b>run&" in text and EVIL in text and broken["where"] in text
+    assert "resnet8 · 12 images · step 8 of 8, finished" in text
+    assert "25.0 → 62.5 %" in text and "3.500" in text
+    assert "python train.py <x>" in text and "abacus" in text and "torch 9.9" in text
+    assert "projector_size: 8" in text
+    assert "encoder.safetensors, step 8" in text
+    assert "1 image could not be decoded in training; the next sound one" in text
+    assert page.tags["img"] == 1 + 2 * 6  # views.png, and two queries with five neighbours
+    assert page.classes["right"] + page.classes["wrong"] == 10
+    assert text.count("✗") == page.classes["wrong"] > 0
+    assert "note" not in page.classes  # nothing is missing
+
+
+def test_an_unfinished_run_says_what_is_missing(folder: Path) -> None:
+    _rows(folder, ROWS[1:2])
+    text, page = _report(folder)
+    for sentence in (
+        "step 2",
+        "kNN accuracy: not measured",
+        "Command, hardware and versions: not recorded",
+        "Settings: not known",
+        "Not in metrics.jsonl: accuracy.",
+        "views.png is not there",
+        "There is no encoder yet",
+    ):
+        assert sentence in text
+    assert page.tags["svg"] == 8 and page.tags["img"] == 0
+
+
+def test_a_run_that_took_no_step(folder: Path) -> None:
+    (folder / "starts.jsonl").write_text('{"step": 0, "command": "x"}\n')
+    text, page = _report(folder)
+    assert "There is no encoder yet" in text and page.tags["svg"] == 0
+
+
+def test_an_unlabelled_run_on_its_training_images(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", [""])
+    _save(folder, _config(folder, tmp_path / "images", evaluate=False), 3)
+    text, page = _report(folder)
+    assert "data.path, the training images" in text and "checkpoint-000000003.pt, step 3" in text
+    assert "There are no labels, so all points have one colour" in text
+    assert "which neighbours are wrong is for the eye" in text
+    assert page.tags["img"] == 6 * 6 and "wrong" not in page.classes
+
+
+def test_data_and_number_of_images(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "other", ["a", "b"])
+    _save(folder, _config(folder, tmp_path / "gone"), 3)
+    text, _ = _report(folder)
+    assert "The images are not there (eval.path)" in text and "Give others with --data" in text
+    text, _ = _report(folder, "--data", str(tmp_path / "other"), "--images", "5")
+    assert "Of 5 of 12 images" in text and "of at most 4;" in text
+
+
+def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    _save(folder, config, 3)
+    _save(folder, config, 4, exported=True)
+    assert read_run(folder).encoder_origin == "encoder.safetensors, step 4"
+    _save(folder, config, 5)  # the run went on
+    run = read_run(folder)
+    assert run.encoder_origin == "checkpoint-000000005.pt, step 5"
+    torch.manual_seed(5)
+    expected = make_byol(**config.model.model_dump()).online.encoder.state_dict()
+    assert run.encoder is not None
+    assert all(torch.equal(value, expected[key]) for key, value in run.encoder.state_dict().items())
+    (folder / "encoder.safetensors").write_bytes(b"x" * 100)
+    (folder / "checkpoint-000000005.pt").write_bytes(b"x" * 100)
+    text, _ = _report(folder)
+    assert "encoder.safetensors cannot be read" in text and "checkpoint-000000005.pt is no byolt" in text
+    assert read_run(folder).encoder_origin == "checkpoint-000000003.pt, step 3"
+
+
+def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ["a", "b"])
+    config = _config(folder, tmp_path / "images")
+    for value, sentence in ((0.0, "All features are one point"), (torch.nan, "are not finite")):
+        model = make_byol(**config.model.model_dump())
+        for parameter in model.online.encoder.parameters():
+            parameter.data.fill_(value)
+        state = {"step": 1, "model": model.state_dict(), "config": config.model_dump(mode="json")}
+        checkpoint.save(folder, 1, state, keep=1)
+        assert sentence in _report(folder)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere is no folder"),
+        (["."], "neither metrics.jsonl nor a checkpoint"),
+        (["run", "--images", "1"], "--images 1"),
+        (["run", "--data", "nowhere"], "'nowhere' does not exist"),
+        (["run", "--out", "no/where.html"], "--out no/where.html: its folder is not there"),
+    ],
+)
+def test_mistakes_are_named(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    _rows(tmp_path / "run", ROWS)
+    assert report.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_colours_go_to_the_most_frequent_classes() -> None:
+    labels = np.array([*range(12), *range(1, 11), -1])  # 0 and 11 are once, the others twice
+    colors, chosen = report_figures.colors_of(labels)
+    assert list(chosen) == list(range(1, 11)) and len(set(chosen.values())) == 10
+    assert colors[0] == colors[11] == colors[-1] == report_figures.OTHER_COLOR
+    assert colors[3] == colors[14] == chosen[3]
+    assert report_figures.colors_of(np.array([-1, -1])) == ([report_figures.ACCENT] * 2, {})
+
+
+def test_drawings_take_the_page_s_inks() -> None:
+    svg = report_figures.curves("a<b", [report_figures.Line([(1, 2.0), (3, 4.0)])], 3, "unit", hint=3.0)
+    assert 'aria-label="a&lt;b"' in svg and "var(--accent)" in svg and "var(--ink)" in svg
+    assert "#0" not in svg.replace("url(#", "").replace('href="#', "")
+    Inert(svg)
+    Inert(report_figures.scatter("map", np.eye(2), ["red", "blue"]))  # no tick has a label
+
+
+def _twelve_images(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ["a", "b"])
+    _save(folder, _config(folder, tmp_path / "images"), 3)
+
+
+def test_without_scikit_learn_the_map_is_pca_s(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _twelve_images(folder, tmp_path)
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    text, page = _report(folder)
+    assert "Map: PCA" in text and "scikit-learn is not installed" in text and "Map: t-SNE" not in text
+    assert page.tags["svg"] == 2
+
+
+def test_with_scikit_learn_there_is_a_second_map(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("sklearn.manifold", reason="scikit-learn is not installed")
+    _twelve_images(folder, tmp_path)
+    text, page = _report(folder)
+    assert "Map: PCA" in text and "Map: t-SNE" in text and "By scikit-learn, cosine, perplexity 4" in text
+    assert page.tags["svg"] == 3
+    text, page = _report(folder, "--images", "9")
+    assert "it takes 10 images or more" in text and page.tags["svg"] == 2
+
+
+def test_wrong_neighbours_are_marked() -> None:
+    angles = torch.tensor([0.0, 20.0, 50.0, 80.0]) * torch.pi / 180
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    pixels = [np.zeros((2, 2, 3), np.uint8)] * 4
+    sample = Sample(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], asked=4)
+    html = neighbours(sample)
+    cells = re.findall(r'<td class="(\w*)"><img alt="([^"]*)"', html)
+    assert cells == [
+        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.17"),
+        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.50"),
+    ]  # fmt: skip
+    assert "33.3 % of these neighbours" in html and "chance is 33.3 %" in html
+
+
+@pytest.mark.slow
+def test_report_of_what_train_leaves(tmp_path: Path, images: Path) -> None:  # noqa: F811
+    run = TrainRun(tmp_path, images)
+    assert run("train.stop_at_step=4").returncode == 0
+    text, _ = _report(run.out)
+    assert "step 4 of 8, stopped there by train.stop_at_step" in text
+    assert run("--resume", "auto").returncode == 0
+    text, page = _report(run.out)
+    assert [row["step"] for row in read_run(run.out).starts] == [0, 4]
+    assert "started before" in text and "at step 4" in text
+    assert "step 8 of 8, finished" in text and "encoder.safetensors, step 8" in text
+    assert "of 8 images" in text and "data.backend=torch" in text
+    assert page.tags["svg"] == 9 + 2 and "note" not in page.classes

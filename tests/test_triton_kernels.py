@@ -1,0 +1,321 @@
+"""The GPU's kernels against the torch back end and the reference's own numbers: each operation, alone and composed.
+
+With a GPU they run on it (and all tests here are marked gpu), without one in Triton's interpreter on the CPU, which
+conftest.py asks for. There a program of a kernel takes milliseconds: images are small, and go together where they can.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+from test_kernels import OPERATIONS, augment_of, expected, params_of, pictures  # noqa: E402
+
+from configs.schema import AugmentConfig, ViewConfig  # noqa: E402
+from pipelines import kernels, triton_kernels  # noqa: E402
+from pipelines.recipe import Pixels  # noqa: E402
+from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw  # noqa: E402
+
+tl = triton.language
+ROOT = Path(__file__).resolve().parent.parent
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
+EVERYTHING = ViewConfig(flip=0.5, jitter=1.0, gray=0.2, blur=0.8, solarize=0.5)
+
+
+def upload(images: list[np.ndarray]) -> tuple[Pixels, torch.Tensor]:
+    """Whole images uint8 (H, W, 3), one behind the other in the memory of the device."""
+    memory = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(DEVICE)
+    starts = np.cumsum([0, *(image.size for image in images[:-1])])
+    return Pixels(
+        memory.data_ptr() + starts, np.array([[0, 0, *image.shape[:2]] for image in images])
+    ), memory
+
+
+def run(
+    images: list[np.ndarray], *params: ViewParams, augment: AugmentConfig, dtype: torch.dtype = torch.float32
+) -> np.ndarray | torch.Tensor:
+    """(views, N, size, size, 3); of a single view without the first axis; a tensor where numpy has no such type."""
+    pixels, memory = upload(images)
+    shape = len(images), augment.size, augment.size, 3
+    outs = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in params]
+    triton_kernels.make_views(pixels, params, augment, outs)
+    result = (outs[0] if len(outs) == 1 else torch.stack(outs)).cpu()
+    del memory
+    return result.numpy() if dtype == torch.float32 else result
+
+
+def joined(params: list[ViewParams]) -> ViewParams:
+    names = [field.name for field in fields(ViewParams)]
+    return ViewParams(**{name: np.concatenate([getattr(part, name) for part in params]) for name in names})
+
+
+@pytest.fixture(scope="module")
+def reference(fixtures: Path) -> dict[str, np.ndarray]:
+    with np.load(fixtures / "augment.npz") as data:
+        return dict(data)
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_resize_equals_reference(size: int, fixtures: Path) -> None:
+    with np.load(fixtures / "resize.npz") as data:
+        image, wanted = data["in_u8"], data[f"out{size}"]
+    ours = run([image], params_of(1, *image.shape[:2]), augment=augment_of(size))[0]
+    assert np.abs(ours[: wanted.shape[0], : wanted.shape[1]] - wanted).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_operations_equal_reference(reference: dict[str, np.ndarray]) -> None:
+    """At the image's own size the resize is the identity; the other jitter values are neutral. 5 taps at 48 pixels."""
+    params = [params_of(1, 48, 48, jitter="/" in name, **OPERATIONS[name]) for name in OPERATIONS]
+    params.append(params_of(1, 48, 48, blur=True, sigma=1.0))
+    ours = run([reference["in_u8"]] * len(params), joined(params), augment=augment_of(48))
+    for name, view in zip([*OPERATIONS, "blur5/1.0"], ours, strict=True):
+        assert np.abs(view - reference[name]).max() < 1e-5, name
+
+
+def test_composition_equals_reference(reference: dict[str, np.ndarray]) -> None:
+    class Augment:
+        size, mean, std, blur_taps = 48, (0, 0, 0), (1, 1, 1), 23
+
+    blurs = [params_of(1, 48, 48, blur=True, sigma=sigma) for sigma in (0.1, 1.0, 2.0)]
+    composed = params_of(
+        1, 48, 48, jitter=True, order=np.array([[CONTRAST, HUE, SATURATION, BRIGHTNESS]], np.uint8),
+        contrast=1.3, hue=0.07, saturation=0.85, brightness=-0.2, blur=True, sigma=1.5, solarize=True,
+    )  # fmt: skip
+    ours = run([reference["in_u8"]] * 4, joined([*blurs, composed]), augment=Augment())  # type: ignore[arg-type]
+    names = ["blur23/0.1", "blur23/1.0", "blur23/2.0", "compose"]
+    for name, view in zip(names, ours, strict=True):
+        assert np.abs(view - reference[name]).max() < 1e-5, name
+
+
+@pytest.mark.parametrize("size", [8, 29, pytest.param(45, marks=pytest.mark.slow)])
+def test_images_of_any_shape_in_one_batch(size: int) -> None:
+    """Random windows, flips and every operation, enlarging and reducing, sizes that no block divides; two views."""
+    images, parts = [], ([], [])
+    for height, width in [(1, 1), (1, 40), (40, 1), (2, 3), (37, 61), (110, 70)]:
+        images += pictures(1, height, width)
+        for view, params in enumerate(parts):
+            ids, sides = np.array([len(images)]), (np.array([height]), np.array([width]))
+            params.append(draw(EVERYTHING, size, 0, ids, view, *sides))
+    params, augment = [joined(part) for part in parts], augment_of(size)
+    ours = run(images, *params, augment=augment)
+    for view, drawn in zip(ours, params, strict=True):
+        assert np.abs(view - expected(images, drawn, augment)).max() < 1e-5
+
+
+def test_windows_at_the_borders_and_thin_ones() -> None:
+    """What lies outside the window is never read: other pixels around it change nothing, to the bit."""
+    (image,) = pictures(1, 40, 50)
+    windows = [
+        (0, 0, 40, 50), (0, 0, 9, 11), (31, 39, 9, 11), (0, 39, 9, 11), (31, 0, 9, 11), (7, 20, 30, 1),
+        (7, 20, 1, 30), (39, 49, 1, 1), (0, 0, 40, 1), (20, 20, 2, 2),
+    ]  # fmt: skip
+    rows = np.array(windows, np.int32)
+    names = ("top", "left", "height", "width")
+    params = params_of(len(rows), 40, 50, flip=np.arange(len(rows)) % 2 == 1)
+    params = replace(params, **dict(zip(names, rows.T, strict=True)))
+    augment = augment_of(32)
+    ours = run([image] * len(rows), params, augment=augment)
+    assert np.abs(ours - expected([image] * len(rows), params, augment)).max() < 1e-6
+    others = []
+    for top, left, height, width in windows:
+        other = 255 - image
+        other[top : top + height, left : left + width] = image[top : top + height, left : left + width]
+        others.append(other)
+    assert np.array_equal(run(others, params, augment=augment), ours)
+
+
+@pytest.mark.parametrize(
+    "name", ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "flip"]
+)
+def test_each_operation_over_its_range(name: str) -> None:
+    count, size = 5, 40 if name == "blur" else 32  # of the blur 5 taps
+    images = pictures(count, 50, 30)
+    grid = {
+        "brightness": np.linspace(-1, 1, count), "contrast": np.linspace(0, 2, count),
+        "saturation": np.linspace(0, 2, count), "hue": np.linspace(-0.5, 0.5, count),
+    }  # fmt: skip
+    changes: dict[str, object] = (
+        {"jitter": True, name: grid[name].astype(np.float32)} if name in grid else {name: True}
+    )
+    if name == "blur":
+        changes["sigma"] = np.linspace(0.05, 5, count, dtype=np.float32)
+    params, augment = params_of(count, 50, 30, **changes), augment_of(size)
+    ours = run(images, params, augment=augment)
+    assert np.abs(ours - expected(images, params, augment)).max() < 5e-6
+    assert np.abs(ours - expected(images, params_of(count, 50, 30), augment)).max() > 0.01
+
+
+def test_every_order_of_the_colour_operations() -> None:
+    count = len(JITTER_ORDERS)
+    images = pictures(1, 30, 30) * count
+    params = params_of(
+        count, 30, 30, jitter=True, order=JITTER_ORDERS, brightness=np.float32(0.3), contrast=np.float32(1.4),
+        saturation=np.float32(1.2), hue=np.float32(-0.08),
+    )  # fmt: skip
+    augment = augment_of(30)
+    wanted = expected(images, params, augment)
+    assert len(np.unique(wanted.round(3), axis=0)) > 12  # the orders differ
+    assert np.abs(run(images, params, augment=augment) - wanted).max() < 5e-6
+
+
+@pytest.mark.slow
+def test_real_size_equals_the_torch_back_end_and_the_cpu_kernels() -> None:
+    augment = augment_of(224)
+    images = pictures(3, 300, 400)
+    params = draw(EVERYTHING, 1, 0, np.arange(3), 0, np.full(3, 300), np.full(3, 400))
+    params = replace(params, blur=np.array([True, True, False]), sigma=np.array([2.0, 0.7, 1], np.float32))
+    ours = run(images, params, augment=augment)
+    assert np.abs(ours - expected(images, params, augment)).max() < 1e-5
+    box = np.array([[0, 0, 300, 400]] * 3)
+    cpu = np.empty_like(ours)
+    kernels.make_views(Pixels(np.array([i.ctypes.data for i in images]), box), [params], augment, [cpu])
+    assert np.abs(ours - cpu).max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_other_types_are_the_rounded_numbers(dtype: torch.dtype) -> None:
+    """Triton's interpreter cuts bfloat16 off instead of rounding it: there, one unit in the last place."""
+    images, augment = pictures(3, 30, 40), AugmentConfig(size=24, view1=EVERYTHING, view2=EVERYTHING)
+    params = draw(EVERYTHING, 0, 0, np.arange(3), 0, np.full(3, 30), np.full(3, 40))
+    exact = torch.from_numpy(run(images, params, augment=augment))
+    ours = run(images, params, augment=augment, dtype=dtype)
+    assert ours.dtype == dtype
+    if dtype == torch.bfloat16 and not ON_GPU:
+        assert ((ours.float() - exact).abs() <= exact.abs() * 2**-7).all()
+    else:
+        assert torch.equal(ours, exact.to(dtype))
+
+
+def test_normalisation() -> None:
+    images, augment = pictures(2, 30, 30), AugmentConfig(size=30, view1=EVERYTHING, view2=EVERYTHING)
+    params = params_of(2, 30, 30, blur=np.array([True, False]))  # both ways out
+    plain = (expected(images, params, augment) - np.array(augment.mean)) / np.array(augment.std)
+    assert np.abs(run(images, params, augment=augment) - plain).max() < 1e-5
+
+
+def test_parts_of_a_batch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many views share the scratch memory, and in a second run, the result is the same to the bit."""
+    count = 4
+    images, augment = pictures(count, 33, 47), augment_of(24)
+    sides = np.full(count, 33), np.full(count, 47)
+    params = [draw(EVERYTHING, 0, 0, np.arange(count), view, *sides) for view in (0, 1)]
+    whole = run(images, *params, augment=augment)
+    monkeypatch.setattr(triton_kernels, "_SCRATCH", 12 * 24 * 24 * 3)  # three views, so 8 are three parts
+    assert np.array_equal(run(images, *params, augment=augment), whole)
+
+
+def test_part_of_an_image_gives_what_the_whole_gives() -> None:
+    (image,), augment = pictures(1, 90, 80), augment_of(32)
+    params = params_of(1, 41, 33, top=30, left=20)
+    pixels, memory = upload([np.ascontiguousarray(image[25:80, 18:60])])
+    out = torch.empty(1, 32, 32, 3, device=DEVICE)
+    pixels = Pixels(pixels.address, np.array([[25, 18, 55, 42]]))
+    triton_kernels.make_views(pixels, [params], augment, [out])
+    assert np.array_equal(out.cpu().numpy(), run([image], params, augment=augment))
+    del memory
+
+
+@pytest.mark.parametrize("change", [{"top": 50}, {"left": -1}, {"height": 61}, {"width": 0}])
+def test_window_outside_the_pixels_is_refused(change: dict[str, int]) -> None:
+    params = replace(params_of(1, 60, 60), **{name: np.full(1, value) for name, value in change.items()})
+    with pytest.raises(ValueError, match="window"):
+        run(pictures(1, 60, 60), params, augment=augment_of(16))
+
+
+def test_output_of_another_shape_or_layout_is_refused() -> None:
+    pixels, memory = upload(pictures(1, 20, 20))
+    for out in (torch.empty(1, 16, 16, 4), torch.empty(1, 3, 16, 16).permute(0, 2, 3, 1)):
+        with pytest.raises(ValueError, match="an output is"):
+            triton_kernels.make_views(pixels, [params_of(1, 20, 20)], augment_of(16), [out.to(DEVICE)])
+    del memory
+
+
+_position = triton_kernels._position
+
+
+@triton.jit
+def _positions(floors, rests, length, size: tl.constexpr, block: tl.constexpr):
+    place = tl.arange(0, block)
+    floor, rest = _position(place, length, size)
+    tl.store(floors + place, floor, place < size)
+    tl.store(rests + place, rest, place < size)
+
+
+@pytest.mark.parametrize("size", [8, 24, 45, 96, 224, 512, 1000, 1024])
+def test_positions_in_integers_are_those_in_float64(size: int) -> None:
+    """Of 1024 pixels some lie halfway between two steps of the kernel table. A position at a pixel may be its end."""
+    lengths = [1, 2, 3, size - 1, size, size + 1, 333, 500, 4095, 65535]
+    for length in lengths:
+        floors = torch.empty(size, dtype=torch.int32, device=DEVICE)
+        rests = torch.empty(size, device=DEVICE)
+        _positions[(1,)](floors, rests, length, size, triton.next_power_of_2(size))
+        centre = (np.arange(size) + 0.5) * (length / size) - 0.5
+        wanted = np.floor(centre) + np.rint((centre - np.floor(centre)) * 1024) / 1024
+        assert np.array_equal(floors.cpu().numpy() + rests.cpu().numpy().astype(float), wanted), length
+        assert ((rests >= 0) & (rests <= 1)).all()
+
+
+COMPILE = """
+import json, sys
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pipelines import triton_kernels
+
+norm = {f"{a}_{c}": "fp32" for a in ("scale", "shift") for c in "rgb"}
+pointers = {"table": "*i32", "scratch": "*fp32", "blurred": "*fp32", "sums": "*fp32"}
+out = []
+for name in ("_resize", "_color", "_blur_rows", "_blur_columns"):
+    kernel = getattr(triton_kernels, name)
+    for kind in (tl.float32, tl.float16, tl.bfloat16) if "kind" in kernel.arg_names else (None,):
+        constants = {"size": 224, "power": 64, "kind": kind}
+        constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+        signature = {k: (pointers | norm).get(k, "constexpr") for k in kernel.arg_names}
+        source = ASTSource(kernel, signature, constexprs=constants)
+        made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
+        out.append([name, str(kind), len(made.asm["cubin"]), made.asm["ptx"]])
+json.dump(out, sys.stdout)
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
+    """Triton's compiler needs no GPU. No atomics: sums in any order would differ from run to run; nothing in float64."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = json.loads(done.stdout)
+    assert len(made) == 8
+    for name, _, size, ptx in made:
+        assert size > 1000, name
+        assert "atom." not in ptx and "red." not in ptx.replace(".shared", "") and ".f64" not in ptx, name
+
+
+@pytest.mark.gpu
+def test_host_does_not_wait() -> None:
+    images, augment = pictures(8, 60, 80), augment_of(64)
+    params = draw(EVERYTHING, 0, 0, np.arange(8), 0, np.full(8, 60), np.full(8, 80))
+    run(images, params, augment=augment)  # compiles
+    pixels, memory = upload(images)
+    out = torch.empty(8, 64, 64, 3, device=DEVICE)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        triton_kernels.make_views(pixels, [params], augment, [out])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert np.array_equal(out.cpu().numpy(), run(images, params, augment=augment))
+    del memory

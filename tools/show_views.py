@@ -1,0 +1,104 @@
+"""Pictures of what the network sees: crop windows, both views and the numbers that were drawn for them.
+
+    python tools/show_views.py DATASET --config configs/r50_1000ep.yaml [--images 8 | --ids 3 17] [--epoch 0] ...
+    python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --operations     each operation alone
+    python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --compare        back end beside torch
+
+The seed is run.seed, and bytes, draws and back end are those of pipelines/loader.py: the views are, to the bit,
+those that training sees of these samples in that epoch (in float32; a GPU run may deliver bf16). Without --ids they are
+the first samples of the epoch. An image that does not decode is an error here; training would replace it.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from configs import schema
+from pipelines.loader import make_backend
+from pipelines.sources import open_source
+from pipelines.torch_backend import TorchBackend
+from tools.view_samples import choose, read
+from tools.view_sheets import comparison, contact_sheet, operation_strips
+
+MAX_IMAGES = 64
+
+
+def run(args: argparse.Namespace) -> None:
+    """Makes the picture that was asked for, writes it and says so.
+
+    Raises:
+        ValueError: something that was asked for is not possible.
+    """
+    words = args.ids or []
+    overrides = [*args.overrides, *(word for word in words if "=" in word)]
+    config = schema.load(args.config, overrides)
+    ids = [word for word in words if "=" not in word]
+    if not all(word.isdecimal() for word in ids):
+        raise ValueError(f"--ids {' '.join(ids)}: ids are whole numbers from 0")
+    if not 1 <= args.images <= MAX_IMAGES or len(ids) > MAX_IMAGES:
+        raise ValueError(f"--images and --ids show 1 to {MAX_IMAGES} images, not {len(ids) or args.images}")
+    if args.epoch < 0:
+        raise ValueError(f"--epoch {args.epoch}: epochs count from 0")
+    kind = "compare" if args.compare else "operations" if args.operations else "views"
+    out = args.out or Path(f"{kind}.png")
+    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+        raise ValueError(f"--out {out}: name a .png file in a folder that exists")
+    source = open_source(args.dataset)
+    if not len(source):
+        raise ValueError(f"data path {args.dataset!r} holds no images")
+    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
+    backend, reason = make_backend(config, torch.device(device), torch.float32)
+    if args.compare and isinstance(backend, TorchBackend):
+        raise ValueError(f"--compare needs another back end beside torch; {reason}")
+    count = 1 if args.operations else args.images
+    chosen = np.array(ids, np.int64) if ids else choose(config, source, args.epoch, count)
+    samples = read(config, source, args.epoch, chosen)
+
+    notes = [
+        f"{args.config}, {' '.join(overrides)}".rstrip(", "),
+        f"{args.dataset}; epoch {args.epoch}, seed {config.run.seed}, views of {config.augment.size} px",
+        reason,
+    ]
+    if args.compare:
+        name = reason.partition(": ")[2].partition(",")[0]
+        page, lines = comparison(config, samples, backend, name, notes)
+        print("\n".join(lines))
+    elif args.operations:
+        page = operation_strips(config, samples, backend, notes)
+    else:
+        page = contact_sheet(config, samples, backend, notes)
+    page.save(out)
+    print(f"{out}: {page.width} x {page.height} pixels")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="show_views", description=__doc__.split("\n", 1)[0])
+    parser.add_argument(
+        "dataset", help="what data.path takes: shards, a folder of images, .beton, synthetic:…"
+    )
+    parser.add_argument("--config", required=True, help="YAML file; see configs/")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--images", type=int, default=8, help="the first so many of the epoch (default 8)")
+    which.add_argument("--ids", nargs="+", metavar="ID", help="these samples instead")
+    parser.add_argument("--epoch", type=int, default=0, help="each has its own draws (default 0)")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: views|operations|compare.png")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--operations", action="store_true", help="each operation alone, on one image")
+    mode.add_argument("--compare", action="store_true", help="data.backend beside torch, and the difference")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
+    args = parser.parse_intermixed_args(argv)
+    torch.set_num_threads(1)
+    try:
+        run(args)
+    except (OSError, ValueError) as error:
+        print(f"show_views: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
