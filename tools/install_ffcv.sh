@@ -42,6 +42,6 @@ places=$libraries:$libraries/blas:$libraries/lapack
 export PKG_CONFIG_PATH=$native:$libraries/pkgconfig CPATH=$native/usr/include LIBRARY_PATH=$libraries
 export LDFLAGS="-Wl,--disable-new-dtags,-rpath,$places -Wl,-rpath-link,$places"  # also for the libraries' own needs
 "$python" -m pip install --quiet --no-deps --no-cache-dir --upgrade --target "$folder" \
-  ffcv==1.0.2 opencv-python-headless tqdm assertpy terminaltables psutil
+  ffcv==1.0.2 opencv-python-headless==5.0.0.93 tqdm==4.70.1 assertpy==1.1 terminaltables==3.1.10 psutil==7.2.2
 PYTHONPATH=$folder "$python" -W ignore -c 'import ffcv.loader, ffcv.writer'
 touch "$folder/done"
