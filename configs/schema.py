@@ -29,6 +29,9 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 ShareInterval = Annotated[tuple[_Share, _Share], AfterValidator(_ordered)]
 
 
+Profile = Literal["byol", "torchvision"]
+
+
 class Section(BaseModel):
     """A group of settings: unknown keys are refused, values never change after loading."""
 
@@ -69,11 +72,11 @@ class ViewConfig(Section):
     jitter: Probability = 0.8
     """Probability that the four colour operations below are applied, in a random order."""
     brightness: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """A value U(-b, b) is added to every pixel (range [0, 1])."""
+    """A value U(-b, b) is added to every pixel (range [0, 1]); torchvision: they are scaled by U(1 - b, 1 + b)."""
     contrast: Annotated[float, Field(ge=0, le=1)] = 0.4
-    """Distance to the per-channel mean is scaled by U(1 - c, 1 + c)."""
+    """Distance to the per-channel mean is scaled by U(1 - c, 1 + c); torchvision: to the mean of the grey image."""
     saturation: Annotated[float, Field(ge=0, le=1)] = 0.2
-    """Saturation in HSV is scaled by U(1 - s, 1 + s)."""
+    """Saturation in HSV is scaled by U(1 - s, 1 + s); torchvision: the distance to the grey image is."""
     hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
     """U(-h, h) of a turn is added to the hue in HSV."""
     gray: Probability = 0.2
@@ -87,6 +90,10 @@ class ViewConfig(Section):
 
 
 class AugmentConfig(Section):
+    profile: Profile = "byol"
+    """Whose definitions the operations have: the reference implementation's (byol: byol/utils/augmentations.py), or
+    torchvision's (transforms.v2: RandomResizedCrop of 10 tries with antialias, ColorJitter by factors), with which
+    solo-learn and lightly train."""
     size: Annotated[int, Field(ge=8, le=1024)] = 224
     """Side of a view in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)

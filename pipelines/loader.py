@@ -23,10 +23,11 @@ from torch import Tensor
 from configs.schema import Config
 from pipelines import order
 from pipelines.encoded import check
+from pipelines.recipe import GPU_PROFILES
 from pipelines.resident import Resident, is_wanted
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
-from pipelines.views import ViewParams, draw
+from pipelines.views import ViewParams, draw_both
 
 
 class Batch(NamedTuple):
@@ -63,9 +64,21 @@ def make_resident(
     if config.data.backend == "torch" or not is_wanted(config.data, source):
         return None
     resident = Resident(source, config.augment, device, dtype, config.data.threads)
-    place = "GPU" if device.type == "cuda" else "CPU"
+    place, remark = _place(config, device)
     kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
-    return resident, f"data.resident={config.data.resident}: {kept}"
+    return resident, f"data.resident={config.data.resident}: {kept}{remark}"
+
+
+def _place(config: Config, device: torch.device) -> tuple[str, str]:
+    """Where the views are made, and a remark if that is not where they are delivered."""
+    if device.type == "cpu":
+        return "CPU", ""
+    if config.augment.profile in GPU_PROFILES:
+        return "GPU", ""
+    return (
+        "CPU",
+        f"; the GPU is sent the views, because it makes none of augment.profile={config.augment.profile}",
+    )
 
 
 def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
@@ -75,7 +88,6 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
-    place = "GPU" if device.type == "cuda" else "CPU"
     if choice != "torch":
         try:
             from pipelines.dali_backend import DaliBackend
@@ -85,8 +97,9 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
+        place, remark = _place(config, device)
         why = ", because it is installed" if choice == "auto" else ""
-        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads"
+        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads{remark}"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
     return TorchBackend(config.augment, device, dtype, threads), reason
@@ -220,11 +233,9 @@ class Loader:
                 for place, reason in error.reasons.items():
                     self._count_corrupt(int(ids[place]), reason)
 
-    def _draw(self, ids: npt.NDArray[np.int64], epoch: int) -> list[ViewParams]:
-        augment, seed = self._config.augment, self._config.run.seed
-        sides = self._source.heights[ids], self._source.widths[ids]
-        views = enumerate((augment.view1, augment.view2))
-        return [draw(view, seed, epoch, ids, index, *sides) for index, view in views]
+    def _draw(self, ids: npt.NDArray[np.int64], epoch: int) -> tuple[ViewParams, ViewParams]:
+        config, source = self._config, self._source
+        return draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
 
     def _batch(self, ids: npt.NDArray[np.int64], views: tuple[Tensor, Tensor]) -> Batch:
         return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))

@@ -1,8 +1,9 @@
 """The reference implementation's augmentations in plain torch: what tests compare with, and the fallback without DALI.
 
-Every operation is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness is
-added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
-a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1].
+Every operation here is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness
+is added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
+a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1]. The other profile's
+are in pipelines/torchvision_profile.py; the back end serves both.
 """
 
 import io
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs.schema import AugmentConfig
+from pipelines import torchvision_profile
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
@@ -29,12 +31,13 @@ class TorchBackend:
     ) -> None:
         """
         Args:
-            augment: size of the views, mean and std.
+            augment: profile and size of the views, mean and std.
             device: where the views are delivered.
             dtype: float32, float16 or bfloat16.
             threads: images that are worked on at a time.
         """
         self._augment, self._device, self._dtype = augment, device, dtype
+        self._apply = apply if augment.profile == "byol" else torchvision_profile.apply
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(
@@ -61,7 +64,7 @@ class TorchBackend:
             except ValueError as error:
                 return str(error)
             row = slice(i, i + 1)
-            return apply(image, params1[row], size, taps), apply(image, params2[row], size, taps)
+            return self._apply(image, params1[row], size, taps), self._apply(image, params2[row], size, taps)
 
         results = list(self._pool.map(work, range(len(encoded))))
         reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
@@ -102,7 +105,7 @@ def decode(encoded: bytes) -> Tensor:
 
 
 def apply(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
-    """One drawn view of an image, before normalisation.
+    """One drawn view of an image by profile byol, before normalisation.
 
     Args:
         image: uint8 (H, W, 3).

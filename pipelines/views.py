@@ -1,6 +1,7 @@
 """What is drawn for a view: crop window, flip, colour jitter, grey, blur, solarize. Pure numpy, nothing is applied.
 
-The parameters of a sample depend on (seed, epoch, id, view) alone: not on the rank, the batch or the back end.
+The parameters of a sample depend on (seed, epoch, id, view) alone: not on the rank, the batch or the back end. The two
+profiles (augment.profile) read the same random numbers: a sample that one of them flips, the other flips too.
 """
 
 import itertools
@@ -9,11 +10,16 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from configs.schema import ViewConfig
+from configs.schema import AugmentConfig, Profile, ViewConfig
 from pipelines.philox import uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)  # (24, 4)
+CROP_TRIES = 10  # of torchvision's RandomResizedCrop, before it takes a centred window
+_SLOTS = 16  # random numbers of a view; torchvision's further tries take theirs after these
+
+Uniform = npt.NDArray[np.float64]
+Sides = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,9 +35,11 @@ class ViewParams:
     order: npt.NDArray[
         np.uint8
     ]  # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
-    brightness: npt.NDArray[np.float32]  # added, range [0, 1]
-    contrast: npt.NDArray[np.float32]  # factor about the per-channel mean
-    saturation: npt.NDArray[np.float32]  # factor in HSV
+    brightness: npt.NDArray[np.float32]  # added, range [0, 1]; torchvision: a factor
+    contrast: npt.NDArray[
+        np.float32
+    ]  # factor about the per-channel mean; torchvision: about the mean of grey
+    saturation: npt.NDArray[np.float32]  # factor in HSV; torchvision: about the grey image
     hue: npt.NDArray[np.float32]  # turns in HSV
     gray: npt.NDArray[np.bool_]
     blur: npt.NDArray[np.bool_]
@@ -46,6 +54,22 @@ class ViewParams:
         return ViewParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
+def draw_both(
+    augment: AugmentConfig,
+    seed: int,
+    epoch: int,
+    ids: npt.NDArray[np.integer],
+    heights: npt.NDArray[np.integer],
+    widths: npt.NDArray[np.integer],
+) -> tuple[ViewParams, ViewParams]:
+    """Draws both views of every sample by a config's distributions and profile; arguments as `draw`."""
+    first, second = (
+        draw(view, seed, epoch, ids, index, heights, widths, augment.profile)
+        for index, view in enumerate((augment.view1, augment.view2))
+    )
+    return first, second
+
+
 def draw(
     view: ViewConfig,
     seed: int,
@@ -54,11 +78,9 @@ def draw(
     view_index: int,
     heights: npt.NDArray[np.integer],
     widths: npt.NDArray[np.integer],
+    profile: Profile = "byol",
 ) -> ViewParams:
-    """Draws one view of every sample, as the reference implementation (byol/utils) draws it.
-
-    The crop is one draw: area U(crop_area), ratio exp(U(log crop_ratio)); sides are rounded, clamped to the image
-    (at least one pixel) and placed uniformly.
+    """Draws one view of every sample, as the reference implementation (byol/utils) or torchvision draws it.
 
     Args:
         view: the distribution.
@@ -68,26 +90,26 @@ def draw(
         view_index: 0 or 1; the views' draws are independent.
         heights: (N,) stored heights in pixels.
         widths: (N,) stored widths in pixels.
+        profile: which windows are drawn (`_one_try`, `_ten_tries`), and whether brightness is an offset or a factor.
 
     Returns:
         Parameters of N views.
     """
-    u = iter(uniform(seed, epoch, ids, view_index, slots=16))
-    heights, widths = heights.astype(np.int64), widths.astype(np.int64)
-
-    area = _between(next(u), *view.crop_area) * heights * widths
-    ratio = np.exp(_between(next(u), *np.log(view.crop_ratio)))
-    height = np.clip(np.rint(np.sqrt(area / ratio)), 1, heights).astype(np.int32)
-    width = np.clip(np.rint(np.sqrt(area * ratio)), 1, widths).astype(np.int32)
+    byol = profile == "byol"
+    slots = uniform(seed, epoch, ids, view_index, _SLOTS if byol else _SLOTS + 2 * (CROP_TRIES - 1))
+    sides = heights.astype(np.int64), widths.astype(np.int64)
+    crop = _one_try(view, slots[:4], *sides) if byol else _ten_tries(view, slots, *sides)
+    top, left, height, width = (side.astype(np.int32) for side in crop)
+    u, neutral = iter(slots[4:]), 0 if byol else 1
     return ViewParams(
-        top=(next(u) * (heights - height + 1)).astype(np.int32),
-        left=(next(u) * (widths - width + 1)).astype(np.int32),
+        top=top,
+        left=left,
         height=height,
         width=width,
         flip=next(u) < view.flip,
         jitter=next(u) < view.jitter,
         order=JITTER_ORDERS[(next(u) * len(JITTER_ORDERS)).astype(np.int64)],
-        brightness=_between(next(u), -view.brightness, view.brightness).astype(np.float32),
+        brightness=_between(next(u), neutral - view.brightness, neutral + view.brightness).astype(np.float32),
         contrast=_between(next(u), 1 - view.contrast, 1 + view.contrast).astype(np.float32),
         saturation=_between(next(u), 1 - view.saturation, 1 + view.saturation).astype(np.float32),
         hue=_between(next(u), -view.hue, view.hue).astype(np.float32),
@@ -96,6 +118,54 @@ def draw(
         sigma=_between(next(u), *view.blur_sigma).astype(np.float32),
         solarize=next(u) < view.solarize,
     )
+
+
+def _one_try(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
+    """The reference's window: sides rounded, clamped to the image (at least one pixel), placed uniformly.
+
+    Args:
+        view: area U(crop_area), ratio exp(U(log crop_ratio)).
+        u: (4, N) random numbers: area, ratio, place.
+        heights: (N,) of the images.
+        widths: (N,)
+
+    Returns:
+        Top, left, height and width, each (N,), top and left not yet rounded down.
+    """
+    height, width = _sides(view, u[0], u[1], heights, widths)
+    height, width = np.clip(height, 1, heights), np.clip(width, 1, widths)
+    return [u[2] * (heights - height + 1), u[3] * (widths - width + 1), height, width]
+
+
+def _ten_tries(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
+    """torchvision's window (transforms.v2.RandomResizedCrop): the first of ten that fits into the image.
+
+    Where none does, the largest centred one whose ratio is the nearest allowed to the image's own. Arguments and result
+    as `_one_try`, but u is (_SLOTS + 18, N): area and ratio of the other nine tries come last.
+    """
+    tries = np.concatenate([u[:2], u[_SLOTS:]])
+    height, width = _sides(view, tries[::2], tries[1::2], heights, widths)  # (10, N)
+    fits = (height > 0) & (height <= heights) & (width > 0) & (width <= widths)
+    first, row = fits.argmax(0), np.arange(len(heights))
+    height, width = height[first, row], width[first, row]
+    top, left = u[2] * (heights - height + 1), u[3] * (widths - width + 1)
+
+    low, high = view.crop_ratio
+    ratio = widths / heights
+    all_rows = np.where(ratio < low, np.rint(widths / low), heights)
+    all_columns = np.where(ratio > high, np.rint(heights * high), widths)
+    centred = [(heights - all_rows) // 2, (widths - all_columns) // 2, all_rows, all_columns]
+    drawn = fits.any(0)
+    return [np.where(drawn, a, b) for a, b in zip((top, left, height, width), centred, strict=True)]
+
+
+def _sides(
+    view: ViewConfig, area: Uniform, ratio: Uniform, heights: Sides, widths: Sides
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Height and width of windows, rounded, of any size; area and ratio are random numbers (..., N)."""
+    pixels = _between(area, *view.crop_area) * heights * widths
+    aspect = np.exp(_between(ratio, *np.log(view.crop_ratio)))
+    return np.rint(np.sqrt(pixels / aspect)), np.rint(np.sqrt(pixels * aspect))
 
 
 def _between(u: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:

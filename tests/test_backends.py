@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import AugmentConfig, ViewConfig
+from configs.schema import AugmentConfig, Profile, ViewConfig
 from pipelines import torch_backend
 from pipelines.torch_backend import TorchBackend, UndecodableError
 from pipelines.views import ViewParams, draw
@@ -20,8 +20,8 @@ CPU = torch.device("cpu")
 NONE = ViewConfig(flip=0, jitter=0, gray=0, blur=0, solarize=0)
 
 
-def _augment(size: int, view: ViewConfig) -> AugmentConfig:
-    return AugmentConfig(size=size, mean=(0, 0, 0), std=(1, 1, 1), view1=view, view2=view)
+def _augment(size: int, view: ViewConfig, profile: Profile = "byol") -> AugmentConfig:
+    return AugmentConfig(profile=profile, size=size, mean=(0, 0, 0), std=(1, 1, 1), view1=view, view2=view)
 
 
 def _smooth_jpegs(count: int, height: int = 60, width: int = 80) -> list[bytes]:
@@ -41,14 +41,14 @@ def _sizes(encoded: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     return shapes[:, 0], shapes[:, 1]
 
 
-def _params(encoded: list[bytes], view: ViewConfig, index: int = 0) -> ViewParams:
-    return draw(view, 3, 0, np.arange(len(encoded)), index, *_sizes(encoded))
+def _params(encoded: list[bytes], view: ViewConfig, index: int = 0, profile: Profile = "byol") -> ViewParams:
+    return draw(view, 3, 0, np.arange(len(encoded)), index, *_sizes(encoded), profile)
 
 
-def _difference(encoded: list[bytes], view: ViewConfig, size: int, **fixed: object) -> torch.Tensor:
+def _difference(encoded: list[bytes], view: ViewConfig, size: int, profile: Profile = "byol") -> torch.Tensor:
     """(N, 3, size, size): |DALI - torch| in levels of 255, for one drawn view of each image, beside another."""
-    params, other = replace(_params(encoded, view), **fixed), _params(encoded, view, 1)
-    augment = _augment(size, view)
+    params, other = (_params(encoded, view, index, profile) for index in (0, 1))
+    augment = _augment(size, view, profile)
     ours, _ = dali_backend.DaliBackend(augment, CPU, torch.float32, threads=1)(encoded, params, other)
     plain, _ = TorchBackend(augment, CPU, torch.float32, threads=1)(encoded, params, params)
     return (ours - plain).abs() * 255
@@ -117,10 +117,11 @@ EACH = {
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_pixels_equal_the_torch_back_end(name: str, encoded: list[bytes]) -> None:
+@pytest.mark.parametrize("profile", ["byol", "torchvision"])
+def test_pixels_equal_the_torch_back_end(profile: Profile, name: str, encoded: list[bytes]) -> None:
     """Both compute in float32 from the same bytes: a thousandth of a level is rounding."""
-    assert _difference(encoded, EACH[name], 64).max() < 2e-3
-    assert _difference(encoded, EACH[name], 29).max() < 2e-3
+    assert _difference(encoded, EACH[name], 64, profile).max() < 2e-3
+    assert _difference(encoded, EACH[name], 29, profile).max() < 2e-3
 
 
 @pytest.mark.slow
@@ -139,6 +140,25 @@ def test_difference_is_measured(shared_data: Path, capsys: pytest.CaptureFixture
             print("  {:24} {:8.5f} {:7.5f}".format(*row))
     assert max(mean for _, mean, _ in rows) < 2e-4
     assert max(largest for _, _, largest in rows) < 5e-3
+
+
+@pytest.mark.slow
+def test_difference_of_profile_torchvision_is_measured(
+    shared_data: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Printed, with ceilings, on all images where several operations are composed."""
+    images = [path.read_bytes() for path in sorted((shared_data / "imagenet-sample").iterdir())]
+    rows = []
+    for name, view in EACH.items():
+        some = images if name in ("view 1", "view 2", "every operation") else images[::5]
+        apart = _difference(some, view, 224, "torchvision")
+        rows.append((name, len(some), apart.mean().item(), apart.max().item()))
+    with capsys.disabled():
+        print("\n|DALI - torch| in levels of 255, profile torchvision, ImageNet images")
+        for row in rows:
+            print("  {:24} {:4} images: mean {:8.5f}, max {:7.5f}".format(*row))
+    assert max(mean for _, _, mean, _ in rows) < 2e-4
+    assert max(largest for _, _, _, largest in rows) < 2e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -294,3 +314,15 @@ def test_broken_image_is_named_on_the_gpu(encoded: list[bytes]) -> None:
         backend(broken, *params)
     assert set(caught.value.reasons) == {5}
     assert torch.equal(backend(encoded, *params)[0], before)
+
+
+@pytest.mark.gpu
+def test_gpu_gets_the_cpus_pixels_of_profile_torchvision(encoded: list[bytes]) -> None:
+    view = ViewConfig(blur=0.5, solarize=0.2)
+    params = _params(encoded, view, profile="torchvision")
+    augment = _augment(64, view, "torchvision")
+    views = [
+        dali_backend.DaliBackend(augment, torch.device(device), torch.float32, 2)(encoded, params, params)[0]
+        for device in ("cpu", "cuda")
+    ]
+    assert views[1].device.type == "cuda" and torch.equal(views[0], views[1].cpu())

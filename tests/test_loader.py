@@ -203,3 +203,30 @@ def test_batches_made_on_a_stream_of_their_own_are_those_of_the_cpu(backend: str
     for view, expected in zip(ours, wanted, strict=True):
         assert view.device == device
         assert (view.cpu() - expected).abs().mean() < 0.02  # a JPEG's decoder rounds differently
+
+
+def test_views_of_profile_torchvision_are_made_on_the_cpu_for_a_gpu() -> None:
+    dali_backend = pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+    for choice in ("auto", "dali"):
+        config = make_config(data={"backend": choice}, augment={"profile": "torchvision"})
+        backend, reason = make_backend(config, torch.device("cuda"), torch.bfloat16)
+        assert isinstance(backend, dali_backend.DaliBackend)
+        assert "DALI on the CPU" in reason and "augment.profile=torchvision" in reason
+        assert backend._device.type == "cpu" and backend._deliver_to.type == "cuda"
+    _, reason = make_backend(config, torch.device("cpu"), torch.float32)
+    assert reason == "data.backend=dali: DALI on the CPU, 1 threads"
+
+
+def test_loader_draws_by_the_profile() -> None:
+    """The first batch of a run is what the back end makes of draws by torchvision's rules."""
+    from pipelines.views import draw_both
+
+    config, source = make_config(augment={"profile": "torchvision"}), Damaged({})
+    ((batch,),) = take(config, 1, source)
+    numbers = batch.id.numpy()
+    params = draw_both(config.augment, 5, 0, numbers, source.heights[numbers], source.widths[numbers])
+    backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
+    view1, view2 = backend([source.read(i) for i in numbers.tolist()], *params)
+    assert torch.equal(batch.view1, view1) and torch.equal(batch.view2, view2)
+    ((other,),) = take(make_config(), 1, source)
+    assert not torch.equal(batch.view1, other.view1)

@@ -104,6 +104,7 @@ def test_three_mistakes_make_one_message(minimal: Path) -> None:
         ("augment.view1.crop_area=[0.9,0.1]", "lower bound"),
         ("augment.view1.crop_area=[0,1]", "crop_area.0=0"),
         ("augment.size=4", "augment.size=4"),
+        ("augment.profile=moco", "augment.profile='moco'"),
         ("model.backbone=resnet49", "resnet50"),
         ("nothing.here=1", "nothing: no such setting"),
     ],

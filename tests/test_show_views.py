@@ -62,12 +62,13 @@ def _sheet(config: Config, samples: Samples) -> Page:
 # ── what is shown is what training sees ─────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["torch", "dali"])
-def test_sheet_shows_the_loaders_batches(name: str, folder: Path) -> None:
+@pytest.mark.parametrize(("name", "profile"), [("torch", "byol"), ("dali", "byol"), ("torch", "torchvision")])
+def test_sheet_shows_the_loaders_batches(name: str, profile: str, folder: Path) -> None:
     """To the bit: every step of two epochs, whatever the batch was; the pictures hold these pixels."""
     if name == "dali":
         pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
-    config = _config(folder, f"data.backend={name}", "augment.view1.blur=0.5", "augment.view2.gray=0.5")
+    overrides = f"data.backend={name}", f"augment.profile={profile}"
+    config = _config(folder, *overrides, "augment.view1.blur=0.5", "augment.view2.gray=0.5")
     source, backend = open_source(folder), _backend(config)
     with Loader(config, source, _backend(config)) as loader:  # it works in a thread of its own
         for epoch, (batch,) in zip(range(2), iter(loader), strict=False):

@@ -1,9 +1,11 @@
 """How fast the data path is: images/s and CPU ms an image, stage by stage and through the whole loader.
 
-    python tools/bench.py DATASET [--size 224] [--threads 1 2] [--batches 16] [--torchvision] [--json FILE]
+    python tools/bench.py DATASET [--size 224] [--threads 1 2] [--batches 16]
+        [--profile byol] [--torchvision] [--json FILE]
 
-An image is both its views, by BYOL's recipe, in float32 on the CPU. CPU ms hardly move when others use the machine;
-images/s do. --torchvision runs a plain torchvision v2 pipeline (one thread) between the rounds of the loader.
+An image is both its views, by BYOL's recipe, in float32 on the CPU; with --profile torchvision by torchvision's
+definitions of the operations. CPU ms hardly move when others use the machine; images/s do. --torchvision runs a plain
+torchvision v2 pipeline (one thread) between the rounds of the loader.
 """
 
 import argparse
@@ -15,19 +17,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from configs.schema import Config
+from configs.schema import Config, Profile
 from pipelines import dali_backend, order
 from pipelines.encoded import inspect
 from pipelines.kernels import make_views
 from pipelines.loader import Loader
 from pipelines.sources import Source, open_source
-from pipelines.views import draw
+from pipelines.views import draw_both
 
 ROUNDS = 3  # of each whole pipeline, in turn; the median counts
 
@@ -51,13 +53,14 @@ class Clock:
         return {"images_per_s": self.images / self.wall, "cpu_ms": 1000 * self.cpu / self.images}
 
 
-def make_config(path: str, size: int, threads: int, batch_size: int) -> Config:
+def make_config(path: str, size: int, threads: int, batch_size: int, profile: Profile = "byol") -> Config:
     """The paper's views; what concerns training is filled in and not used."""
     return Config.model_validate(
         {
             "run": {"out": "unused", "seed": 0},
             "data": {"path": path, "threads": threads, "backend": "dali"},
             "augment": {
+                "profile": profile,
                 "size": size,
                 "view1": {"blur": 1.0, "solarize": 0.0},
                 "view2": {"blur": 0.1, "solarize": 0.2},
@@ -88,10 +91,7 @@ def bench_stages(config: Config, source: Source, batches: int) -> dict[str, dict
             encoded = [source.read(i) for i in ids.tolist()]
             for data in encoded:
                 inspect(data)
-        sides = source.heights[ids], source.widths[ids]
-        params = [
-            draw(view, 0, epoch, ids, i, *sides) for i, view in enumerate((augment.view1, augment.view2))
-        ]
+        params = draw_both(augment, 0, epoch, ids, source.heights[ids], source.widths[ids])
         for start in range(0, size, dali_backend.TOGETHER):
             rows = slice(start, start + dali_backend.TOGETHER)
             part = [drawn[rows] for drawn in params]
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="each in turn (default 1)")
     parser.add_argument("--batches", type=int, default=16, help="of each measurement (default 16)")
     parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--profile", choices=get_args(Profile), default="byol", help="augment.profile")
     parser.add_argument(
         "--torchvision", action="store_true", help="a plain torchvision v2 pipeline beside it"
     )
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         source = open_source(args.dataset)
         print(f"{'threads':>7}  {'stage':14} {'images/s':>9} {'CPU ms/image':>13}")
         for threads in args.threads:
-            config = make_config(args.dataset, args.size, threads, args.batch_size)
+            config = make_config(args.dataset, args.size, threads, args.batch_size, args.profile)
             peer = torchvision_views(config) if args.torchvision else None
             stages = bench_stages(config, source, args.batches)
             stages |= bench_whole(config, source, args.batches, peer)
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
             if peer:
                 ratio = stages["torchvision"]["cpu_ms"] / stages["loader"]["cpu_ms"]
                 print(f"{threads:>7}  torchvision takes {ratio:.1f} times the loader's CPU time")
-            results.append({"threads": threads, "size": args.size, "stages": stages})
+            results.append({"threads": threads, "profile": args.profile, "size": args.size, "stages": stages})
     except (OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2

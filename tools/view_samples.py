@@ -84,8 +84,8 @@ def draw_view(
     heights: npt.NDArray[np.int64],
     widths: npt.NDArray[np.int64],
 ) -> ViewParams:
-    """`pipelines.views.draw` with a run's seed: the one place of this file that draws."""
-    return draw(view, config.run.seed, epoch, ids, index, heights, widths)
+    """`pipelines.views.draw` with a run's seed and profile: the one place of this file that draws."""
+    return draw(view, config.run.seed, epoch, ids, index, heights, widths, config.augment.profile)
 
 
 def neutral_jitter(config: Config) -> dict[str, float]:
