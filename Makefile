@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart quickstart-data test test-slow test-faults lint clean
+.PHONY: quickstart quickstart-data test test-slow test-faults test-ffcv lint clean
 
 quickstart: .venv/main.done quickstart-data  ## watch BYOL learn on this machine
 	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
@@ -23,6 +23,11 @@ test-slow: .venv/test.done  ## the slow ones
 
 test-faults: .venv/test.done  ## whole runs, killed, stopped and damaged
 	$(BIN)/pytest -m faults
+
+test-ffcv: .venv/test.done  ## with ffcv itself, which is built into .venv/ffcv and seen by these tests alone
+	tools/install_ffcv.sh .venv/ffcv $(BIN)/python
+	PYTHONPATH=.venv/ffcv $(BIN)/python -c 'import ffcv.loader'
+	PYTHONPATH=.venv/ffcv $(BIN)/pytest tests/test_ffcv.py
 
 lint: .venv/dev.done  ## format, lint, types, and that imports run one way
 	$(BIN)/ruff format --check .

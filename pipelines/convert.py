@@ -3,31 +3,35 @@
     JPEG, grey or colour, small enough     passes byte for byte (EXIF stays; pixels are used as stored)
     JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
     JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
-    PNG, WebP, BMP, TIFF, GIF              first frame, alpha dropped as convert("RGB") does, JPEG --quality
+    PNG, WebP, BMP, TIFF, GIF, PPM         first frame, alpha dropped as convert("RGB") does, JPEG --quality
     16 bits a channel                      the high byte, then as above
     anything else, damaged, too large      refused with the reason
+
+Into a .beton, raw pixels of another .beton stay raw, and --raw-fraction of the images become raw.
 
 What an image is, its bytes say, never its name.
 """
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from pipelines.encoded import MAX_PIXELS, ImageHeader, inspect
+from pipelines.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_SIDE = 65500  # pixels: JPEG_MAX_DIMENSION of libjpeg
 _GREY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
 
-def to_jpeg(data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: int = MAX_PIXELS) -> bytes:
+def to_jpeg(
+    data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: int = MAX_PIXELS, decode: bool = True
+) -> bytes:
     """The sample made of one input file, proven to decode.
 
     Args:
@@ -35,19 +39,53 @@ def to_jpeg(data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: in
         max_size: Longest side in pixels; 0 for no limit.
         quality: Of what is re-encoded (JPEG, 1 to 100, chroma halved in both directions).
         max_pixels: Refused from the header, before decoding, above this.
+        decode: Whether to prove what passes byte for byte; without, only its header and end are checked.
 
     Raises:
         ValueError: With the reason why it cannot be used.
     """
+
+    def encode(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+
+    header = _checked(data, max_pixels, decode)
+    if header and header.format == "jpeg" and header.channels != 4 and _fits(header, max_size):
+        return data
+    return _reencode(data, max_size, max_pixels, encode)
+
+
+def to_raw(data: bytes, *, max_size: int = 0, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
+    """The same as RGB pixels behind a PPM header, in the one form that `encoded.inspect` takes."""
+
+    def encode(image: Image.Image) -> bytes:
+        return ppm_header(image.height, image.width) + image.convert("RGB").tobytes()
+
+    header = _checked(data, max_pixels, decode)
+    if header and header.format == "ppm" and _fits(header, max_size):
+        return data
+    return _reencode(data, max_size, max_pixels, encode)
+
+
+def _checked(data: bytes, max_pixels: int, decode: bool) -> ImageHeader | None:
+    """The header of a JPEG or of raw pixels that are whole; None of what has to be re-encoded."""
+    if not data:
+        raise ValueError("empty")
     if data[:2] == b"\xff\xd8":
         header = inspect(data, max_pixels)
-        prove(data, header)
-        fits = not max_size or max(header.height, header.width) <= max_size
-        if header.channels != 4 and fits:
-            return data
-    elif not data:
-        raise ValueError("empty")
-    return _reencode(data, max_size, quality, max_pixels)
+        if decode:
+            prove(data, header)
+        return header
+    try:
+        header = inspect(data, max_pixels)
+    except ValueError:
+        return None  # PIL reads more kinds, and says what is wrong
+    return header if header.format == "ppm" else None
+
+
+def _fits(header: ImageHeader, max_size: int) -> bool:
+    return not max_size or max(header.height, header.width) <= max_size
 
 
 @contextmanager
@@ -73,7 +111,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _reencode(data: bytes, max_size: int, quality: int, max_pixels: int) -> bytes:
+def _reencode(data: bytes, max_size: int, max_pixels: int, encode: Callable[[Image.Image], bytes]) -> bytes:
+    """Hands the first frame, 8 bits grey or RGB and no larger than `max_size`, to `encode`."""
     with _opened(data) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
@@ -87,9 +126,7 @@ def _reencode(data: bytes, max_size: int, quality: int, max_pixels: int) -> byte
             scale = max_size / max(plain.size)
             size = max(1, round(plain.width * scale)), max(1, round(plain.height * scale))
             plain = plain.resize(size, Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        plain.save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
+        return encode(plain)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -106,13 +143,14 @@ def prove(data: bytes, header: ImageHeader) -> None:
 
     JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse
     transform is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut
-    and got an end marker. PNG: PIL.
+    and got an end marker. PNG: PIL. Raw pixels (PPM) are whole where `inspect` passed them.
 
     Raises:
         ValueError: With the decoder's reason.
     """
-    if header.format != "jpeg":
+    if header.format == "png":
         _prove_with_pil(data)
+    if header.format != "jpeg":
         return
     colours = "CMYK" if header.channels == 4 else "GRAY"
     try:

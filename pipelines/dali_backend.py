@@ -29,6 +29,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from configs.schema import AugmentConfig
+from pipelines.encoded import inspect
 from pipelines.memory import Memory
 from pipelines.recipe import GPU_PROFILES, Pixels
 from pipelines.torch_backend import UndecodableError, decode
@@ -69,6 +70,7 @@ class DaliBackend:
             ThreadPoolExecutor(threads) if threads > 1 else None
         )  # makes views; None: the caller's thread
         self._decoded: Any = None
+        self._raw: list[npt.NDArray[np.uint8]] = []
         self._memory = Memory()
         self._in_use: deque[tuple[torch.cuda.Event, Any]] = deque()
 
@@ -151,11 +153,25 @@ class DaliBackend:
         return [torch.from_numpy(view) for view in views]
 
     def decode(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> Pixels:
-        """On the CPU: what the windows cover of at most TOGETHER images; DALI's memory until the next call."""
+        """On the CPU: what the windows cover of at most TOGETHER images, in DALI's memory until the next call.
+
+        Raw pixels are used where they lie: DALI would copy them twice, 0.5 ms an image of 0.6 MB.
+        """
         box = _union(params1, params2)
-        inputs = {"start": box[:, :2].astype(np.int32), "shape": box[:, 2:].astype(np.int32)}
-        (self._decoded,) = self._run(encoded, inputs)
-        return Pixels(np.array([self._decoded[i].data_ptr() for i in range(len(box))]), box)
+        address = np.empty(len(box), np.int64)
+        is_raw = np.array([data[:2] == b"P6" for data in encoded])
+        compressed, raw = np.nonzero(~is_raw)[0].tolist(), np.nonzero(is_raw)[0].tolist()
+        if compressed:
+            start, shape = (box[compressed, side].astype(np.int32) for side in (slice(0, 2), slice(2, 4)))
+            inputs = {"start": start, "shape": shape}
+            (self._decoded,) = self._run([encoded[i] for i in compressed], inputs)
+            address[compressed] = [self._decoded[k].data_ptr() for k in range(len(compressed))]
+        self._raw = [np.frombuffer(encoded[i], np.uint8) for i in raw]  # keeps the bytes where they are
+        for i, data in zip(raw, self._raw, strict=True):
+            header = inspect(encoded[i])
+            box[i] = 0, 0, header.height, header.width
+            address[i] = data[-3 * header.height * header.width :].ctypes.data
+        return Pixels(address, box)
 
     def _run(
         self, encoded: Sequence[bytes], inputs: dict[str, Any], stream: torch.cuda.Stream | None = None

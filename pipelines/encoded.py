@@ -12,7 +12,9 @@ MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PPM = b"P6"
-_PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # width, height; as beton.py writes it
+_PPM_HEADER = re.compile(
+    rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n"
+)  # width, height; as ppm_header writes it
 _EOI = b"\xff\xd9"
 _IEND = b"IEND\xaeB`\x82"
 _TAIL = 65536  # bytes at the end that are searched for the end marker before the whole file is
@@ -135,6 +137,11 @@ def _inspect_png(data: bytes) -> ImageHeader:
     if data.rfind(_IEND, max(33, len(data) - _TAIL)) < 0 and data.find(_IEND, 33) < 0:
         raise ValueError("cut short: PNG has no end chunk (IEND)")
     return ImageHeader("png", height, width, _PNG_CHANNELS[colour], 8 if colour == 3 else bits)
+
+
+def ppm_header(height: int, width: int) -> bytes:
+    """What stands before raw pixels (height x width x RGB, uint8) so that every decoder reads them."""
+    return b"P6\n%d %d\n255\n" % (width, height)
 
 
 def _inspect_ppm(data: bytes) -> ImageHeader:

@@ -1,7 +1,7 @@
-"""The samples of one WebDataset tar: where each image lies, how large it is, and its label.
+"""The samples of one shard: where each image lies, how large it is, and its label.
 
-Members in a row whose names are equal up to the first dot are a sample. Damage to the tar itself is an error; a
-sample that cannot be used is left out and named.
+In a WebDataset tar members in a row whose names are equal up to the first dot are a sample. Damage to the tar itself
+is an error; a sample that cannot be used is left out and named. A .beton is sound as a whole, or refused.
 """
 
 import os
@@ -14,11 +14,11 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines import tar
+from pipelines.beton import BetonSource
 from pipelines.encoded import inspect
 from pipelines.shards import MAX_BYTES, SAMPLE, UNLABELLED
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
-_Keyed = tuple[str, str, tar.Member]  # key with its folder, lower-case extension, member
 
 
 class Index(NamedTuple):
@@ -52,7 +52,7 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
     seen: set[str] = set()
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        for key, group in groupby(_keyed(path, descriptor), lambda item: item[0]):
+        for key, group in groupby(keyed_members(path, descriptor), lambda item: item[0]):
             members = list(group)
             try:
                 if key in seen:
@@ -69,8 +69,22 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
     return Index(np.array(records, SAMPLE), refused, imageless)
 
 
-def _keyed(path: Path, descriptor: int) -> Iterator[_Keyed]:
-    """The members that may belong to a sample."""
+def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
+    """SAMPLE records of one .beton, in the order of its samples, with `shard` 0; every image is read once.
+
+    Raises:
+        ValueError: See `beton.BetonSource`.
+    """
+    source = BetonSource([path])
+    records = np.zeros(len(source), SAMPLE)
+    records["label"], records["height"], records["width"] = source.labels, source.heights, source.widths
+    records["offset"], records["length"] = source.offsets, source.lengths
+    records["crc32"] = [zlib.crc32(source.region(i)) for i in range(len(source))]
+    return records
+
+
+def keyed_members(path: Path, descriptor: int) -> Iterator[tuple[str, str, tar.Member]]:
+    """The members that may belong to a sample: key with its folder, lower-case extension, member."""
     for member in tar.walk(path, descriptor):
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -78,7 +92,9 @@ def _keyed(path: Path, descriptor: int) -> Iterator[_Keyed]:
             yield (f"{folder}/{stem}" if folder else stem), extension.lower(), member
 
 
-def _record(path: Path, descriptor: int, members: list[_Keyed]) -> tuple[int, ...] | None:
+def _record(
+    path: Path, descriptor: int, members: list[tuple[str, str, tar.Member]]
+) -> tuple[int, ...] | None:
     """The record of one sample, None where it has no image, ValueError where it cannot be used."""
     images = [member for _, extension, member in members if extension in IMAGE_EXTENSIONS]
     labels = [member for _, extension, member in members if extension == "cls"]

@@ -34,9 +34,11 @@ class Entry(NamedTuple):
     Attributes:
         name: Relative to the folder that was asked for.
         label: Index of its class, -1 for none.
-        offset: Where its bytes start in a tar; its number in a zip; 0 in a folder.
+        offset: Where its bytes start in a tar; its number in a zip or data set; 0 in a folder.
         length: Bytes.
         modified: Of the file, or of its archive: nanoseconds since 1970.
+        key: What the sample is called; "" for its number.
+        info: JSON that goes with it; "" for the name alone.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Entry(NamedTuple):
     offset: int
     length: int
     modified: int
+    key: str = ""
+    info: str = ""
 
 
 class Refused(NamedTuple):
@@ -54,7 +58,12 @@ class Refused(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """All input files, sorted by name. `path` is what to read from: the source, or the decompressed tar."""
+    """All input files, sorted by name. `path` is what to read from: the source, or the decompressed tar.
+
+    A data set that was made before (kind "data set") is in its own order, and stays in it. `left_out` names what of
+    it has no place in another, `fingerprint` is its `sources.Source.fingerprint`, and `proven` says that every image
+    was decoded when it was made: what has the same checksum need not be decoded again.
+    """
 
     path: Path
     kind: str
@@ -62,10 +71,13 @@ class Listing(NamedTuple):
     entries: list[Entry]
     classes: list[str] | None
     refused: list[Refused]
+    left_out: tuple[str, ...] = ()
+    fingerprint: str = ""
+    proven: bool = False
 
     def sha256(self) -> str:
         """Identity of the source: names, labels and sizes."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.fingerprint.encode())
         for entry in self.entries:
             digest.update(f"{entry.name}\0{entry.label}\0{entry.length}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()

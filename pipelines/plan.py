@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from pipelines.datasets import KIND
 from pipelines.order import global_batch
 from pipelines.originals import Entry, Listing
 from pipelines.writer import Job
 
 WORK = ".make_shards"  # in DST until it is finished
+SUFFIXES = {"webdataset": ".tar", "beton": ".beton"}  # by --format
 
 
 def parse_split(text: str | None) -> dict[str, float]:
@@ -31,16 +33,21 @@ def parse_split(text: str | None) -> dict[str, float]:
 
 
 def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) -> dict[str, list[Job]]:
-    """Which entry goes to which shard: a pure function of the source's names and sizes and the settings."""
+    """Which entry goes to which shard: a pure function of the source's names and sizes and the settings.
+
+    Files are shuffled; the samples of a data set stay in its order, also those of a part of it, which is drawn.
+    """
     number = len(listing.entries)
     order = global_batch(args.seed, 0, 0, number, number)  # the same with every release of numpy
+    suffix = SUFFIXES[args.format]
     bounds = np.rint(np.cumsum([0.0, *split.values()]) * len(order)).astype(int)
     bounds[-1] = len(order)  # the shares may sum to 1 - 1e-6
     jobs: dict[str, list[Job]] = {}
     for (name, share), start, stop in zip(split.items(), bounds[:-1], bounds[1:], strict=True):
         if start == stop:
             raise ValueError(f"--split {name}={share}: no image is left for it, SRC has {len(order)} files")
-        entries = [listing.entries[i] for i in order[start:stop]]
+        part = order[start:stop] if listing.kind != KIND else np.sort(order[start:stop])
+        entries = [listing.entries[i] for i in part]
         jobs[name] = []
         for number, chunk in enumerate(_chunks(entries, args.shard_size * 1_000_000)):
             stem = f"{name or 'shard'}-{number:06d}"
@@ -49,10 +56,18 @@ def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) ->
                     source=(listing.path, listing.kind, listing.prefix),
                     entries=chunk,
                     digits=max(6, len(str(len(entries)))),
-                    shard=args.dst / name / f"{stem}.tar",
+                    shard=args.dst / name / f"{stem}{suffix}",
                     note=args.dst / WORK / f"{stem}.json",
-                    rules={"max_size": args.max_size, "quality": args.quality, "max_pixels": args.max_pixels},
+                    rules={
+                        "max_size": args.max_size,
+                        "max_pixels": args.max_pixels,
+                        "decode": args.decode and not listing.proven,
+                    },
+                    quality=args.quality,
                     strict=args.strict,
+                    seed=args.seed,
+                    raw_fraction=args.raw_fraction,
+                    engine=args.engine,
                 )
             )
     return jobs
@@ -74,6 +89,9 @@ def settings_of(listing: Listing, args: argparse.Namespace) -> dict[str, Any]:
     """Everything that the bytes of the result depend on."""
     return {
         "format": args.format,
+        "engine": args.engine,
+        "raw_fraction": args.raw_fraction,
+        "decode": args.decode or listing.proven,
         "source_files": len(listing.entries),
         "source_bytes": sum(entry.length for entry in listing.entries),
         "source_sha256": listing.sha256(),

@@ -7,7 +7,6 @@ A source gives random access; which sample is read when is the business of `orde
 
 import errno
 import hashlib
-import io
 import os
 import re
 import resource
@@ -16,15 +15,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
-from pipelines.beton import BetonSource
+from pipelines.beton import BetonSource, split_path
 from pipelines.encoded import inspect
 from pipelines.shards import MANIFEST, Manifest, Shard
+from pipelines.synthetic import SyntheticSource
 
 _NAMED = 5  # unreadable files that an error lists
 _SPARE_DESCRIPTORS = 256  # left for the rest of the process
-_SYNTHETIC_POOL = 64  # distinct images
 
 
 class Source(Protocol):
@@ -57,7 +55,8 @@ class Source(Protocol):
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens what `path` names: a folder of shards, a folder of images, .beton files, or "synthetic:NUM:HxW".
 
-    Several .beton files, separated by commas, are one data set in that order.
+    Several .beton files, separated by commas, are one data set in that order; "?image=FIELD&label=FIELD" behind them
+    names the fields to read, where the first of their type are not the ones.
 
     Raises:
         ValueError: It is none of these, or the data set is damaged; names the path and the remedy.
@@ -69,15 +68,16 @@ def open_source(path: str | os.PathLike[str]) -> Source:
             raise ValueError(f"data path {text!r}: synthetic images are written synthetic:NUM:HxW")
         return SyntheticSource(*map(int, match.groups()))
     folder = Path(text)
-    files = [text] if folder.exists() else [part.strip() for part in text.split(",")]
+    files, fields = split_path(text)
     if any(file.endswith(".beton") for file in files):
-        return BetonSource(files)
+        return BetonSource(files, **fields)
     if not folder.exists():
         raise ValueError(f"data path {text!r} does not exist: make it with tools/make_shards.py SRC {text}")
     if not folder.is_dir():
         raise ValueError(f"data path {text!r} is a file: name the folder of a data set, or of images")
     if (folder / MANIFEST).exists():
-        return TarSource(folder)
+        is_beton = Manifest.load(folder).shards[0].name.endswith(".beton")
+        return BetonFolder(folder) if is_beton else TarSource(folder)
     if any(folder.glob("*.tar")):
         raise ValueError(
             f"data path {text!r} holds tars without {MANIFEST}: run tools/make_shards.py --index {text}"
@@ -95,37 +95,17 @@ class TarSource:
         manifest = Manifest.load(self.folder)
         self._shards = manifest.shards
         self._samples = manifest.samples
-        for number, shard in enumerate(self._shards):
-            self._check_size(number, shard)
+        check_sizes(self.folder, manifest)
+        self.paths = [self.folder / shard.name for shard in manifest.shards]
         self.classes = manifest.classes
+        self.lengths = manifest.samples["length"].astype(np.int64)
         self.labels = manifest.samples["label"].astype(np.int64)
         self.heights = manifest.samples["height"].astype(np.int64)
         self.widths = manifest.samples["width"].astype(np.int64)
-        identity = [[shard.name, shard.sha256] for shard in self._shards], self.classes
-        self.fingerprint = hashlib.sha256(repr(identity).encode()).hexdigest()
+        self.fingerprint = _fingerprint(manifest)
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
         _allow_descriptors(len(self._shards) + _SPARE_DESCRIPTORS)
-
-    def _check_size(self, number: int, shard: Shard) -> None:
-        path = self.folder / shard.name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise ValueError(
-                f"shard {path}: {error.strerror}: copy it again, or remake the data set"
-            ) from None
-        if found != shard.size:
-            mine = self._samples["shard"] == number
-            ends = self._samples["offset"] + self._samples["length"]
-            lost = np.flatnonzero(mine & (ends > found))
-            first = (
-                f", from offset {self._samples['offset'][lost[0]]} on (sample {lost[0]})" if len(lost) else ""
-            )
-            raise ValueError(
-                f"shard {path} has {found:,} bytes, {MANIFEST} states {shard.size:,}{first}: "
-                "copy it again, or remake the data set with tools/make_shards.py"
-            )
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -177,6 +157,55 @@ class TarSource:
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
+
+
+class BetonFolder(BetonSource):
+    """.beton files with a manifest, as make_shards writes them: what is stated about them is compared."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises ValueError where a file is missing, damaged or not the one that the manifest describes."""
+        self.folder = Path(folder)
+        manifest = Manifest.load(self.folder)
+        check_sizes(self.folder, manifest)
+        _allow_descriptors(len(manifest.shards) + _SPARE_DESCRIPTORS)
+        super().__init__([self.folder / shard.name for shard in manifest.shards])
+        stated = manifest.samples["label"], manifest.samples["height"], manifest.samples["width"]
+        if not all(map(np.array_equal, stated, (self.labels, self.heights, self.widths))):
+            raise ValueError(
+                f"{self.folder}: labels or sizes are not those that {MANIFEST} states: "
+                f"tools/verify_shards.py {self.folder} says where"
+            )
+        self.classes = manifest.classes
+        self.fingerprint = _fingerprint(manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BetonFolder, (self.folder,)
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    identity = [[shard.name, shard.sha256] for shard in manifest.shards], manifest.classes
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
+
+
+def check_sizes(folder: Path, manifest: Manifest) -> None:
+    """Raises ValueError where a shard is missing or has another size than its manifest states."""
+    for number, shard in enumerate(manifest.shards):
+        path = folder / shard.name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"shard {path}: {error.strerror}: copy it again, or remake the data set"
+            ) from None
+        if found != shard.size:
+            samples = manifest.samples
+            ends = samples["offset"] + samples["length"]
+            lost = np.flatnonzero((samples["shard"] == number) & (ends > found))
+            first = f", from offset {samples['offset'][lost[0]]} on (sample {lost[0]})" if len(lost) else ""
+            raise ValueError(
+                f"shard {path} has {found:,} bytes, {MANIFEST} states {shard.size:,}{first}: "
+                "copy it again, or remake the data set with tools/make_shards.py"
+            )
 
 
 def _allow_descriptors(number: int) -> None:
@@ -292,41 +321,3 @@ class FolderSource:
 
     def describe(self, i: int) -> str:
         return f"{self._names[i]} (sample {i})"
-
-
-class SyntheticSource:
-    """JPEGs without a disk, for throughput: a small pool of smooth noise, repeated; label = i mod classes."""
-
-    def __init__(self, num_samples: int, height: int, width: int, classes: int = 10) -> None:
-        for name, value in (("NUM", num_samples), ("H", height), ("W", width), ("classes", classes)):
-            if not 0 < value < 1 << 31:
-                raise ValueError(f"synthetic:NUM:HxW has {name} = {value}: it must be at least 1")
-        if max(height, width) > 65500:
-            raise ValueError(f"synthetic:NUM:HxW has {height}x{width}: a JPEG side is at most 65500")
-        self._length = num_samples
-        self._pool = [_noise_jpeg(seed, height, width) for seed in range(min(_SYNTHETIC_POOL, num_samples))]
-        self.labels = np.arange(num_samples, dtype=np.int64) % classes
-        self.heights = np.full(num_samples, height, np.int64)
-        self.widths = np.full(num_samples, width, np.int64)
-        self.classes: list[str] | None = [f"class{label}" for label in range(classes)]
-        identity = f"synthetic:{num_samples}:{height}x{width}:{classes}"
-        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, i: int) -> bytes:
-        return self._pool[range(self._length)[i] % len(self._pool)]
-
-    def describe(self, i: int) -> str:
-        return f"synthetic image {i % len(self._pool)} (sample {i})"
-
-
-def _noise_jpeg(seed: int, height: int, width: int) -> bytes:
-    """Noise at a quarter of the size, enlarged: about 1.5 bits a pixel at quality 90, like photographs."""
-    rng = np.random.default_rng(seed)
-    noise = rng.integers(0, 256, ((height + 3) // 4, (width + 3) // 4, 3), np.uint8)
-    image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()

@@ -39,7 +39,7 @@ def spread(
         context = multiprocessing.get_context("spawn")
         pool = futures.ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (setup, arguments))
     try:
-        with _interrupts_ignored():
+        with _interrupts_held():
             pending = [pool.submit(function, task) for task in tasks]
         yield pending
     finally:
@@ -47,13 +47,13 @@ def spread(
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _interrupts_held() -> Iterator[None]:
+    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone, and waits for it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:

@@ -1,5 +1,6 @@
 """What several test files share: where the reference numbers and the real images are."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -37,8 +38,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked gpu are skipped where there is none."""
+    """Tests marked gpu or ffcv are skipped where there is none."""
+    absent = {}
     if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        absent["gpu"] = "no CUDA device"
+    if importlib.util.find_spec("ffcv") is None:
+        absent["ffcv"] = "ffcv is not installed (tools/install_ffcv.sh)"
+    for item in items:
+        for marker, reason in absent.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

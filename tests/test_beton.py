@@ -203,6 +203,64 @@ def test_fields_are_found_by_type(types: tuple[int, ...], tmp_path: Path) -> Non
     assert [source.read(i)[-len(s.data) :] for i, s in enumerate(samples)] == [s.data for s in samples]
 
 
+def test_fields_are_found_by_name(tmp_path: Path) -> None:
+    """The second image of a sample is one black pixel, its second number 99."""
+    path = write_beton(tmp_path / "a.beton", mixed(9), (2, 1, 5, 1, 2))
+    black = b"P6\n1 1\n255\n\0\0\0"
+    for query, is_black, is_99 in [
+        ("", False, False),
+        ("?image=field0&label=field1", False, False),
+        ("?image=field4", True, False),
+        ("?label=field3", False, True),
+        ("?label=field3&image=field4", True, True),
+    ]:
+        for text in (f"{path}{query}", f"{path},{path}{query}"):
+            source = open_source(text)
+            again = pickle.loads(pickle.dumps(source))
+            for found in (source, again):
+                assert (found.read(1) == black, set(found.labels) == {99}) == (is_black, is_99), text
+                assert len(found) == 9 * (1 + text.count(","))
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (
+            "?image=photo",
+            r"a\.beton has no RGB image field named 'photo', only 'field0' \(RGB image\), 'field1' \(int\): name "
+            "another field",
+        ),
+        ("?label=field0", r"no int field named 'field0', only 'field0' \(RGB image\), 'field1' \(int\)"),
+        ("?labels=field1", "behind the question mark stand image=FIELD, label=FIELD, or both joined by &"),
+        ("?image=", "behind the question mark"),
+        ("?image", "behind the question mark"),
+        ("?", "behind the question mark"),
+    ],
+)
+def test_field_that_is_not_there_is_refused_by_name(query: str, message: str, beton: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_source(f"{beton}{query}")
+
+
+def test_file_whose_name_looks_like_a_query(tmp_path: Path) -> None:
+    path = write_beton(tmp_path / "a.beton?image=x.beton", mixed(2))
+    assert len(open_source(path)) == 2
+
+
+def test_note_is_the_first_json_field(golden: BetonSource, beton: Path) -> None:
+    assert [golden.note(i) for i in (0, 4)] == [b'{"key": "00000"}', b'{"key": "00004"}']
+    assert golden.unread_fields() == [f"{golden.paths[0]}: f", f"{golden.paths[0]}: b"]
+    assert BetonSource([beton]).note(3) == b""
+    path = write_beton(beton.with_name("b.beton"), mixed(3), types=(2, 1, 5))
+    record = HEADER.itemsize + 3 * FIELD.itemsize + 40
+    for values in ((PAGE, 1 << 40), (0, 9), (PAGE, PAGE + 1)):
+        data = bytearray(path.read_bytes())
+        struct.pack_into("<QQ", data, record + 24, *values)
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"b\.beton sample 1: its JSON lies outside the data"):
+            BetonSource([path]).note(1)
+
+
 def test_several_files_are_one_data_set(tmp_path: Path) -> None:
     samples = mixed(12)
     whole = BetonSource([write_beton(tmp_path / "whole.beton", samples)])

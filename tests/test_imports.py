@@ -1,6 +1,8 @@
 """Imports run one way. import-linter checks the layers (setup.cfg); this checks who may import which library."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ ALLOWED = {
     "timm": {"tools/export.py"},
     "transformers": {"tools/export.py"},
     "train": set(),
-    "ffcv": {"pipelines/sources.py", "tools/make_shards.py"},
+    "ffcv": {"pipelines/ffcv_engine.py", "tools/bench_beton.py"},
 }
 
 
@@ -44,6 +46,17 @@ def test_only_its_own_files_import_it(library: str) -> None:
         if any(name == library or name.startswith(library + ".") for name in imported(path))
     }
     assert users <= ALLOWED[library]
+
+
+def test_ffcv_is_not_imported_with_the_code() -> None:
+    """Where sys.modules holds None, importing it raises, whether it is installed or not."""
+    names = [
+        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in FILES if p.name[0] != "_"
+    ]
+    check = f"import sys; sys.modules['ffcv'] = None\nfor name in {names}: __import__(name)\n"
+    check += "assert 'pipelines.ffcv_engine' in sys.modules and sys.modules['ffcv'] is None"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_relative_imports_are_not_used() -> None:

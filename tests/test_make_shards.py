@@ -1,6 +1,7 @@
 """make_shards from the outside: what goes in, what comes out, what is refused, and what a kill leaves."""
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -716,7 +717,7 @@ def test_lock_says_what_is_wrong(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(make_shards.fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
     assert run(source, tmp_path / "dst") == code
     assert message in capsys.readouterr().err
 

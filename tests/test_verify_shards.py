@@ -82,7 +82,7 @@ def test_damaged_image_with_right_hashes_is_found_by_decoding(
     ("field", "message"),
     [
         ("height", "is 40 x 30, the manifest states 41 x 30"),
-        ("label", "label is 0 in the tar, the manifest states -1"),
+        ("label", "label is 0 in the file, the manifest states -1"),
         ("crc32", "crc32"),
         ("offset", "crc32"),
     ],

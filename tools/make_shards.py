@@ -1,6 +1,6 @@
-"""Makes shards of images: SRC (folder, tar or zip) -> DST (WebDataset tars with a manifest).
+"""Makes shards of images: SRC (folder, tar, zip, data set) -> DST (WebDataset tars or .beton files, with a manifest).
 
-    python tools/make_shards.py SRC DST [--split train=.9,val=.1] [--max-size 512] ...
+    python tools/make_shards.py SRC DST [--format beton] [--split train=.9,val=.1] [--max-size 512] ...
     python tools/make_shards.py --index FOLDER      a manifest for WebDataset tars made elsewhere
 
 What becomes of which input is written in `pipelines/convert.py`. Files that cannot be used are listed in
@@ -8,7 +8,6 @@ DST/quarantine.jsonl. Killed and started again it continues, and the result is t
 """
 
 import argparse
-import fcntl
 import json
 import os
 import shutil
@@ -20,18 +19,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from pipelines import ffcv_engine
+from pipelines.claim import QUARANTINE, Lock, claim, is_finished, not_strict
+from pipelines.datasets import is_data_set, list_data_set
 from pipelines.encoded import MAX_PIXELS
 from pipelines.index import Index, index_tar
 from pipelines.meter import Meter
 from pipelines.originals import Listing, list_originals
-from pipelines.plan import WORK, differences, parse_split, plan, settings_of
-from pipelines.shards import MANIFEST, TEMPORARY, Manifest, Shard, Temporary, file_sha256, join
-from pipelines.sources import TarSource
+from pipelines.plan import SUFFIXES, WORK, parse_split, plan, settings_of
+from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, join
 from pipelines.workers import spread
 from pipelines.writer import Done, Job, Unusable, make_shard, read_note, start_worker
-
-QUARANTINE = "quarantine.jsonl"
-
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -42,22 +40,27 @@ def make(args: argparse.Namespace) -> str:
     for folder in (args.dst, *(args.dst / name for name in split)):
         if args.src.is_dir() and folder.resolve().is_relative_to(args.src.resolve()):
             raise ValueError(f"DST {folder} is or lies inside SRC {args.src}: name another folder")
-    if not args.src.exists():
+    if args.engine == "ffcv":
+        ffcv_engine.require()
+    is_made = is_data_set(args.src)
+    if is_made and args.inside:
+        raise ValueError(f"--inside {args.inside}: SRC {args.src} is a data set, which has no folders")
+    if not is_made and not args.src.exists():
         raise ValueError(f"SRC {args.src} does not exist")
     work = args.dst / WORK
     is_new = not args.dst.exists()
     work.mkdir(parents=True, exist_ok=True)
     with Lock(work):
         try:
-            listing = list_originals(args.src, args.inside, work)
+            listing = list_data_set(args.src) if is_made else list_originals(args.src, args.inside, work)
             settings = settings_of(listing, args)
             if args.strict and listing.refused:
                 raise Unusable(f"{listing.refused[0].file}: {listing.refused[0].reason} (--strict)")
             jobs = plan(listing, args, split)
-            if _is_finished(args.dst, split, settings, args.strict):
+            if is_finished(args.dst, split, settings, args.strict):
                 shutil.rmtree(work)
                 return f"{args.dst}: already done"
-            _claim(work, args.dst, split, {**settings, "source_modified": listing.modified()})
+            claim(work, args.dst, split, {**settings, "source_modified": listing.modified()})
         except BaseException:
             if not (work / "settings.json").exists():
                 shutil.rmtree(work, ignore_errors=True)
@@ -65,6 +68,8 @@ def make(args: argparse.Namespace) -> str:
                     if is_new:
                         args.dst.rmdir()
             raise
+        if listing.left_out:
+            print(f"make_shards: note: left out: {', '.join(listing.left_out)}", file=sys.stderr)
         start = time.perf_counter()
         planned = [job for part in jobs.values() for job in part]
         todo = [job for job in planned if read_note(job) is None]
@@ -76,70 +81,6 @@ def make(args: argparse.Namespace) -> str:
         shutil.rmtree(work)
     made = sum(len(job.entries) for job in todo)
     return f"{line}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
-
-
-def _is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], strict: bool) -> bool:
-    """Whether all is there already; raises where what is there is another's, damaged or not strict enough."""
-    finished = [name for name in split if (dst / name / MANIFEST).exists()]
-    for name in finished:
-        difference = differences(Manifest.load(dst / name).settings, settings)
-        if difference:
-            raise ValueError(f"DST {dst} holds a finished data set: {difference}: name another folder")
-        TarSource(dst / name)  # every shard is there and has its size
-    if len(finished) < len(split):
-        return False
-    if strict and (rows := (dst / QUARANTINE).read_text().splitlines()):
-        raise _not_strict(json.loads(rows[0]))
-    return True
-
-
-def _not_strict(row: dict[str, str]) -> Unusable:
-    return Unusable(f"{row['file']}: {row['reason']} (--strict)")
-
-
-class Lock:
-    """One run at a time in a folder. POSIX locks: not inherited by workers, gone with the process."""
-
-    def __init__(self, work: Path) -> None:
-        self.path = work / "lock"
-
-    def __enter__(self) -> None:
-        self.file = open(self.path, "w")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            dst = self.path.parent.parent
-            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either
-                raise ValueError(f"DST {dst}: another make_shards is at work there") from None
-            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(dst)) from None
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-
-def _claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:
-    """Continues a half-done output of the same settings, refuses another's, removes leftover temporaries."""
-    claim = work / "settings.json"
-    if claim.exists():
-        difference = differences(json.loads(claim.read_bytes()), settings)
-        if difference:
-            raise ValueError(
-                f"DST {dst} is half done with other settings: {difference}: use those, or remove it"
-            )
-    else:
-        tars = [path for name in split for path in (dst / name).glob("*.tar")]
-        if tars:
-            raise ValueError(
-                f"DST {dst} already holds {tars[0].name}, without a manifest: name another folder"
-            )
-        with Temporary(claim) as file:
-            file.write(json.dumps(settings).encode())
-    for name in split:
-        (dst / name).mkdir(exist_ok=True)
-    for folder in (work, dst, *(dst / name for name in split)):
-        for path in folder.glob(f".*{TEMPORARY}"):
-            path.unlink(missing_ok=True)
 
 
 def run(jobs: list[Job], workers: int, num_images: int) -> None:
@@ -173,7 +114,7 @@ def commit(
     rows = [item._asdict() for item in listing.refused]
     rows += [row for part in parts.values() for item in part for row in item.quarantine]
     if strict and rows:  # of shards that an earlier start made, without --strict
-        raise _not_strict(rows[0])
+        raise not_strict(rows[0])
     _write_quarantine(dst, rows)
     manifests = {}
     for name, part in parts.items():
@@ -221,7 +162,7 @@ def index(folder: Path, workers: int, strict: bool) -> str:
         for key, reason in found.refused
     ]
     if strict and rows:
-        raise _not_strict(rows[0])
+        raise not_strict(rows[0])
     records = join(found.records for _, found in results)
     imageless = sum(found.imageless for _, found in results)
     counts = f"{len(rows)} in quarantine, {imageless} names without an image (.jpg, .jpeg or .png)"
@@ -246,10 +187,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line; exits 2 with one line where it makes no sense."""
     parser = argparse.ArgumentParser(prog="make_shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
-        "src", type=Path, help="folder (class sub-folders or flat), tar or zip; with --index: the folder"
+        "src",
+        type=Path,
+        help="folder (class sub-folders or flat), tar or zip of images; data set; .beton files with commas between; "
+        "with --index: the folder",
     )
     parser.add_argument("dst", type=Path, nargs="?", help="folder to make")
-    parser.add_argument("--format", choices=["webdataset"], default="webdataset")
+    parser.add_argument("--format", choices=list(SUFFIXES), default="webdataset")
+    parser.add_argument(
+        "--raw-fraction",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="of a .beton: probability of an image to be stored as pixels (default 0)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["own", "ffcv"],
+        default="own",
+        help="of a .beton: ffcv's library re-encodes all images",
+    )
     parser.add_argument(
         "--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere"
     )
@@ -264,6 +221,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger ones before decoding"
     )
     parser.add_argument(
+        "--no-decode",
+        dest="decode",
+        action="store_false",
+        help="check JPEGs by header and end alone: for files that are known to be whole",
+    )
+    parser.add_argument(
         "--split", metavar="NAME=SHARE,...", help="as train=.9,val=.1: one data set each, in DST/NAME"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the shuffled order (default 0)")
@@ -275,8 +238,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.index != (args.dst is None):
         parser.error("--index takes one folder" if args.index else "DST is missing")
+    if args.format != "beton" and (args.raw_fraction or args.engine != "own"):
+        parser.error("--raw-fraction and --engine are for --format beton")
     bounds = {"quality": (1, 100), "workers": (1, 1024), "shard_size": (1, 100_000), "seed": (0, 2**63)}
-    bounds |= {"max_size": (0, 65500), "max_pixels": (1, 2**32)}
+    bounds |= {"max_size": (0, 65500), "max_pixels": (1, 2**32), "raw_fraction": (0, 1)}
     for name, (low, high) in bounds.items():
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {low} to {high}")

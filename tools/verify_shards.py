@@ -1,6 +1,9 @@
 """Reads a whole data set again and names everything in it that is not as its manifest says.
 
 python tools/verify_shards.py DATASET [--no-decode]
+
+DATASET is a folder with a manifest, or .beton files with commas between (and "?image=FIELD&label=FIELD"). A .beton is
+compared with the manifest beside it; one that has none, as ffcv leaves it, has its structure and every image checked.
 """
 
 import argparse
@@ -8,17 +11,22 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from pipelines.beton import BetonSource, split_path
 from pipelines.convert import prove
-from pipelines.encoded import inspect
-from pipelines.index import index_tar
-from pipelines.shards import Manifest, Shard, file_sha256
+from pipelines.encoded import inspect, ppm_header
+from pipelines.index import index_beton, index_tar
+from pipelines.plan import SUFFIXES
+from pipelines.shards import MANIFEST, Manifest, Shard, file_sha256
 from pipelines.workers import spread
+
+_TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
 
 class Task(NamedTuple):
@@ -29,6 +37,21 @@ class Task(NamedTuple):
     records: np.ndarray
     first: int
     decode: bool
+
+
+class Part(NamedTuple):
+    """Samples `start` to `stop` of .beton files that have no manifest."""
+
+    paths: list[str]
+    fields: dict[str, str]
+    start: int
+    stop: int
+    decode: bool
+
+
+def check(task: Task | Part) -> list[str]:
+    """Problems of one shard or part, each with file, offset and sample as far as they are known."""
+    return _check_part(task) if isinstance(task, Part) else check_shard(task)
 
 
 def check_shard(task: Task) -> list[str]:
@@ -46,19 +69,23 @@ def check_shard(task: Task) -> list[str]:
         problems.append(f"{path}: {size:,} bytes, the manifest states {shard.size:,}")
     if sha256 != shard.sha256:
         problems.append(f"{path}: sha256 is {sha256}, the manifest states {shard.sha256}")
+    is_beton = path.suffix == ".beton"
     found = None
     try:
-        found = index_tar(path).records
+        found = index_beton(path) if is_beton else index_tar(path).records
     except ValueError as error:
         problems.append(str(error))
     if found is not None and len(found) != len(records):
-        problems.append(f"{path}: the tar has {len(found)} samples, the manifest states {len(records)}")
+        problems.append(f"{path}: there are {len(found)} samples, the manifest states {len(records)}")
+        found = None
+    raw = BetonSource([path]).raw if is_beton and found is not None else np.zeros(len(records), bool)
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for number, record in enumerate(records):
             data = os.pread(descriptor, int(record["length"]), int(record["offset"]))
-            reason = check_sample(data, record, task.decode)
-            if not reason and found is not None and len(found) == len(records):
+            header = ppm_header(int(record["height"]), int(record["width"])) if raw[number] else b""
+            reason = check_sample(data, record, task.decode, header)
+            if not reason and found is not None:
                 reason = _compare(found[number], record)
             if reason:
                 problems.append(f"{path}: offset {record['offset']}: sample {task.first + number}: {reason}")
@@ -67,14 +94,33 @@ def check_shard(task: Task) -> list[str]:
     return problems
 
 
-def check_sample(data: bytes, record: np.ndarray, decode: bool) -> str:
-    """What is wrong with one encoded image, or ""."""
+def _check_part(part: Part) -> list[str]:
+    source = BetonSource(part.paths, **part.fields)
+    problems = []
+    for i in range(part.start, part.stop):
+        try:
+            data = source.read(i)
+            header = inspect(data)
+            if (header.height, header.width) != (source.heights[i], source.widths[i]):
+                stated = f"{source.heights[i]} x {source.widths[i]}"
+                raise ValueError(f"is {header.height} x {header.width}, the file states {stated}")
+            if part.decode:
+                prove(data, header)
+        except ValueError as error:
+            problems.append(f"{source.describe(i)}: {error}")
+        except OSError as error:  # names the sample itself
+            problems.append(str(error))
+    return problems
+
+
+def check_sample(data: bytes, record: np.ndarray, decode: bool, before: bytes = b"") -> str:
+    """What is wrong with one encoded image, or ""; `before` is the header that raw pixels need."""
     if len(data) != record["length"]:
         return f"{len(data)} of {record['length']} bytes are there"
     if zlib.crc32(data) != record["crc32"]:
         return "its bytes are not those that the manifest describes (crc32)"
     try:
-        header = inspect(data)
+        header = inspect(before + data)
         if (header.height, header.width) != (record["height"], record["width"]):
             stated = f"{record['height']} x {record['width']}"
             return f"is {header.height} x {header.width}, the manifest states {stated}"
@@ -88,35 +134,64 @@ def check_sample(data: bytes, record: np.ndarray, decode: bool) -> str:
 def _compare(found: np.ndarray, record: np.ndarray) -> str:
     for name in ("offset", "length", "label"):
         if found[name] != record[name]:
-            return f"{name} is {found[name]} in the tar, the manifest states {record[name]}"
+            return f"{name} is {found[name]} in the file, the manifest states {record[name]}"
     return ""
 
 
-def verify(folder: Path, decode: bool, workers: int) -> tuple[int, list[str], list[Path]]:
+def verify(dataset: str, decode: bool, workers: int) -> tuple[int, list[str], list[Path]]:
     """Checks every shard.
 
     Returns:
-        The number of samples, all problems in the order of the samples, and the tars that are not in the manifest.
+        The number of samples, all problems in the order of the samples, and the shards that are not in the manifest.
 
     Raises:
-        ValueError: The manifest itself cannot be used.
+        ValueError: The manifest itself cannot be used, or the structure of a .beton without one.
     """
+    files, fields = split_path(dataset)
+    if not files[0].endswith(".beton") or os.path.isdir(files[0]):
+        folder = Path(dataset)
+        names = None if (folder / MANIFEST).exists() else sorted(folder.glob("*.beton"))
+        if not names:
+            return _verify_manifest(folder, None, decode, workers)
+        files = [str(path) for path in names]
+    folders = {Path(file).parent for file in files}
+    if not fields and len(folders) == 1 and (folder := folders.pop() / MANIFEST).exists():
+        stated = {shard.name for shard in Manifest.load(folder.parent).shards}
+        if stated >= {Path(file).name for file in files}:
+            return _verify_manifest(folder.parent, {Path(file).name for file in files}, decode, workers)
+    samples = len(BetonSource(files, **fields))
+    tasks = [
+        Part(files, fields, start, min(start + _TOGETHER, samples), decode)
+        for start in range(0, samples, _TOGETHER)
+    ]
+    return samples, _problems(tasks, workers), []
+
+
+def _verify_manifest(
+    folder: Path, names: set[str] | None, decode: bool, workers: int
+) -> tuple[int, list[str], list[Path]]:
+    """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
     bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
     tasks = [
         Task(folder / shard.name, shard, np.array(manifest.samples[start:stop]), int(start), decode)
         for shard, start, stop in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True)
+        if names is None or shard.name in names
     ]
-    with spread(check_shard, tasks, workers) as pending:
-        problems = [future.result() for future in pending]
-    strangers = set(folder.glob("*.tar")) - {task.path for task in tasks}
-    return len(manifest.samples), [problem for part in problems for problem in part], sorted(strangers)
+    present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
+    strangers = present - {folder / shard.name for shard in manifest.shards}
+    return sum(len(task.records) for task in tasks), _problems(tasks, workers), sorted(strangers)
+
+
+def _problems(tasks: Sequence[Task | Part], workers: int) -> list[str]:
+    with spread(check, tasks, workers) as pending:
+        return [problem for future in pending for problem in future.result()]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 there are problems, 2 the data set cannot be opened, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("dataset", type=Path, help="folder with manifest.json")
+    parser.add_argument("dataset", help="folder with manifest.json, or .beton files with commas between")
     parser.add_argument("--no-decode", action="store_true", help="check hashes and headers only")
     parser.add_argument("--limit", type=int, default=20, help="problems to print (default 20)")
     parser.add_argument(
