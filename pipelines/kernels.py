@@ -14,6 +14,7 @@ numba compiles on a profile's first call (seconds) and keeps the code in __pycac
 cache folder where that cannot be written (NUMBA_CACHE_DIR moves it). The compiled code runs without the GIL.
 """
 
+import functools
 import hashlib
 import inspect
 from collections.abc import Sequence
@@ -35,19 +36,20 @@ _CHUNK = 16  # images that a thread takes at a time
 _PARTS = (kernel_llvm, kernel_rows, kernel_byol, kernel_torchvision, recipe, views)
 
 
-def _compile(profile: Profile) -> Any:
-    """A function that makes all views of images start to stop, compiled for a profile.
+@functools.cache
+def compiled(profile: Profile, views: int) -> Any:
+    """The function that makes so many views of images start to stop.
 
-    numba's cache watches this file alone, but its key has what a cached function closes over: a digest of the others.
+    numba's cache watches this file alone, and two processes that compile different functions under one name at the same
+    time can leave the code of the one under the key of the other. So each has a name of its own: profile, number of
+    views, and a digest of the files whose code goes into it.
     """
     torchvision = profile == "torchvision"
     digest = hashlib.sha256("".join(inspect.getsource(part) for part in _PARTS).encode()).hexdigest()
-    source = int(digest[:15], 16)  # numba takes 64 bits
 
     def run(
         start: int, stop: int, pixels: Pixels, recipes: Any, taps: int, steps: Any, norm: Floats, outs: Any
     ) -> None:
-        source  # noqa: B018 (in the closure because it is named here)
         work = work_of(outs[0].shape[1], taps, steps, norm)
         for i in range(start, stop):
             height, width = pixels.box[i, 2], pixels.box[i, 3]
@@ -58,14 +60,12 @@ def _compile(profile: Profile) -> Any:
                 else:
                     kernel_byol.make_view(image, recipes[k], i, taps, work, outs[k][i])
 
+    run.__qualname__ = f"make_{views}_views_{profile}_{digest[:16]}"
     options = {"nogil": True, "fastmath": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(run)
     except RuntimeError:  # "cannot cache function: no locator available": each process compiles anew
         return numba.njit(**options)(run)
-
-
-_views: dict[Profile, Any] = {"byol": _compile("byol"), "torchvision": _compile("torchvision")}
 
 
 def make_views(
@@ -91,8 +91,10 @@ def make_views(
     recipes, norm = write(pixels, params), normalisation(augment)
     steps, rows = np.array([1, size]), tuple(out.reshape(n, size, 3 * size) for out in outs)
 
+    run = compiled(augment.profile, len(outs))
+
     def work(start: int, stop: int) -> None:
-        _views[augment.profile](start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)
+        run(start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)
 
     if pool is None:
         work(0, n)

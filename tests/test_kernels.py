@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -247,13 +248,20 @@ def test_threads_and_batch_do_not_matter(profile: Profile) -> None:
 
 def test_without_a_cache_folder_it_compiles_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """numba raises where neither the package's folder nor the user's can be written."""
+    with_cache = kernels.compiled("byol", 2)
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     spec = importlib.util.spec_from_file_location("kernels_without_cache", kernels.__file__)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module._views["byol"].stats.cache_path is None
-    assert kernels._views["byol"].stats.cache_path is not None
+    assert module.compiled("byol", 2).stats.cache_path is None
+    assert with_cache.stats.cache_path is not None
+
+
+def test_each_function_has_cache_files_of_its_own() -> None:
+    """numba numbers the functions in a file; two processes at once could give one number to two of them."""
+    functions = [kernels.compiled(profile, views) for profile in get_args(Profile) for views in (1, 2)]
+    assert len({function.py_func.__qualname__ for function in functions}) == 4
 
 
 @pytest.mark.slow
@@ -271,7 +279,7 @@ augment = AugmentConfig(size=8, mean=(0, 0, 0), std=(1, 1, 1), view1=view, view2
 image, out = np.full((1, 1, 3), 255, np.uint8), np.empty((1, 8, 8, 3), np.float32)
 pixels = kernels.Pixels(np.array([image.ctypes.data]), np.array([[0, 0, 1, 1]]))
 kernels.make_views(pixels, [draw(view, 0, 0, one, 0, one, one)], augment, [out])
-print(out[0, 0, 0, 0], sum(kernels._views["byol"].stats.cache_hits.values()))
+print(out[0, 0, 0, 0], sum(kernels.compiled("byol", 1).stats.cache_hits.values()))
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
 
