@@ -201,7 +201,9 @@ class Loader:
     def _produce(self) -> None:
         try:
             if isinstance(self._backend, Resident):
-                for number in sorted(self._backend.broken.keys() - self._corrupt.keys()):  # not listed before a resume
+                for number in sorted(
+                    self._backend.broken.keys() - self._corrupt.keys()
+                ):  # not listed before a resume
                     self._count_corrupt(number, self._backend.broken[number])
             with torch.cuda.stream(self._stream):  # which changes nothing where it is None
                 while not self._stop.is_set():
