@@ -16,7 +16,7 @@ datasets/quickstart-shards/%/manifest.json: | datasets/quickstart-images
 	$(BIN)/python tools/make_shards.py datasets/quickstart-images/$* datasets/quickstart-shards/$*
 
 test: .venv/test.done  ## all tests but the slow ones and those that break whole runs
-	$(BIN)/pytest -m "not slow and not faults"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not faults"
 
 test-slow: .venv/test.done  ## the slow ones
 	$(BIN)/pytest -m "slow and not faults"
