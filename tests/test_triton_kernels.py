@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="triton is not installed")
 from test_kernels import OPERATIONS, augment_of, expected, params_of, pictures  # noqa: E402
 
 from configs.schema import AugmentConfig, ViewConfig  # noqa: E402
-from pipelines import kernels, triton_kernels  # noqa: E402
+from pipelines import kernels, triton_byol, triton_kernels  # noqa: E402
 from pipelines.recipe import Pixels  # noqa: E402
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw  # noqa: E402
 
@@ -84,6 +84,7 @@ def test_operations_equal_reference(reference: dict[str, np.ndarray]) -> None:
 
 def test_composition_equals_reference(reference: dict[str, np.ndarray]) -> None:
     class Augment:
+        profile = "byol"
         size, mean, std, blur_taps = 48, (0, 0, 0), (1, 1, 1), 23
 
     blurs = [params_of(1, 48, 48, blur=True, sigma=sigma) for sigma in (0.1, 1.0, 2.0)]
@@ -240,7 +241,7 @@ def test_output_of_another_shape_or_layout_is_refused() -> None:
     del memory
 
 
-_position = triton_kernels._position
+_position = triton_byol.position
 
 
 @triton.jit
