@@ -10,9 +10,9 @@ A view is a job, a row of a table (pipelines/jobs.py); jobs of all views and all
 triton_pixels.py has what the profiles share, triton_byol.py and triton_torchvision.py what they differ in.
 
 The table reaches the GPU in one copy, the host waits for nothing, and results are the same in every run: sums of
-tiles are stored and added up by whoever needs the mean, nothing is added atomically.
-Adding up what is read and written at 224 pixels, both views are about 6 MB an image, hence 2 µs at the 3.35 TB/s of an
-H100, arithmetic not counted: an estimate, not yet measured.
+tiles are stored and added up by whoever needs the mean, nothing is added atomically. Adding up what is read and written
+at 224 pixels, both views are about 6 MB an image, hence 2 µs at the 3.35 TB/s of an H100, arithmetic not counted: an
+estimate, not yet measured.
 
 Without a GPU the kernels run in Triton's interpreter (TRITON_INTERPRET=1 before triton is first imported): that is how
 the tests hold them to pipelines/torch_backend.py and torchvision_profile.py. They have not yet run on a GPU.

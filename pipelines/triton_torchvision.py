@@ -1,9 +1,9 @@
-"""Profile torchvision on the GPU: its resize and its colour operations, as pipelines/torchvision_profile.py defines them.
+"""Profile torchvision on the GPU: its resize and its colours, as pipelines/torchvision_profile.py defines them.
 
 An axis that shrinks by a factor s is filtered by a kernel s times as wide, of 4 s taps. Both axes are filtered at once:
 each pixel of the window is then weighed for 16 pixels of the view however much it shrinks, so that the work grows with
-the decoded pixels, as the decoder's does. Filtering one axis after the other would be less arithmetic and one more pass
-through memory; which is faster is not yet measured.
+the decoded pixels, as the decoder's does. One axis after the other would be less arithmetic and one more pass through
+memory; which is faster is not yet measured.
 """
 
 import triton
