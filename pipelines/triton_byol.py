@@ -61,6 +61,7 @@ def resize(source, stride, height, width, y, x, size: tl.constexpr):
 
 @triton.jit
 def brightness(r, g, b, value):
+    """An offset."""
     return clip(r + value), clip(g + value), clip(b + value)
 
 

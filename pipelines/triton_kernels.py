@@ -35,7 +35,6 @@ from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 _SCRATCH = 64 << 20  # bytes of float32 pixels that are in work at a time: 111 views of 224 pixels
 _DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-
 # What a kernel takes from outside must be a constexpr. _COLUMNS is a multiple of 4, so that any row is aligned to 16
 # bytes: Triton compiles anew for pointers that are not.
 _COLUMNS = tl.constexpr(JOB.itemsize // 4)

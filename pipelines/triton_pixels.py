@@ -23,11 +23,13 @@ _LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, GRAY_WEIGHTS)
 
 @triton.jit
 def read_float(job, column):
+    """A job's field that is a float."""
     return tl.load(job + column).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def read_pointer(job, column, kind: tl.constexpr):
+    """A job's field that is an address, as a pointer to `kind`."""
     return tl.load((job + column).to(tl.pointer_type(tl.int64))).to(tl.pointer_type(kind))
 
 
@@ -41,11 +43,13 @@ def keys(d):
 
 @triton.jit
 def clip(x):
+    """To [0, 1]."""
     return tl.minimum(tl.maximum(x, 0.0), 1.0)
 
 
 @triton.jit
 def luma(r, g, b):
+    """The grey image, or the grey of a mean."""
     return _LUMA_R * r + _LUMA_G * g + _LUMA_B * b
 
 

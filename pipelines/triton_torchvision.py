@@ -64,6 +64,7 @@ def resize(source, stride, height, width, y, x, size: tl.constexpr):
 
 @triton.jit
 def brightness(r, g, b, value):
+    """A factor."""
     return clip(r * value), clip(g * value), clip(b * value)
 
 
