@@ -31,7 +31,7 @@ from torch import Tensor
 from configs.schema import AugmentConfig
 from pipelines.encoded import inspect
 from pipelines.memory import Memory
-from pipelines.recipe import GPU_PROFILES, Pixels
+from pipelines.recipe import Pixels
 from pipelines.torch_backend import UndecodableError, decode
 from pipelines.views import ViewParams
 
@@ -47,19 +47,15 @@ class DaliBackend:
         """
         Args:
             augment: profile and size of the views, mean and std.
-            device: where the views are delivered, "cpu" or "cuda". There nvJPEG decodes and the views are made, but
-                those of profile torchvision, which are made on the CPU and moved.
+            device: where the views are made and delivered, "cpu" or "cuda"; there nvJPEG decodes.
             dtype: float32, float16 or bfloat16. The CPU's kernels make float32, which is then converted.
             threads: CPU threads that decode and, on the CPU, augment.
         """
-        self._deliver_to = device
-        on_gpu = device.type == "cuda" and augment.profile in GPU_PROFILES
+        on_gpu = device.type == "cuda"
         if on_gpu:
             index = torch.cuda.current_device() if device.index is None else device.index
             device = torch.device("cuda", index)
             self._decoding = torch.cuda.Stream(device)
-        else:
-            device = torch.device("cpu")
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
@@ -102,7 +98,7 @@ class DaliBackend:
             if not reasons or len(reasons) == len(encoded) > 1:
                 raise  # whatever is wrong, it is not one of the images
             raise UndecodableError(reasons) from None
-        first, second = (view.to(self._deliver_to, self._dtype).permute(0, 3, 1, 2) for view in views)
+        first, second = (view.to(self._dtype).permute(0, 3, 1, 2) for view in views)
         return first, second
 
     def _refused_alone(

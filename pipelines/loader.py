@@ -23,7 +23,6 @@ from torch import Tensor
 from configs.schema import Config
 from pipelines import order
 from pipelines.encoded import check, inspect
-from pipelines.recipe import GPU_PROFILES
 from pipelines.resident import Resident, is_wanted
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
@@ -64,21 +63,12 @@ def make_resident(
     if config.data.backend == "torch" or not is_wanted(config.data, source):
         return None
     resident = Resident(source, config.augment, device, dtype, config.data.threads)
-    place, remark = _place(config, device)
-    kept = f"all {len(source)} images decoded in the {place}'s memory, and views made there"
-    return resident, f"data.resident={config.data.resident}: {kept}{remark}"
+    kept = f"all {len(source)} images decoded in the {_place(device)}'s memory, and views made there"
+    return resident, f"data.resident={config.data.resident}: {kept}"
 
 
-def _place(config: Config, device: torch.device) -> tuple[str, str]:
-    """Where the views are made, and a remark if that is not where they are delivered."""
-    if device.type == "cpu":
-        return "CPU", ""
-    if config.augment.profile in GPU_PROFILES:
-        return "GPU", ""
-    return (
-        "CPU",
-        f"; the GPU is sent the views, because it makes none of augment.profile={config.augment.profile}",
-    )
+def _place(device: torch.device) -> str:
+    return "GPU" if device.type == "cuda" else "CPU"
 
 
 def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
@@ -97,9 +87,8 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
             return TorchBackend(config.augment, device, dtype, threads), reason
-        place, remark = _place(config, device)
         why = ", because it is installed" if choice == "auto" else ""
-        reason = f"data.backend={choice}: DALI on the {place}{why}, {threads} threads{remark}"
+        reason = f"data.backend={choice}: DALI on the {_place(device)}{why}, {threads} threads"
         return DaliBackend(config.augment, device, dtype, threads), reason
     reason = f"data.backend=torch: torch on the CPU, {threads} threads"
     return TorchBackend(config.augment, device, dtype, threads), reason

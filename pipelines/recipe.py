@@ -14,7 +14,6 @@ from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
 
 Floats = npt.NDArray[np.float32]
 
-GPU_PROFILES = ("byol",)  # of augment.profile, what pipelines/triton_kernels.py makes
 NOTHING = 255  # in the place of a colour operation
 NEGLIGIBLE = 1e-6  # a blur tap lighter than the centre by this factor is dropped; together they weigh < 2e-6
 

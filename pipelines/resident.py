@@ -15,7 +15,7 @@ from torch import Tensor
 from configs.schema import AugmentConfig, DataConfig
 from pipelines.encoded import check
 from pipelines.memory import Memory
-from pipelines.recipe import GPU_PROFILES, Pixels
+from pipelines.recipe import Pixels
 from pipelines.sources import Source
 from pipelines.torch_backend import decode
 from pipelines.views import ViewParams
@@ -46,18 +46,15 @@ class Resident:
 
         Args:
             source: The data set.
-            augment: Size of the views, mean and std.
-            device: Where pixels are kept, views are made and delivered; views of a profile that the GPU does not
-                make are made on the CPU and moved.
+            augment: Profile and size of the views, mean and std.
+            device: Where pixels are kept and views are made.
             dtype: Of the views: float32, float16 or bfloat16.
             threads: Threads that decode now and make views later.
 
         Raises:
             ValueError: No image decodes, or the pixels do not fit into the memory.
         """
-        on_gpu = device.type == "cuda" and augment.profile in GPU_PROFILES
-        self._deliver_to, self._device = device, device if on_gpu else torch.device("cpu")
-        self._augment, self._dtype = augment, dtype
+        self._augment, self._device, self._dtype = augment, device, dtype
         self._pool = ThreadPoolExecutor(threads)
         self._memory = Memory()
         self.broken: dict[int, str] = {}
@@ -71,7 +68,7 @@ class Resident:
         if not len(sound):
             raise ValueError(f"none of the {len(source)} images decodes; the first: {self.broken[0]}")
         self._instead = sound[np.searchsorted(sound, np.arange(len(source))) % len(sound)]
-        if on_gpu:
+        if device.type == "cuda":
             self._pixels = self._allocate(len(self._pixels), device).copy_(self._pixels)
 
     def _allocate(self, size: int, device: torch.device) -> Tensor:
@@ -119,4 +116,4 @@ class Resident:
 
         views = [self._memory.take(tuple(shape)) for _ in params]
         make_views(pixels, params, self._augment, views, self._pool)
-        return [torch.from_numpy(view).to(self._deliver_to, self._dtype) for view in views]
+        return [torch.from_numpy(view).to(self._dtype) for view in views]

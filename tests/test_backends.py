@@ -243,19 +243,25 @@ def _pngs(count: int, height: int = 60, width: int = 80) -> list[bytes]:
     return [_saved(image, format="PNG") for image in resized]
 
 
-def _on(device: str, dtype: torch.dtype = torch.float32) -> Any:
-    return dali_backend.DaliBackend(_augment(64, EACH["every operation"]), torch.device(device), dtype, 2)
+def _on(device: str, dtype: torch.dtype = torch.float32, profile: Profile = "byol") -> Any:
+    augment = _augment(64, EACH["every operation"], profile)
+    return dali_backend.DaliBackend(augment, torch.device(device), dtype, 2)
 
 
-def _both(encoded: list[bytes]) -> tuple[ViewParams, ViewParams]:
-    return _params(encoded, EACH["every operation"]), _params(encoded, EACH["view 2"], 1)
+def _both(encoded: list[bytes], profile: Profile = "byol") -> tuple[ViewParams, ViewParams]:
+    views = EACH["every operation"], EACH["view 2"]
+    first, second = (_params(encoded, view, i, profile) for i, view in enumerate(views))
+    return first, second
 
 
 @pytest.mark.gpu
-def test_gpu_pixels_equal_cpu_pixels() -> None:
+@pytest.mark.parametrize("profile", ["byol", "torchvision"])
+def test_gpu_pixels_equal_cpu_pixels(profile: Profile) -> None:
     """From PNGs, which decode without loss, every operation drawn: rounding alone."""
     images = _pngs(24)
-    for cpu, gpu in zip(_on("cpu")(images, *_both(images)), _on("cuda")(images, *_both(images)), strict=True):
+    params = _both(images, profile)
+    on_cpu, on_gpu = (_on(device, profile=profile)(images, *params) for device in ("cpu", "cuda"))
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert gpu.device.type == "cuda" and gpu.is_contiguous(memory_format=torch.channels_last)
         assert (cpu - gpu.cpu()).abs().max() * 255 < 2e-3
 
@@ -314,15 +320,3 @@ def test_broken_image_is_named_on_the_gpu(encoded: list[bytes]) -> None:
         backend(broken, *params)
     assert set(caught.value.reasons) == {5}
     assert torch.equal(backend(encoded, *params)[0], before)
-
-
-@pytest.mark.gpu
-def test_gpu_gets_the_cpus_pixels_of_profile_torchvision(encoded: list[bytes]) -> None:
-    view = ViewConfig(blur=0.5, solarize=0.2)
-    params = _params(encoded, view, profile="torchvision")
-    augment = _augment(64, view, "torchvision")
-    views = [
-        dali_backend.DaliBackend(augment, torch.device(device), torch.float32, 2)(encoded, params, params)[0]
-        for device in ("cpu", "cuda")
-    ]
-    assert views[1].device.type == "cuda" and torch.equal(views[0], views[1].cpu())

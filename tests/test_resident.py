@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_loader import Damaged, N, make_config
 
+from configs.schema import Profile
 from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
@@ -89,12 +90,16 @@ def test_views_have_the_dtype_that_is_asked_for() -> None:
     assert torch.equal(actual(ids, *params)[0], expected(ids, *params)[0].bfloat16())
 
 
-def test_the_gpu_makes_the_same_views() -> None:
+@pytest.mark.parametrize("profile", ["byol", "torchvision"])
+def test_the_gpu_makes_the_same_views(profile: Profile) -> None:
     """On the GPU, or its kernels in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     view = {"blur": 0.5, "solarize": 0.5}
-    config, ids = make_config(augment={"view1": view, "view2": view}), np.array([5, 0, 39])
+    config, ids = (
+        make_config(augment={"profile": profile, "view1": view, "view2": view}),
+        np.array([5, 0, 39]),
+    )
     kept, on_cpu = (Resident(Damaged({}), config.augment, d, torch.float32, threads=1) for d in (device, CPU))
     with Loader(config, Damaged({}), on_cpu) as loader:
         params = loader._draw(ids, 0)

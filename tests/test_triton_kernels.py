@@ -1,4 +1,7 @@
-"""The GPU's kernels against the torch back end and the reference's own numbers: each operation, alone and composed.
+"""The GPU's kernels against the definitions in torch and the reference's own numbers: each operation, alone and composed.
+
+What is asked of both profiles is asked of each, with the ceilings of tests/test_kernels.py; the reference's numbers are
+profile byol's.
 
 With a GPU they run on it (and all tests here are marked gpu), without one in Triton's interpreter on the CPU, which
 conftest.py asks for. There a program of a kernel takes milliseconds: images are small, and go together where they can.
@@ -10,16 +13,17 @@ import subprocess
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from test_kernels import OPERATIONS, augment_of, expected, params_of, pictures  # noqa: E402
+from test_kernels import OPERATIONS, augment_of, both_profiles, expected, params_of, pictures  # noqa: E402
 
-from configs.schema import AugmentConfig, ViewConfig  # noqa: E402
-from pipelines import kernels, triton_kernels  # noqa: E402
+from configs.schema import AugmentConfig, Profile, ViewConfig  # noqa: E402
+from pipelines import kernels, triton_byol, triton_kernels, triton_torchvision  # noqa: E402
 from pipelines.recipe import Pixels  # noqa: E402
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw  # noqa: E402
 
@@ -53,6 +57,11 @@ def run(
     return result.numpy() if dtype == torch.float32 else result
 
 
+def with_taps(size: int, taps: int, profile: Profile = "byol") -> AugmentConfig:
+    """A wider blur than belongs to the size."""
+    return SimpleNamespace(profile=profile, size=size, mean=(0, 0, 0), std=(1, 1, 1), blur_taps=taps)  # type: ignore[return-value]
+
+
 def joined(params: list[ViewParams]) -> ViewParams:
     names = [field.name for field in fields(ViewParams)]
     return ViewParams(**{name: np.concatenate([getattr(part, name) for part in params]) for name in names})
@@ -83,36 +92,55 @@ def test_operations_equal_reference(reference: dict[str, np.ndarray]) -> None:
 
 
 def test_composition_equals_reference(reference: dict[str, np.ndarray]) -> None:
-    class Augment:
-        size, mean, std, blur_taps = 48, (0, 0, 0), (1, 1, 1), 23
-
     blurs = [params_of(1, 48, 48, blur=True, sigma=sigma) for sigma in (0.1, 1.0, 2.0)]
     composed = params_of(
         1, 48, 48, jitter=True, order=np.array([[CONTRAST, HUE, SATURATION, BRIGHTNESS]], np.uint8),
         contrast=1.3, hue=0.07, saturation=0.85, brightness=-0.2, blur=True, sigma=1.5, solarize=True,
     )  # fmt: skip
-    ours = run([reference["in_u8"]] * 4, joined([*blurs, composed]), augment=Augment())  # type: ignore[arg-type]
+    ours = run([reference["in_u8"]] * 4, joined([*blurs, composed]), augment=with_taps(48, 23))
     names = ["blur23/0.1", "blur23/1.0", "blur23/2.0", "compose"]
     for name, view in zip(names, ours, strict=True):
         assert np.abs(view - reference[name]).max() < 1e-5, name
 
 
-@pytest.mark.parametrize("size", [8, 29, pytest.param(45, marks=pytest.mark.slow)])
-def test_images_of_any_shape_in_one_batch(size: int) -> None:
+@pytest.mark.parametrize(
+    ("profile", "size"),
+    [
+        ("byol", 8),
+        ("byol", 29),
+        pytest.param("byol", 45, marks=pytest.mark.slow),
+        ("torchvision", 29),
+        pytest.param("torchvision", 8, marks=pytest.mark.slow),
+        pytest.param("torchvision", 45, marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_any_shape_in_one_batch(profile: Profile, size: int) -> None:
     """Random windows, flips and every operation, enlarging and reducing, sizes that no block divides; two views."""
     images, parts = [], ([], [])
     for height, width in [(1, 1), (1, 40), (40, 1), (2, 3), (37, 61), (110, 70)]:
         images += pictures(1, height, width)
         for view, params in enumerate(parts):
             ids, sides = np.array([len(images)]), (np.array([height]), np.array([width]))
-            params.append(draw(EVERYTHING, size, 0, ids, view, *sides))
-    params, augment = [joined(part) for part in parts], augment_of(size)
+            params.append(draw(EVERYTHING, size, 0, ids, view, *sides, profile))
+    params, augment = [joined(part) for part in parts], augment_of(size, profile)
     ours = run(images, *params, augment=augment)
     for view, drawn in zip(ours, params, strict=True):
         assert np.abs(view - expected(images, drawn, augment)).max() < 1e-5
 
 
-def test_windows_at_the_borders_and_thin_ones() -> None:
+@pytest.mark.parametrize(
+    ("height", "width"), [(500, 20), (20, 500), pytest.param(500, 400, marks=pytest.mark.slow)]
+)
+def test_antialias_over_many_taps(height: int, width: int) -> None:
+    """84 taps where 500 pixels become 24."""
+    images, augment = pictures(1, height, width), augment_of(24, "torchvision")
+    params = params_of(1, height, width, flip=True)
+    ours = run(images, params, augment=augment)
+    assert np.abs(ours - expected(images, params, augment)).max() < 2e-6
+
+
+@both_profiles
+def test_windows_at_the_borders_and_thin_ones(profile: Profile) -> None:
     """What lies outside the window is never read: other pixels around it change nothing, to the bit."""
     (image,) = pictures(1, 40, 50)
     windows = [
@@ -123,7 +151,7 @@ def test_windows_at_the_borders_and_thin_ones() -> None:
     names = ("top", "left", "height", "width")
     params = params_of(len(rows), 40, 50, flip=np.arange(len(rows)) % 2 == 1)
     params = replace(params, **dict(zip(names, rows.T, strict=True)))
-    augment = augment_of(32)
+    augment = augment_of(32, profile)
     ours = run([image] * len(rows), params, augment=augment)
     assert np.abs(ours - expected([image] * len(rows), params, augment)).max() < 1e-6
     others = []
@@ -137,46 +165,50 @@ def test_windows_at_the_borders_and_thin_ones() -> None:
 @pytest.mark.parametrize(
     "name", ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "flip"]
 )
-def test_each_operation_over_its_range(name: str) -> None:
-    count, size = 5, 40 if name == "blur" else 32  # of the blur 5 taps
-    images = pictures(count, 50, 30)
+@both_profiles
+def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
+    """Of the blur 11 pixels on either side of 24: most of what it adds up is beyond the border."""
+    count, neutral = 4, 1 if profile == "torchvision" else 0
+    images, augment = pictures(count, 26, 24), with_taps(24, 23, profile)
     grid = {
-        "brightness": np.linspace(-1, 1, count), "contrast": np.linspace(0, 2, count),
+        "brightness": np.linspace(neutral - 1, neutral + 1, count), "contrast": np.linspace(0, 2, count),
         "saturation": np.linspace(0, 2, count), "hue": np.linspace(-0.5, 0.5, count),
     }  # fmt: skip
-    changes: dict[str, object] = (
-        {"jitter": True, name: grid[name].astype(np.float32)} if name in grid else {name: True}
-    )
+    changes: dict[str, object] = {"brightness": np.float32(neutral)}
+    changes |= {"jitter": True, name: grid[name].astype(np.float32)} if name in grid else {name: True}
     if name == "blur":
         changes["sigma"] = np.linspace(0.05, 5, count, dtype=np.float32)
-    params, augment = params_of(count, 50, 30, **changes), augment_of(size)
+    params = params_of(count, 26, 24, **changes)
     ours = run(images, params, augment=augment)
     assert np.abs(ours - expected(images, params, augment)).max() < 5e-6
-    assert np.abs(ours - expected(images, params_of(count, 50, 30), augment)).max() > 0.01
+    assert np.abs(ours - expected(images, params_of(count, 26, 24), augment)).max() > 0.01
 
 
-def test_every_order_of_the_colour_operations() -> None:
+@both_profiles
+def test_every_order_of_the_colour_operations(profile: Profile) -> None:
     count = len(JITTER_ORDERS)
     images = pictures(1, 30, 30) * count
     params = params_of(
-        count, 30, 30, jitter=True, order=JITTER_ORDERS, brightness=np.float32(0.3), contrast=np.float32(1.4),
-        saturation=np.float32(1.2), hue=np.float32(-0.08),
+        count, 30, 30, jitter=True, order=JITTER_ORDERS, contrast=np.float32(1.4), saturation=np.float32(1.2),
+        brightness=np.float32({"byol": 0.3, "torchvision": 1.3}[profile]), hue=np.float32(-0.08),
     )  # fmt: skip
-    augment = augment_of(30)
+    augment = augment_of(30, profile)
     wanted = expected(images, params, augment)
     assert len(np.unique(wanted.round(3), axis=0)) > 12  # the orders differ
     assert np.abs(run(images, params, augment=augment) - wanted).max() < 5e-6
 
 
 @pytest.mark.slow
-def test_real_size_equals_the_torch_back_end_and_the_cpu_kernels() -> None:
-    augment = augment_of(224)
-    images = pictures(3, 300, 400)
-    params = draw(EVERYTHING, 1, 0, np.arange(3), 0, np.full(3, 300), np.full(3, 400))
-    params = replace(params, blur=np.array([True, True, False]), sigma=np.array([2.0, 0.7, 1], np.float32))
+@pytest.mark.parametrize(("profile", "count"), [("byol", 3), ("torchvision", 1)])
+def test_real_size_equals_the_torch_back_end_and_the_cpu_kernels(profile: Profile, count: int) -> None:
+    augment = augment_of(224, profile)
+    images = pictures(count, 300, 400)
+    params = draw(EVERYTHING, 1, 0, np.arange(count), 0, np.full(count, 300), np.full(count, 400), profile)
+    blur, sigma = np.array([True, True, False])[:count], np.array([2.0, 0.7, 1], np.float32)[:count]
+    params = replace(params, blur=blur, sigma=sigma)
     ours = run(images, params, augment=augment)
     assert np.abs(ours - expected(images, params, augment)).max() < 1e-5
-    box = np.array([[0, 0, 300, 400]] * 3)
+    box = np.array([[0, 0, 300, 400]] * count)
     cpu = np.empty_like(ours)
     kernels.make_views(Pixels(np.array([i.ctypes.data for i in images]), box), [params], augment, [cpu])
     assert np.abs(ours - cpu).max() < 1e-5
@@ -214,8 +246,9 @@ def test_parts_of_a_batch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(run(images, *params, augment=augment), whole)
 
 
-def test_part_of_an_image_gives_what_the_whole_gives() -> None:
-    (image,), augment = pictures(1, 90, 80), augment_of(32)
+@both_profiles
+def test_part_of_an_image_gives_what_the_whole_gives(profile: Profile) -> None:
+    (image,), augment = pictures(1, 90, 80), augment_of(32, profile)
     params = params_of(1, 41, 33, top=30, left=20)
     pixels, memory = upload([np.ascontiguousarray(image[25:80, 18:60])])
     out = torch.empty(1, 32, 32, 3, device=DEVICE)
@@ -240,7 +273,7 @@ def test_output_of_another_shape_or_layout_is_refused() -> None:
     del memory
 
 
-_position = triton_kernels._position
+_position = triton_byol.position
 
 
 @triton.jit
@@ -265,8 +298,47 @@ def test_positions_in_integers_are_those_in_float64(size: int) -> None:
         assert ((rests >= 0) & (rests <= 1)).all()
 
 
+taps, weight = triton_torchvision.taps, triton_torchvision.weight
+
+
+@triton.jit
+def _antialias(
+    firsts, counts, weights, length, place, size: tl.constexpr, some: tl.constexpr, block: tl.constexpr
+):
+    """Of `some` places from `place` on: the first tap, how many there are at most, and weights (some, block)."""
+    places = place + tl.arange(0, some)
+    first, count = taps(places, length, size)
+    tap = tl.arange(0, block)
+    tl.store(firsts + tl.arange(0, some), first)
+    tl.store(counts, count)
+    at = weights + tl.arange(0, some)[:, None] * block + tap[None, :]
+    tl.store(at, weight(places[:, None], first[:, None] + tap[None, :], length, size))
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 333, 500, 65535, 1_000_000])
+@pytest.mark.parametrize("size", [16, 224, 1024])
+def test_antialias_weights_are_those_in_float64(size: int, length: int) -> None:
+    """At both ends of a view and in its middle; as far as a job's sides go, where float32 has no place for the half."""
+    stretch, some = max(length / size, 1), 4
+    block = triton.next_power_of_2(int(4 * stretch) + 2)
+    for start in (0, size // 2, size - some):
+        firsts, counts = (torch.empty(some, dtype=torch.int32, device=DEVICE) for _ in range(2))
+        weights = torch.empty(some, block, device=DEVICE)
+        _antialias[(1,)](firsts, counts, weights, length, start, size, some, block)
+        ours, count = weights.cpu().numpy().astype(float), int(counts[0])
+        centre = (start + np.arange(some) + 0.5) * length / size
+        first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0)
+        assert np.array_equal(firsts.cpu().numpy(), first)
+        tap = first[:, None] + np.arange(block)
+        d = np.abs(tap + 0.5 - centre[:, None]) / stretch
+        near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+        wanted = np.where(tap < length, np.where(d < 1, near, np.where(d < 2, far, 0)), 0)
+        assert np.abs(ours - wanted).max() < 1e-6
+        assert count <= block and not ours[:, count:].any() and not wanted[:, count:].any()
+
+
 COMPILE = """
-import json, sys
+import itertools, json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -275,15 +347,16 @@ from pipelines import triton_kernels
 norm = {f"{a}_{c}": "fp32" for a in ("scale", "shift") for c in "rgb"}
 pointers = {"table": "*i32", "scratch": "*fp32", "blurred": "*fp32", "sums": "*fp32"}
 out = []
-for name in ("_resize", "_color", "_blur_rows", "_blur_columns"):
+names = "_resize", "_color", "_blur_rows", "_blur_columns"
+for name, profile in itertools.product(names, ("byol", "torchvision")):
     kernel = getattr(triton_kernels, name)
     for kind in (tl.float32, tl.float16, tl.bfloat16) if "kind" in kernel.arg_names else (None,):
-        constants = {"size": 224, "power": 64, "kind": kind}
+        constants = {"size": 224, "power": 64, "kind": kind, "profile": profile}
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
         signature = {k: (pointers | norm).get(k, "constexpr") for k in kernel.arg_names}
         source = ASTSource(kernel, signature, constexprs=constants)
         made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
-        out.append([name, str(kind), len(made.asm["cubin"]), made.asm["ptx"]])
+        out.append([f"{name} {profile} {kind}", len(made.asm["cubin"]), made.asm["ptx"]])
 json.dump(out, sys.stdout)
 """
 
@@ -298,8 +371,8 @@ def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert len(made) == 8
-    for name, _, size, ptx in made:
+    assert len(made) == 16
+    for name, size, ptx in made:
         assert size > 1000, name
         assert "atom." not in ptx and "red." not in ptx.replace(".shared", "") and ".f64" not in ptx, name
 
