@@ -44,6 +44,13 @@ def test_small_batches_are_accumulated_to_the_recipe_s() -> None:
         ablate.overrides_of("batch_64", 100)
 
 
+def test_names_are_checked_and_what_fits_is_chosen() -> None:
+    with pytest.raises(ValueError, match=r"--only baselin: did you mean baseline\?"):
+        ablate.overrides_of("baselin", 512)
+    assert [name for name in ablate.fitting(512) if "batch" in name] == ["batch_256", "batch_128", "batch_64"]
+    assert not any("batch" in name for name in ablate.fitting(64))
+
+
 def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     code = ablate.main(["--config", str(RECIPE), "--out", str(tmp_path / "x"), "train.epochz=1"])
     assert code == 2
@@ -56,7 +63,8 @@ def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.C
     recipe = tmp_path / "tiny.yaml"
     text = TINY.replace("OUT", "unused").replace("DATA", str(images)).replace("BACKEND", "torch")
     recipe.write_text(text)
-    command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--only", "tau_1", "no_predictor"]
+    names = ["tau_1", "no_predictor", "train.stop_at_step=4"]  # overrides may come after them
+    command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--only", *names]
     assert ablate.main(command) == 0
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     assert list(report["results"]) == ["tau_1", "no_predictor"]

@@ -8,6 +8,7 @@ the same command again. The table goes to OUT/ablation.json and OUT/ablation.md 
 """
 
 import argparse
+import difflib
 import json
 import subprocess
 import sys
@@ -79,8 +80,14 @@ def overrides_of(name: str, batch_size: int) -> list[str]:
         batch_size: the recipe's.
 
     Raises:
-        ValueError: a batch that does not divide the recipe's into two or more.
+        ValueError: there is no such ablation, or its batch does not divide the recipe's into two or more.
     """
+    if name not in ABLATIONS:
+        near = difflib.get_close_matches(name, ABLATIONS, n=1)
+        raise ValueError(
+            f"--only {name}: "
+            + (f"did you mean {near[0]}?" if near else f"not one of {', '.join(ABLATIONS)}")
+        )
     overrides = []
     for override in ABLATIONS[name].overrides:
         key, _, value = override.partition("=")
@@ -91,6 +98,18 @@ def overrides_of(name: str, batch_size: int) -> list[str]:
             override = f"train.accumulation={parts}"
         overrides.append(override)
     return overrides
+
+
+def fitting(batch_size: int) -> list[str]:
+    """The names of all ablations but those whose batch does not divide the recipe's into two or more."""
+    names = []
+    for name in ABLATIONS:
+        try:
+            overrides_of(name, batch_size)
+        except ValueError:
+            continue
+        names.append(name)
+    return names
 
 
 def result_of(out: Path) -> dict[str, float | None]:
@@ -138,22 +157,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the recipe; see configs/")
     parser.add_argument("--out", type=Path, required=True, help="folder of all the runs")
     parser.add_argument(
-        "--only",
-        nargs="+",
-        default=list(ABLATIONS),
-        choices=list(ABLATIONS),
-        metavar="NAME",
-        help="of: %(choices)s",
+        "--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(ABLATIONS)}; all that fit"
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="of the recipe, for all runs"
     )
     args = parser.parse_intermixed_args(argv)
+    common = [*args.overrides, *(word for word in args.only if "=" in word)]
     try:
-        config = schema.load(args.config, args.overrides)
-        runs = {name: overrides_of(name, config.train.batch_size) for name in args.only}
+        batch_size = schema.load(args.config, common).train.batch_size
+        names = [word for word in args.only if "=" not in word] or fitting(batch_size)
+        runs = {name: overrides_of(name, batch_size) for name in names}
         for overrides in runs.values():
-            schema.load(args.config, [*args.overrides, *overrides])
+            schema.load(args.config, [*common, *overrides])
     except (ValueError, OSError) as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
@@ -161,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         out = args.out / name
         command = [sys.executable, str(TRAIN), "--config", args.config, "--resume", "auto"]
         print(f"── {name}: {' '.join(overrides) or 'the recipe as it is'}", flush=True)
-        code = subprocess.run([*command, *args.overrides, *overrides, f"run.out={out}"]).returncode
+        code = subprocess.run([*command, *common, *overrides, f"run.out={out}"]).returncode
         if code:
             print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
             return code
@@ -169,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     table, markdown = table_of(results)
     Console().print(table)
     (args.out / "ablation.md").write_text(markdown)
-    report = {"config": args.config, "overrides": args.overrides, "results": results}
+    report = {"config": args.config, "overrides": common, "results": results}
     (args.out / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
