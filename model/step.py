@@ -27,7 +27,7 @@ class StepResult(NamedTuple):
     """What one step leaves on the device: 0-dim tensors, not yet read by the host."""
 
     loss: Tensor  # float32, mean over this rank's samples; average over ranks where it is shown
-    finite: Tensor  # bool, the same on every rank; where False, no parameter, momentum or statistic changed
+    finite: Tensor  # bool, the same on every rank; where False, nothing of model and momentum changed
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
     features1: list[Tensor]  # (n, F) of each micro-batch's first view, detached: for a probe
@@ -115,7 +115,7 @@ class TrainStep:
             features1.append(online.features1)
         finite, gradient_norm = self._update(lr)
         self._keep_statistics(finite, statistics)
-        ema_update_(self.target_parameters, self.online_parameters, tau)
+        ema_update_(self.target_parameters, self.online_parameters, tau, finite)
         measured = (
             Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
         )
