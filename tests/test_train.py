@@ -327,6 +327,7 @@ def test_other_settings_are_refused_by_name(finished: tuple[Run, SimpleNamespace
     assert "model.backbone: resnet8 in the checkpoint, resnet18 now" in again.stderr
     assert "optimizer.base_lr: 1.0 in the checkpoint, 3.0 now" in again.stderr
     assert "log_every" not in again.stderr
+    assert run("--resume", "auto", "optimizer.backend=foreach").returncode == 0  # the same numbers
     insisted = run("--resume", "auto", "optimizer.base_lr=3", "--allow-change", "optimizer.base_lr")
     assert insisted.returncode == 0
 
