@@ -15,18 +15,18 @@ from model.distributed import World
 GRACE = 5.0  # seconds that a failing rank waits for the others' reasons
 
 
-def explain(error: Exception, step: int, world: World) -> str:
+def explain(error: Exception, step: int | None, world: World) -> str:
     """Tells the other ranks why this one fails; returns the first failure of the run, for people.
 
     Args:
-        error: what ended this rank's loop.
-        step: steps that it has done.
+        error: what ended this rank.
+        step: steps that it has done; None before the loop.
         world: the processes. A rank that lost another waits `GRACE` seconds at most for what the others have to say.
     """
-    here = f"rank {world.rank}, step {step}"
+    here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
     mine = f"{here}: {error or type(error).__name__}"
     if world.size == 1:
-        return mine
+        return mine if step is not None else str(error)
     lost = distributed.is_lost_peer(error)
     if not lost:
         distributed.record(error)

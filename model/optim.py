@@ -124,9 +124,7 @@ def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient
 
 
 @torch.no_grad()
-def ema_update_(
-    target: list[Tensor], online: list[Tensor], tau: float, finite: Tensor | None = None
-) -> None:
+def ema_update_(target: list[Tensor], online: list[Tensor], tau: float, finite: Tensor | None = None) -> None:
     """t <- t + (1 - tau) (p - t) for every pair, in place, in multi-tensor calls (paper, eq. 1).
 
     Args:

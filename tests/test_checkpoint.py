@@ -85,7 +85,9 @@ def test_failed_write_leaves_the_last_checkpoint_and_no_temporary(
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000001.pt"]
 
 
-def test_error_that_is_not_the_disk_s_is_not_blamed_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_that_is_not_the_disk_s_is_not_blamed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("BYOLT_FAIL", "checkpoint write:1:raise")
     with pytest.raises(RuntimeError) as caught:
         checkpoint.save(tmp_path, 2, state(2), keep=1)

@@ -99,5 +99,7 @@ def test_lock_that_fails_leaves_the_holder_s_file_and_no_descriptor(
 def test_folder_is_made_or_named(tmp_path: Path) -> None:
     with RunLock(tmp_path / "a" / "b") as lock:
         assert lock.take() == ""
-    with pytest.raises(ValueError, match=r"run\.out=.*run\.lock cannot be written: File exists; choose another"):
+    with pytest.raises(
+        ValueError, match=r"run\.out=.*run\.lock cannot be written: File exists; choose another"
+    ):
         RunLock(tmp_path / "a" / "b" / NAME).take()
