@@ -7,6 +7,7 @@ torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=ru
 """
 
 import argparse
+import copy
 import math
 import os
 import signal
@@ -159,9 +160,8 @@ def train(
     step, begun = 0, False
     try:
         on_gpu = world.device.type == "cuda"
-        precision = config.train.precision
-        if precision == "auto":
-            precision = "bf16" if on_gpu else "fp32"
+        fitting = "bf16" if on_gpu else "fp32"
+        precision = fitting if config.train.precision == "auto" else config.train.precision
         if not on_gpu:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -288,19 +288,7 @@ def train(
                     mean, std = config.augment.mean, config.augment.std
                     metrics.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
                 logging = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
-                lr = schedules.learning_rate(
-                    step,
-                    base_lr=config.optimizer.base_lr,
-                    batch_size=config.train.batch_size,
-                    warmup_steps=warmup_steps,
-                    total_steps=total_steps,
-                )
-                tau = schedules.tau(
-                    step,
-                    base_tau=config.optimizer.base_tau,
-                    total_steps=total_steps,
-                    schedule=config.optimizer.tau_schedule,
-                )
+                lr, tau = schedules.of_run(step, config, warmup_steps, total_steps)
                 failpoint.reach("step", step)
                 with tracing.range("training step"):
                     result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
@@ -427,8 +415,6 @@ def knn_accuracy(
         calibrate: average the batch-norm statistics over 2,048 plain images first (in a copy): an untrained
             encoder has none, and the comparison with it would flatter the trained one.
     """
-    import copy
-
     from model import evaluate
     from pipelines.loader import plain_images
 

@@ -24,13 +24,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from configs import schema
 from model import checkpoint
 from model.byol import Online, make_encoder
+from model.distributed import World
 from model.evaluate import calibrate_batch_norm
 from model.finite import FiniteCheck
 from model.step import TrainStep
 from pipelines.loader import Loader
 from pipelines.order import global_batch
+from pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -157,6 +160,25 @@ def test_untrained_encoder_is_calibrated_once_and_in_a_copy(run: Run) -> None:
     assert (tracked, images) == (0, 32) and "bn1.running_mean" in changed
     # One step tracks two views; the calibration's batch is not among them.
     assert run.weights()["online.encoder.bn1.num_batches_tracked"].item() == 8
+
+
+def test_calibration_has_two_images_a_batch_on_however_many_ranks(run: Run, images: Path) -> None:
+    """Batch norm in training mode refuses one, and 256 // 512 is 0."""
+    config, source = schema.load(run.config), open_source(images / "train")
+    for ranks, expected in ((1, 256), (8, 32), (128, 2), (200, 2), (512, 2)):
+        sizes: list[int] = []
+        with (
+            patch(
+                "pipelines.loader.plain_images", lambda *arguments, sizes=sizes: sizes.extend(arguments[3:])
+            ),
+            patch("model.evaluate.calibrate_batch_norm"),
+            patch("model.evaluate.knn_of_run", return_value=1.0),
+        ):
+            world = World(0, 0, ranks, torch.device("cpu"), "gloo")
+            assert (
+                train.knn_accuracy(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True) == 1
+            )
+        assert sizes == [expected]
 
 
 def test_neither_checkpoint_nor_first_batch_stays_alive_in_the_loop(run: Run) -> None:
