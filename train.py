@@ -7,15 +7,14 @@ torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=ru
 """
 
 import argparse
-import json
+import copy
 import math
 import os
 import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,9 +27,7 @@ from model.lock import RunLock
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
 
-    from model.byol import BYOL
     from model.distributed import World
-    from model.probe import OnlineProbe
     from pipelines.sources import Source
 
 
@@ -47,10 +44,6 @@ class Stop:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             raise KeyboardInterrupt
         self.signal = number
-
-
-class CollapseError(Exception):
-    """All samples are mapped to almost one point, and train.on_collapse is stop."""
 
 
 def main() -> int:
@@ -139,13 +132,22 @@ def train(
     failpoint.reach("import")
     import torch
 
-    from model import checkpoint, distributed, failure, metrics, provenance, schedules, trace
-    from model.byol import make_byol
-    from model.digest import digest
+    from model import (
+        checkpoint,
+        collapse,
+        digest,
+        distributed,
+        failure,
+        metrics,
+        provenance,
+        schedules,
+        trace,
+    )
     from model.finite import FiniteCheck
-    from model.optim import LARS
-    from model.resume import find_checkpoint, restore
-    from model.step import PRECISIONS, TrainStep
+    from model.probe import make_probe
+    from model.resume import begin
+    from model.step import PRECISIONS, make_step
+    from model.trained import export_trained
     from pipelines.loader import CorruptBudgetError, Loader, make_backend, make_resident
     from pipelines.order import steps_per_epoch
 
@@ -155,11 +157,11 @@ def train(
         world = distributed.init(config.train.device, config.train.timeout_minutes * 60)
     except ValueError as error:
         return fail(error)
+    step, begun = 0, False
     try:
         on_gpu = world.device.type == "cuda"
-        precision = config.train.precision
-        if precision == "auto":
-            precision = "bf16" if on_gpu else "fp32"
+        fitting = "bf16" if on_gpu else "fp32"
+        precision = fitting if config.train.precision == "auto" else config.train.precision
         if not on_gpu:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
@@ -180,34 +182,21 @@ def train(
         backend, backend_reason = resident or make_backend(config, world.device, delivered)
 
         # ------------------------------------------------------------------------------------------- model
-        model = make_byol(**config.model.model_dump())
-        optimizer = LARS(
-            model.online.parameters(),
-            lr=0.0,  # set at every step
-            momentum=config.optimizer.momentum,
-            weight_decay=config.optimizer.weight_decay,
-            trust_coefficient=config.optimizer.trust_coefficient,
-            backend=config.optimizer.backend,
-        )
-        train_step = TrainStep(
-            model,
-            optimizer,
-            world,
-            precision,
-            config.train.accumulation,
-            config.train.channels_last,
-            config.train.compile,
-        )
-        probe = make_probe(config, model, source, world)
+        train_step = make_step(config, world, precision)
+        model = train_step.model
+        probe = make_probe(config, int(model.online.encoder.num_features), source.labels, world)  # type: ignore[arg-type]
+        finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
 
         # ------------------------------------------------------------------------------------------ resume
-        make_out(out)
-        found, state = find_checkpoint(out, resume, lock, world)
-        step, seconds_before, knn_untrained = 0, 0.0, None
-        if found:
-            fixed.check_same_run(config, source.fingerprint, found, state, allowed)
-            restore(found, state, model, optimizer, train_step, probe)
-            step, seconds_before, knn_untrained = state["step"], state["seconds"], state["knn_untrained"]
+        note = distributed.on_main(lock.take, world)
+        if note and world.is_main:
+            print(f"warning: {note}", file=sys.stderr)
+        out.mkdir(parents=True, exist_ok=True)  # on other machines, if they do not share it
+        found, step, knn_untrained = begin(
+            resume, config, source.fingerprint, allowed, train_step, probe, world
+        )
+        if world.is_main and not found:
+            (out / "corrupt.jsonl").unlink(missing_ok=True)  # the list of bad images is an earlier attempt's
         trace.check_length(trace_steps, last_step - step)
         loader = Loader(
             config,
@@ -221,115 +210,63 @@ def train(
         )
         log = metrics.MetricLog(out, step) if world.is_main else None
         if world.is_main:
-            facts = {
-                "ranks": world.size,
-                "precision": precision,
-                "backend": backend_reason,
-                "config": config.model_dump(mode="json"),
-            }
+            facts: dict[str, Any] = {"ranks": world.size, "precision": precision, "backend": backend_reason}
+            facts["config"] = config.model_dump(mode="json")
             provenance.record_start(out, step, world.device, facts)
-    except (ValueError, OSError, checkpoint.CheckpointError) as error:
-        distributed.shutdown(world)
-        return fail(error)
 
-    # ------------------------------------------------------------------------------------------------ loop
-    display = metrics.Display(step, last_step, enabled=world.is_main)
-    started = saved = time.monotonic()
+        # -------------------------------------------------------------------------------------------- loop
+        begun, saved = True, time.monotonic()
+        display = metrics.Display(step, last_step, enabled=world.is_main)
 
-    def run_state() -> dict[str, Any]:
-        """What a checkpoint holds; the same on every rank, but for the clock."""
-        return {
-            "step": step,
-            "seconds": seconds_before + time.monotonic() - started,
-            "model": model.state_dict(),
-            "momentum": optimizer.state_dict()["state"],
-            "train_step": train_step.state_dict(),
-            "probe": probe.state_dict() if probe else None,
-            "config": config.model_dump(mode="json"),
-            "data": source.fingerprint,
-            "knn_untrained": knn_untrained,
-        }
+        def run_state() -> dict[str, Any]:
+            """What a checkpoint holds; the same on every rank."""
+            return {
+                "step": step,
+                "model": model.state_dict(),
+                "momentum": train_step.optimizer.state_dict()["state"],
+                "train_step": train_step.state_dict(),
+                "probe": probe.state_dict() if probe else None,
+                "config": config.model_dump(mode="json"),
+                "data": source.fingerprint,
+                "knn_untrained": knn_untrained,
+            }
 
-    @contextmanager
-    def writing() -> Iterator[None]:
-        """What fails to be written within ends the run, or is told, as run.on_write_error says."""
-        try:
-            yield
-        except OSError as error:
-            if config.run.on_write_error == "stop":
-                raise
-            display.say(f"warning: step {step}: {error}; going on (run.on_write_error)")
+        @contextmanager
+        def writing() -> Iterator[None]:
+            """What fails to be written within ends the run, or is told, as run.on_write_error says."""
+            try:
+                yield
+            except OSError as error:
+                if config.run.on_write_error == "stop":
+                    raise
+                display.say(f"warning: step {step}: {error}; going on (run.on_write_error)")
 
-    def save() -> None:
-        """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
-        nonlocal saved
-        saved = time.monotonic()
-        if world.is_main:
-            checkpoint.save(out, step, run_state(), config.run.keep_checkpoints)
+        def save() -> None:
+            """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
+            nonlocal saved
+            saved = time.monotonic()
+            if world.is_main:
+                checkpoint.save(out, step, run_state(), config.run.keep_checkpoints)
 
-    def check_finite() -> None:
-        """Stops every rank if a step since the last look was not finite; the state, which is, is set aside."""
-        bad = finite.look()
-        if not bad:
-            return
-        aside, report = out / f"aside-{step:09d}.pt", out / "not-finite.json"
-        if world.is_main:
-            report.write_text(json.dumps(bad, indent=1) + "\n")
-            checkpoint.write(aside, run_state())
-        distributed.barrier(world)
-        first = ", ".join(map(str, bad[0]["samples"][:8]))
-        raise FloatingPointError(
-            f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
-            f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
-            f"then go on with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
-            "train.precision=fp32"
-        )
+        def evaluate(untrained: bool = False) -> float | None:
+            """kNN top-1 in per cent, shown and logged; None without a labelled split."""
+            if queries is None:
+                return None
+            accuracy = knn_accuracy(config, model.online.encoder, source, queries, world, calibrate=untrained)
+            if not math.isfinite(accuracy):
+                raise FloatingPointError("the encoder's features are not finite; nothing is exported")
+            display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
+            if log:
+                with writing():
+                    log.add(step, {"knn_top1": accuracy})
+            return accuracy
 
-    def print_digest() -> None:
-        """The last line of a run: equal where two runs are in the same state, to the bit."""
-        mine = digest(run_state())
-        if distributed.any_rank(mine != distributed.broadcast_object(mine, world), world):
-            raise RuntimeError("the ranks are not in the same state; please report this with the settings")
-        if world.is_main:
-            print(f"digest: step {step} sha256 {mine}", flush=True)
-
-    def check_collapse(projection_std: float) -> None:
-        """Looks at the spread of the target's projections, averaged over ranks."""
-        spread = projection_std * config.model.projector_size**0.5
-        if config.train.on_collapse == "ignore" or spread >= config.train.collapse_std:
-            return
-        message = (
-            f"collapse: the projections' standard deviation is {spread:.2g} of what a sphere's is, below "
-            f"train.collapse_std={config.train.collapse_std:g}"
-        )
-        if config.train.on_collapse == "stop":
-            save()
-            raise CollapseError(f"{message}; saved, and stopped as train.on_collapse says")
-        display.say(f"warning: step {step}: {message}")
-
-    def evaluate(untrained: bool = False) -> float | None:
-        """kNN top-1 in per cent, shown and logged; None without a labelled split."""
-        if queries is None:
-            return None
-        accuracy = knn_accuracy(config, model.online.encoder, source, queries, world, calibrate=untrained)
-        if not math.isfinite(accuracy):
-            raise FloatingPointError("the encoder's features are not finite; nothing is exported")
-        display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
-        if log:
-            with writing():
-                log.add(step, {"knn_top1": accuracy})
-        return accuracy
-
-    steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-    loss_sum, probe_sum = (torch.zeros((), device=world.device) for _ in range(2))
-    finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
-    logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
-    try:
+        steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
         with display, loader, trace.Trace(trace_steps if world.is_main else 0, out, display.say) as tracing:
             display.say(backend_reason)
-            begin = f"resumed from {found}" if found else "new run"
+            how = f"resumed from {found}" if found else "new run"
             display.say(
-                f"{begin}: steps {step} to {last_step} of {total_steps}, {len(source)} images, "
+                f"{how}: steps {step} to {last_step} of {total_steps}, {len(source)} images, "
                 f"{world.size} x {world.device.type}, {precision}"
             )
             if step >= last_step:
@@ -343,133 +280,97 @@ def train(
             if step == 0 and not stopping:
                 knn_untrained = evaluate(untrained=True)
             batches = iter(loader)
-            logged_at, logged_wait = time.monotonic(), loader.waited
-            while step < last_step:
-                # On a GPU the vote makes the host wait for the device: every tenth step is often enough.
-                if not on_gpu or world.size == 1 or step % 10 == 0:
-                    stopping = distributed.any_rank(bool(stop.signal), world)
-                    if stopping:
-                        break
+            window = metrics.Window(world, config.train.batch_size, step)
+            while step < last_step and not stopping:
                 with tracing.range("wait for data"):
                     batch = next(batches)
                 if step == 0 and world.is_main:
-                    first = batch[0]
                     mean, std = config.augment.mean, config.augment.std
-                    metrics.save_view_pairs(out / "views.png", first.view1, first.view2, mean, std)
+                    metrics.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
                 logging = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
-                lr = schedules.learning_rate(
-                    step,
-                    base_lr=config.optimizer.base_lr,
-                    batch_size=config.train.batch_size,
-                    warmup_steps=warmup_steps,
-                    total_steps=total_steps,
-                )
-                tau = schedules.tau(
-                    step,
-                    base_tau=config.optimizer.base_tau,
-                    total_steps=total_steps,
-                    schedule=config.optimizer.tau_schedule,
-                )
+                lr, tau = schedules.of_run(step, config, warmup_steps, total_steps)
                 failpoint.reach("step", step)
                 with tracing.range("training step"):
                     result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
-                loss_sum += result.loss
-                finite.add(step + 1, result, torch.cat([b.id for b in batch]))
+                right = None
                 if probe:
                     labels = torch.cat([b.label for b in batch])
-                    probe_sum += probe(torch.cat(result.features1), labels, lr, result.finite)
+                    right = probe(torch.cat(result.features1), labels, lr, result.finite)
+                window.add(result.loss, right)
+                finite.add(step + 1, result, torch.cat([b.id for b in batch]))
                 step += 1
                 display.step(step)
                 tracing.step(step)
 
-                if logging or not on_gpu:  # on a GPU the host would wait for it
-                    check_finite()
+                # On a GPU a look or a vote makes the host wait for the device.
+                if logging or not on_gpu:
+                    finite.check(out, run_state)
                 if logging:
-                    steps, seconds = step - logged_step, time.monotonic() - logged_at
                     assert result.gauges
-                    local = (
-                        loss_sum / steps,
-                        (loader.waited - logged_wait) / seconds,
-                        loader.corrupt_count,
-                        probe_sum / steps,
-                        *result.gauges,
-                    )
-                    loss, waiting, corrupt, probed, *gauges = distributed.all_reduce_mean(
-                        torch.tensor(local, dtype=torch.float64, device=world.device), world
-                    ).tolist()
                     row = {
                         "epoch": step * config.train.batch_size / len(source),
-                        "loss": loss,
                         "lr": lr,
                         "tau": tau,
-                        "images_per_second": steps * config.train.batch_size / seconds,
-                        "data_wait_percent": 100 * waiting,
                         "gradient_norm": result.gradient_norm.item(),
-                        "corrupt_images": corrupt * world.size,
-                        **dict(zip(result.gauges._fields, gauges, strict=True)),
+                        **window.row(
+                            step, loader.waited, loader.corrupt_count, result.gauges._asdict(), bool(probe)
+                        ),
                     }
-                    if probe:
-                        row["probe_top1"] = 100 * probed
                     display.row(step, row)
                     if log:
                         with writing():
                             failpoint.reach("log", step)
                             log.add(step, row)
-                    check_collapse(row["projection_std"])
-                    loss_sum.zero_()
-                    probe_sum.zero_()
-                    logged_step, logged_at, logged_wait = step, time.monotonic(), loader.waited
+                    if said := collapse.warning(row["projection_std"], config):
+                        if config.train.on_collapse == "stop":
+                            save()
+                            raise collapse.CollapseError(
+                                f"{said}; saved, and stopped as train.on_collapse says"
+                            )
+                        display.say(f"warning: step {step}: {said}")
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
-                    logged_at += seconds_of(evaluate)  # images/s is the training's alone
-                if time.monotonic() - saved > config.run.checkpoint_minutes * 60:
-                    with writing():
-                        logged_at += seconds_of(save)
+                    with window.paused():  # images/s is the training's alone
+                        evaluate()
+                if step < last_step and (not on_gpu or world.size == 1 or step % 10 == 0):
+                    late = time.monotonic() - saved > config.run.checkpoint_minutes * 60
+                    if distributed.any_rank(late, world):
+                        finite.check(
+                            out, run_state
+                        )  # a flag not yet looked at would be lost with this process
+                        with writing(), window.paused():
+                            save()
+                    stopping = distributed.any_rank(bool(stop.signal), world)
 
             # --------------------------------------------------------------------------------------- results
-            check_finite()
+            finite.check(out, run_state)
             save()
-            if stopping:
-                number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
-                display.say(
-                    f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto"
-                )
-                print_digest()
-                distributed.shutdown(world)
-                return 128 + number
-            knn_trained = evaluate()
-            if log:
-                log.close()
-                metrics.save_loss_curve(out / "loss.png", metrics.read_rows(log.path))
-                checkpoint.export_encoder(
-                    out / "encoder.safetensors",
-                    model.online.encoder.state_dict(),
-                    {
-                        "backbone": config.model.backbone,
-                        "stem": config.model.stem,
-                        "steps": str(step),
-                        "config": schema.to_yaml(config),
-                    },
-                )
-            display.say(f"finished at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
-        if world.is_main and knn_trained is not None:
+            if not stopping:
+                knn_trained = evaluate()
+                if log:
+                    log.close()
+                    metrics.save_loss_curve(out / "loss.png", metrics.read_rows(log.path))
+                    export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
+                display.say(f"finished at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
+        code = 0
+        if stopping:
+            number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
+            code = 128 + number
+            display.say(f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto")
+        elif world.is_main and knn_trained is not None:
             untrained = "not measured" if knn_untrained is None else f"{knn_untrained:.1f} %"
             print(f"kNN top-1: {untrained} untrained, {knn_trained:.1f} % trained")
-        print_digest()
+        sha256 = digest.agreed(run_state(), world)
+        if world.is_main:
+            print(f"digest: step {step} sha256 {sha256}", flush=True)
     except Exception as error:
-        foreseen = (CollapseError, CorruptBudgetError, FloatingPointError, OSError)
-        if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+        mistake = not begun and isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
+        foreseen = (collapse.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
+        if not mistake and not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
             traceback.print_exc()
-        print(f"error: {failure.explain(error, step, world)}", file=sys.stderr)
-        return 1
+        print(f"error: {failure.explain(error, step if begun else None, world)}", file=sys.stderr)
+        return 2 if mistake else 1
     distributed.shutdown(world)
-    return 0
-
-
-def seconds_of(action: Callable[[], object]) -> float:
-    """Runs the action and returns how long it took."""
-    start = time.monotonic()
-    action()
-    return time.monotonic() - start
+    return code
 
 
 def open_split(key: str, path: str) -> "Source":
@@ -480,18 +381,6 @@ def open_split(key: str, path: str) -> "Source":
         return open_source(path)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
-
-
-def make_out(out: Path) -> None:
-    """Makes the folder of the run and sees that it can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"run.out={out} cannot be written: {error.strerror or error}; choose another folder"
-        ) from None
 
 
 def check_labels(config: schema.Config, source: "Source", queries: "Source | None", ranks: int) -> None:
@@ -512,26 +401,6 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
         )
 
 
-def make_probe(
-    config: schema.Config, model: "BYOL", source: "Source", world: "World"
-) -> "OnlineProbe | None":
-    """The linear classifier that follows the training; None without labels, or where it is switched off."""
-    from model.probe import OnlineProbe
-
-    classes = int(source.labels.max()) + 1
-    if not config.eval.online_probe or (source.labels < 0).any() or classes < 2:
-        return None
-    settings = config.optimizer
-    return OnlineProbe(
-        int(model.online.encoder.num_features),  # type: ignore[arg-type]
-        classes,
-        world,
-        settings.momentum,
-        settings.weight_decay,
-        settings.trust_coefficient,
-    )
-
-
 def knn_accuracy(
     config: schema.Config,
     encoder: "nn.Module",
@@ -546,38 +415,21 @@ def knn_accuracy(
         calibrate: average the batch-norm statistics over 2,048 plain images first (in a copy): an untrained
             encoder has none, and the comparison with it would flatter the trained one.
     """
-    import copy
-
-    import numpy as np
-    from torch import Tensor
-
-    from model import distributed, evaluate
+    from model import evaluate
     from pipelines.loader import plain_images
-
-    def share(split: "Source", count: int) -> "np.ndarray":
-        """This rank's part of `count` samples, evenly spaced over the split."""
-        spaced = np.linspace(0, len(split), min(count, len(split)), endpoint=False).astype(np.int64)
-        return spaced[world.rank :: world.size]
-
-    def features(split: "Source") -> tuple[Tensor, Tensor]:
-        images = plain_images(split, share(split, config.eval.max_images), config)
-        mine, labels = evaluate.extract_features(encoder, images)
-        return distributed.gather_rows(mine, world), distributed.gather_rows(labels, world)
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
-        ids = share(
-            source, min(2048, len(source)) // world.size * world.size
-        )  # as many batches on every rank
-        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, 256 // world.size))
-    classes = int(max(source.labels.max(), queries.labels.max())) + 1
-    bank, bank_labels = features(source)
-    tested, tested_labels = features(queries)
-    if not (bank.isfinite().all() and tested.isfinite().all()):
-        return math.nan
-    return 100 * evaluate.knn_accuracy(
-        bank, bank_labels, tested, tested_labels, classes, config.eval.k, config.eval.temperature
+        count = min(2048, len(source)) // world.size * world.size  # as many batches on every rank
+        ids = evaluate.share(len(source), count, world)
+        # Batch norm needs 2 images.
+        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, max(2, 256 // world.size)))
+    bank, tested = (
+        plain_images(split, evaluate.share(len(split), config.eval.max_images, world), config)
+        for split in (source, queries)
     )
+    classes = int(max(source.labels.max(), queries.labels.max())) + 1
+    return evaluate.knn_of_run(encoder, bank, tested, classes, config.eval.k, config.eval.temperature, world)
 
 
 if __name__ == "__main__":

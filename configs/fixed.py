@@ -5,9 +5,10 @@ from typing import Any
 
 from configs.schema import Config, complete
 
-# Everything else (paths, threads, logging, precision) may.
+# Everything else (paths, threads, logging, precision) may, and how LARS is computed.
 FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",
          "train.accumulation", "data.fingerprint")  # fmt: skip
+FREE = ("optimizer.backend",)
 
 
 def check_allowed(config: Config, allowed: list[str]) -> None:
@@ -16,7 +17,7 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
     Raises:
         ValueError: a key is none that may be insisted on.
     """
-    known = [key for key in [*_flatten(config.model_dump()), "data.fingerprint"] if key.startswith(FIXED)]
+    known = [key for key in [*_flatten(config.model_dump()), "data.fingerprint"] if _is_fixed(key)]
     for key in allowed:
         if key.startswith("model."):
             raise ValueError(
@@ -46,7 +47,7 @@ def check_same_run(
     changed = [
         key
         for key in sorted(then.keys() | now.keys())
-        if key.startswith(FIXED) and then.get(key) != now.get(key) and key not in allowed
+        if _is_fixed(key) and then.get(key) != now.get(key) and key not in allowed
     ]
     if changed:
         lines = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
@@ -54,6 +55,10 @@ def check_same_run(
             f"{path} is from a run with other settings; restore them, or insist with --allow-change KEY:\n  "
             + "\n  ".join(lines)
         )
+
+
+def _is_fixed(key: str) -> bool:
+    return key.startswith(FIXED) and key not in FREE
 
 
 def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -38,12 +38,17 @@ class _Hashing:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self._writes = file, hashlib.sha256(), 0
+        self.failed: OSError | None = None  # torch.save makes a RuntimeError of it
 
     def write(self, data: bytes) -> int:
-        failpoint.reach("checkpoint write", self._writes)
-        self._writes += 1
-        self.sha256.update(data)
-        return self._file.write(data)
+        try:
+            failpoint.reach("checkpoint write", self._writes)
+            self._writes += 1
+            self.sha256.update(data)
+            return self._file.write(data)
+        except OSError as error:
+            self.failed = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -95,6 +100,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 def write(path: Path, state: dict[str, Any]) -> None:
     """Writes one checkpoint, whole or not at all; see `save`."""
     with replacing(path) as temporary:
+        body: _Hashing | None = None
         try:
             with temporary.open("wb") as file:
                 file.write(b"\0" * _HEADER_BYTES)
@@ -102,11 +108,14 @@ def write(path: Path, state: dict[str, Any]) -> None:
                 torch.save(state, cast(BinaryIO, body))
                 file.seek(0)
                 file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
-        except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        except (OSError, RuntimeError) as error:
+            cause = error if isinstance(error, OSError) else body and body.failed
+            if not cause:  # the device's, say: no advice about disks helps then
+                raise
             free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB" if path.parent.is_dir() else "0 MB"
             raise OSError(
                 f"checkpoint {path} cannot be written, {free} are free there; free some space, or lower "
-                f"run.keep_checkpoints ({error})"
+                f"run.keep_checkpoints ({cause})"
             ) from error
 
 
@@ -129,17 +138,14 @@ def load(path: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"checkpoint {path} is no byolt checkpoint (version {VERSION}), or its head is damaged"
                 )
-            digest = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-            if digest.hexdigest().encode() != header[len(_MAGIC) : -1]:
+            data = file.read()
+            if hashlib.sha256(data).hexdigest().encode() != header[len(_MAGIC) : -1]:
                 raise CheckpointError(f"checkpoint {path} is damaged: its bytes do not match its sha256")
-            file.seek(_HEADER_BYTES)
-            body = io.BytesIO(file.read())
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or error or "not enough memory"
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from None
     try:
+        body = io.BytesIO(data)
         _check_entries(body)
         state = torch.load(body, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever foreign bytes with a right sha256 make of torch's reader

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model import distributed
+from model.distributed import World
+
 
 def digest(state: dict[str, Any]) -> str:
     """sha256, in hex, over all that decides how a run goes on.
@@ -28,6 +31,18 @@ def digest(state: dict[str, Any]) -> str:
     sha256 = hashlib.sha256()
     _feed(sha256, what)
     return sha256.hexdigest()
+
+
+def agreed(state: dict[str, Any], world: World) -> str:
+    """The digest, after all ranks have compared theirs.
+
+    Raises:
+        RuntimeError: the ranks are not in the same state.
+    """
+    mine = digest(state)
+    if distributed.any_rank(mine != distributed.broadcast_object(mine, world), world):
+        raise RuntimeError("the ranks are not in the same state; please report this with the settings")
+    return mine
 
 
 def _feed(sha256: Any, value: Any) -> None:

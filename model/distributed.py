@@ -2,10 +2,11 @@
 
 import os
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -143,6 +144,21 @@ def broadcast_object(value: T, world: World) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box, src=0, device=world.device)
     return box[0]
+
+
+def on_main(action: Callable[[], T], world: World) -> T:
+    """What the action, done on rank 0 only, gives there: on every rank. What it raises is raised on every rank too."""
+    value: T | None = None
+    failed: Exception | None = None
+    if world.is_main:
+        try:
+            value = action()
+        except Exception as error:
+            failed = error
+    value, failed = broadcast_object((value, failed), world)
+    if failed:
+        raise failed
+    return cast(T, value)
 
 
 def broadcast_module(module: nn.Module, world: World) -> None:

@@ -3,10 +3,15 @@
 import math
 from collections.abc import Iterable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from model import distributed
+from model.distributed import World
 
 
 def knn_votes(
@@ -82,6 +87,44 @@ def knn_accuracy(
         raise ValueError("there are no queries; kNN accuracy needs at least one labelled sample to test")
     predicted = knn_predict(bank, bank_labels, queries, num_classes, k, temperature)
     return (predicted == query_labels).double().mean().item()
+
+
+def knn_of_run(
+    encoder: nn.Module,
+    bank: Iterable[tuple[Tensor, Tensor]],
+    queries: Iterable[tuple[Tensor, Tensor]],
+    num_classes: int,
+    k: int,
+    temperature: float,
+    world: World,
+) -> float:
+    """kNN top-1 in per cent, of images that the ranks share; NaN if a feature is not finite.
+
+    Args:
+        encoder: as for `extract_features`; the same on every rank.
+        bank: this rank's batches of labelled images.
+        queries: this rank's batches of the images to classify.
+        num_classes: number of classes.
+        k: neighbours.
+        temperature: > 0.
+        world: the processes; each gets the same result.
+    """
+
+    def features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        mine, labels = extract_features(encoder, batches)
+        return distributed.gather_rows(mine, world), distributed.gather_rows(labels, world)
+
+    known, known_labels = features(bank)
+    tested, tested_labels = features(queries)
+    if not (known.isfinite().all() and tested.isfinite().all()):
+        return math.nan
+    return 100 * knn_accuracy(known, known_labels, tested, tested_labels, num_classes, k, temperature)
+
+
+def share(total: int, count: int, world: World) -> npt.NDArray[np.int64]:
+    """This rank's part of `count` numbers evenly spaced over 0 .. total - 1; of all where there are fewer."""
+    spaced = np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
+    return spaced[world.rank :: world.size]
 
 
 def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:

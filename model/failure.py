@@ -13,20 +13,21 @@ from model import distributed
 from model.distributed import World
 
 GRACE = 5.0  # seconds that a failing rank waits for the others' reasons
+PATIENCE = 2.0  # seconds that rank 0, failing, lets the others speak
 
 
-def explain(error: Exception, step: int, world: World) -> str:
+def explain(error: Exception, step: int | None, world: World) -> str:
     """Tells the other ranks why this one fails; returns the first failure of the run, for people.
 
     Args:
-        error: what ended this rank's loop.
-        step: steps that it has done.
+        error: what ended this rank.
+        step: steps that it has done; None before the loop.
         world: the processes. A rank that lost another waits `GRACE` seconds at most for what the others have to say.
     """
-    here = f"rank {world.rank}, step {step}"
+    here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
     mine = f"{here}: {error or type(error).__name__}"
     if world.size == 1:
-        return mine
+        return mine if step is not None else str(error)
     lost = distributed.is_lost_peer(error)
     if not lost:
         distributed.record(error)
@@ -47,7 +48,19 @@ def _tell(mine: str, world: World) -> str:
     with contextlib.suppress(RuntimeError):  # the process that keeps the store has ended
         if world.store.add("failures", 1) == 1:
             world.store.set("first failure", mine)
+        world.store.set(f"failed {world.rank}", "")
+        # Rank 0 keeps the store: where all fail alike it lets the others speak before it ends.
+        end, silent = time.monotonic() + PATIENCE, list(range(1, world.size))
+        while world.is_main and silent and time.monotonic() < end:
+            time.sleep(0.05)
+            silent = [
+                r for r in silent if not _has(world, f"failed {r}") and not _has(world, f"lost a rank {r}")
+            ]
     return mine
+
+
+def _has(world: World, key: str) -> bool:
+    return bool(world.store.check([key]))
 
 
 def _ask(here: str, world: World) -> str:
@@ -57,10 +70,10 @@ def _ask(here: str, world: World) -> str:
         end = time.monotonic() + GRACE
         silent = [rank for rank in range(world.size) if rank != world.rank]
         while silent and time.monotonic() < end:
-            if world.store.check(["first failure"]):
+            if _has(world, "first failure"):
                 return world.store.get("first failure").decode()
             time.sleep(0.05)
-            silent = [rank for rank in silent if not world.store.check([f"lost a rank {rank}"])]
+            silent = [rank for rank in silent if not _has(world, f"lost a rank {rank}")]
     except RuntimeError:
         return f"{here}: lost rank 0; see what it said"
     names = ", ".join(map(str, silent)) or "another"

@@ -4,12 +4,15 @@ Flags stay on the device until the host waits for it anyway; a step that is not 
 statistics meanwhile (`step.TrainStep`), so the run's state is finite whenever it is saved.
 """
 
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model import distributed
+from model import checkpoint, distributed
 from model.distributed import World
 from model.step import StepResult
 
@@ -61,3 +64,30 @@ class FiniteCheck:
                 numbers = guilty[guilty[:, 1] == rank][:, 3].tolist()
                 report.append({"step": step, "rank": rank, "samples": numbers})
         return report
+
+    def check(self, out: Path, state: Callable[[], dict[str, Any]]) -> None:
+        """Stops every rank if a step since the last look was bad; the run's state, which is finite, is set aside.
+
+        Args:
+            out: folder of the run; not-finite.json, with what `look` returns, and aside-STEP.pt go there.
+            state: gives what a checkpoint holds.
+
+        Raises:
+            FloatingPointError: such a step was found; on every rank.
+        """
+        bad = self.look()
+        if not bad:
+            return
+        report, now = out / "not-finite.json", state()
+        aside = out / f"aside-{now['step']:09d}.pt"
+        if self._world.is_main:
+            report.write_text(json.dumps(bad, indent=1) + "\n")
+            checkpoint.write(aside, now)
+        distributed.barrier(self._world)
+        first = ", ".join(map(str, bad[0]["samples"][:8]))
+        raise FloatingPointError(
+            f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
+            f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
+            f"then go on with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
+            "train.precision=fp32"
+        )

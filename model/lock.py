@@ -31,23 +31,24 @@ class RunLock:
             file system has no locks.
 
         Raises:
-            ValueError: another process holds it; names its host and pid.
-            OSError: the folder cannot be written.
+            ValueError: another process holds it; names its host and pid. Or the folder, which is made where it is not
+                there, cannot be written.
+            OSError: the file system failed.
         """
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        holder = self._holder()
-        locked = True
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._refuse(holder)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            locked = False
-            if holder and holder[0] == socket.gethostname() and Path(f"/proc/{holder[1]}").exists():
-                self._refuse(holder)
-        holder = self._holder()
+            raise ValueError(
+                f"run.out={self._path.parent} cannot be written: {error.strerror or error}; choose another folder"
+            ) from None
+        try:
+            locked = self._lock(descriptor)
+        except BaseException:
+            os.close(descriptor)  # the file is another's: `release` must not empty it
+            raise
+        self._descriptor = descriptor
+        holder = _holder(descriptor)
         os.ftruncate(self._descriptor, 0)
         mine = {"host": socket.gethostname(), "pid": os.getpid()}
         os.pwrite(self._descriptor, json.dumps(mine).encode() + b"\n", 0)
@@ -79,18 +80,32 @@ class RunLock:
     ) -> None:
         self.release()
 
-    def _holder(self) -> tuple[str, int] | None:
-        """Host and pid that the file names, None where it names none."""
+    def _lock(self, descriptor: int) -> bool:
+        """False where the file system has no locks, and the holder that the file names, if any, lives no more here."""
+        holder = _holder(descriptor)
         try:
-            said = json.loads(os.pread(self._descriptor, 4096, 0))
-            return str(said["host"]), int(said["pid"])
-        except (ValueError, KeyError, TypeError):
-            return None
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise self._refusal(holder) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            if holder and holder[0] == socket.gethostname() and Path(f"/proc/{holder[1]}").exists():
+                raise self._refusal(holder) from None
+            return False
+        return True
 
-    def _refuse(self, holder: tuple[str, int] | None) -> None:
-        os.close(self._descriptor)
-        self._descriptor = -1
+    def _refusal(self, holder: tuple[str, int] | None) -> ValueError:
         who = f"pid {holder[1]} on {holder[0]}" if holder else "a process that has not yet written its name"
-        raise ValueError(
+        return ValueError(
             f"run.out={self._path.parent} is in use by {who}: wait for it or stop it, or choose another run.out"
         )
+
+
+def _holder(descriptor: int) -> tuple[str, int] | None:
+    """Host and pid that the file names, None where it names none."""
+    try:
+        said = json.loads(os.pread(descriptor, 4096, 0))
+        return str(said["host"]), int(said["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None

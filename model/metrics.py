@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from model.checkpoint import replacing
+from model.distributed import World, all_reduce_mean
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -63,6 +65,68 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict) and "step" in row:
             rows.append(row)
     return rows
+
+
+class Window:
+    """The steps since the last row: sums that stay on the device, and rates of the training alone."""
+
+    def __init__(self, world: World, batch_size: int, step: int) -> None:
+        """
+        Args:
+            world: the processes, whose means a row shows.
+            batch_size: images of a step.
+            step: steps done.
+        """
+        self._world, self._batch_size = world, batch_size
+        self._loss, self._right = (torch.zeros((), device=world.device) for _ in range(2))
+        self.begin(step, 0.0)
+
+    def begin(self, step: int, waited: float) -> None:
+        """A row begins after so many steps, and so many seconds waited for the loader in all."""
+        self._loss.zero_()
+        self._right.zero_()
+        self._step, self._waited, self._began = step, waited, time.monotonic()
+
+    def add(self, loss: Tensor, right: Tensor | None) -> None:
+        """Adds a step: this rank's loss, and the share, 0 .. 1, that its probe classified rightly."""
+        self._loss += loss
+        if right is not None:
+            self._right += right
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What is done within counts for no rate."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._began += time.monotonic() - start
+
+    def row(
+        self, step: int, waited: float, corrupt: int, gauges: Mapping[str, Tensor], probed: bool
+    ) -> dict[str, float]:
+        """Ends the row, and begins the next. Every rank must call it at the same step, and waits for its device.
+
+        Args:
+            step: steps done.
+            waited: seconds that this rank has waited for the loader, in all.
+            corrupt: images that this rank could not decode, in all.
+            gauges: 0-dim tensors, averaged over ranks by their names.
+            probed: whether `add` got `right`.
+        """
+        steps, seconds = step - self._step, time.monotonic() - self._began
+        local = [self._loss / steps, (waited - self._waited) / seconds, corrupt, self._right / steps]
+        means = torch.tensor([*local, *gauges.values()], dtype=torch.float64, device=self._world.device)
+        loss, waiting, unread, right, *others = all_reduce_mean(means, self._world).tolist()
+        self.begin(step, waited)
+        row = {
+            "loss": loss,
+            "images_per_second": steps * self._batch_size / seconds,
+            "data_wait_percent": 100 * waiting,
+            "corrupt_images": unread * self._world.size,
+            **dict(zip(gauges, others, strict=True)),
+        }
+        return row | ({"probe_top1": 100 * right} if probed else {})
 
 
 class Display:

@@ -124,13 +124,14 @@ def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient
 
 
 @torch.no_grad()
-def ema_update_(target: list[Tensor], online: list[Tensor], tau: float) -> None:
-    """t <- t + (1 - tau) (p - t) for every pair, in place, in one multi-tensor call (paper, eq. 1).
+def ema_update_(target: list[Tensor], online: list[Tensor], tau: float, finite: Tensor | None = None) -> None:
+    """t <- t + (1 - tau) (p - t) for every pair, in place, in multi-tensor calls (paper, eq. 1).
 
     Args:
-        target: tensors to move, floating point.
+        target: tensors to move, floating point; float32 where `finite` is given.
         online: as many tensors of the same shapes.
         tau: 1 leaves the target where it is, 0 copies the online network.
+        finite: 0-dim bool on their device, not read by the host; where False the target keeps its bits.
 
     Raises:
         ValueError: the lists differ in length, or tau is not in 0 .. 1.
@@ -139,4 +140,13 @@ def ema_update_(target: list[Tensor], online: list[Tensor], tau: float) -> None:
         raise ValueError(f"target has {len(target)} tensors and online {len(online)}; they must be paired")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau is {tau}; it must lie in 0 .. 1")
-    torch._foreach_lerp_(target, online, 1 - tau)
+    if finite is None:
+        torch._foreach_lerp_(target, online, 1 - tau)
+        return
+    # A multi-tensor lerp takes its weight from the host only (a 0-dim tensor would be waited for), so the gate chooses
+    # between old and new by their bits, as in LARS: exact, whatever they hold. On a GPU its cost is not yet measured.
+    moved = [t.view(torch.int32) for t in torch._foreach_lerp(target, online, 1 - tau)]
+    kept = [t.view(torch.int32) for t in target]
+    torch._foreach_mul_(moved, finite.to(torch.int32))
+    torch._foreach_mul_(kept, (~finite).to(torch.int32))
+    torch._foreach_add_(kept, moved)

@@ -4,10 +4,13 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from configs.schema import Config
 from model import schedules
 from model.byol import initialise_
 from model.distributed import World, all_reduce_mean
@@ -234,3 +237,23 @@ class OnlineProbe:
         }
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": momenta, "param_groups": groups})
+
+
+def make_probe(
+    config: Config, num_features: int, labels: npt.NDArray[np.int64], world: World
+) -> OnlineProbe | None:
+    """The probe of a run with the settings of its optimizer; None without labels, or where it is switched off.
+
+    Args:
+        config: of the run.
+        num_features: F of the encoder.
+        labels: of all training images; below 0 where there is none.
+        world: the processes.
+    """
+    classes = int(labels.max()) + 1
+    if not config.eval.online_probe or (labels < 0).any() or classes < 2:
+        return None
+    settings = config.optimizer
+    return OnlineProbe(
+        num_features, classes, world, settings.momentum, settings.weight_decay, settings.trust_coefficient
+    )

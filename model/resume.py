@@ -3,23 +3,23 @@
 import sys
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from configs import fixed
+from configs.schema import Config
 from model import checkpoint, distributed
 from model.byol import BYOL
 from model.checkpoint import CheckpointError
 from model.distributed import World
-from model.lock import RunLock
 from model.optim import LARS
 from model.probe import OnlineProbe
 from model.step import TrainStep
 
 STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which types
     "step": (int,),
-    "seconds": (float,),
     "model": (dict, OrderedDict),
     "momentum": (dict,),
     "train_step": (dict,),
@@ -30,49 +30,58 @@ STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which 
 }
 
 
-def find_checkpoint(
-    out: Path, resume: str | None, lock: RunLock, world: World
-) -> tuple[Path | None, dict[str, Any]]:
-    """Takes the lock of the folder and the checkpoint to continue from. Rank 0 chooses for all.
+class Start(NamedTuple):
+    """Where a run begins."""
+
+    path: Path | None  # the checkpoint that it continues; None for a new run
+    step: int  # steps done
+    knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in per cent
+
+
+def begin(
+    resume: str | None,
+    config: Config,
+    fingerprint: str,
+    allowed: list[str],
+    train_step: TrainStep,
+    probe: OnlineProbe | None,
+    world: World,
+) -> Start:
+    """Finds the checkpoint to continue from, sees that it is of this run, and puts its state back.
 
     Args:
-        out: folder of the run.
-        resume: None for a new run, "auto" for the newest checkpoint in `out`, or the path of one.
-        lock: of the folder; rank 0 takes it.
-        world: the processes.
-
-    Returns:
-        The checkpoint and its state, with the keys of `STATE`; (None, {}) for a new run.
+        resume: None for a new run, "auto" for the newest checkpoint in run.out, or the path of one.
+        config: the settings now.
+        fingerprint: of the data set now.
+        allowed: dotted keys of settings that may differ from the checkpoint's.
+        train_step: built with the config; its model and optimizer are changed too.
+        probe: the online probe, if the run has one.
+        world: the processes; rank 0 chooses for all.
 
     Raises:
-        ValueError: another run uses the folder, it holds what a new run would overwrite, or only damaged checkpoints.
-        CheckpointError: the checkpoint cannot be used; on every rank.
+        ValueError: run.out holds what a new run would overwrite, or only damaged checkpoints; or settings differ.
+        CheckpointError: the checkpoint cannot be used.
     """
-    path: Path | None = None
+    path, state = find_checkpoint(Path(config.run.out), resume, world)
+    if path is None:
+        return Start(None, 0, None)
+    fixed.check_same_run(config, fingerprint, path, state, allowed)
+    restore(path, state, train_step.model, train_step.optimizer, train_step, probe)
+    return Start(path, state["step"], state["knn_untrained"])
+
+
+def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to continue from, with the keys of `STATE`; (None, {}) for a new run. Errors: see `begin`."""
     state: dict[str, Any] = {}
-    mistake = ""
-    if world.is_main:
-        try:
-            if note := lock.take():
-                print(f"warning: {note}", file=sys.stderr)
-            path, state = _choose(out, resume)
-            if not path:  # the list of bad images is an earlier attempt's
-                (out / "corrupt.jsonl").unlink(missing_ok=True)
-        except (ValueError, OSError, CheckpointError) as error:
-            mistake = str(error)
-    path, mistake = distributed.broadcast_object((path, mistake), world)
-    if mistake:
-        raise ValueError(mistake)
+
+    def choose() -> Path | None:
+        nonlocal state
+        path, state = _choose(out, resume)
+        return path
+
+    path = distributed.on_main(choose, world)
     if path and not world.is_main:
-        state = checkpoint.load(path)  # fails by name where the ranks do not share run.out
-    if path:
-        state.setdefault("probe", None)  # a checkpoint from before there was one
-        odd = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
-        if not odd and state["step"] < 0:
-            odd = ["step"]
-        if odd:
-            names = ", ".join(sorted(map(str, odd)))
-            raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
+        state = _load(path)  # fails by name where the ranks do not share run.out
     return path, state
 
 
@@ -83,11 +92,13 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
             f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
             "or choose another run.out"
         )
+    if newest:
+        _check_state(newest, state)
     if resume not in (None, "auto"):
-        chosen = checkpoint.load(Path(resume))
-        if newest and state["step"] > chosen.get("step", 0):
+        chosen = _load(Path(resume))
+        if newest and state["step"] > chosen["step"]:
             raise ValueError(
-                f"--resume {resume} is of step {chosen.get('step')}, but run.out={out} holds later ones, up to "
+                f"--resume {resume} is of step {chosen['step']}, but run.out={out} holds later ones, up to "
                 f"{newest.name}: move those away, or choose another run.out"
             )
         return Path(resume), chosen
@@ -96,6 +107,24 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
     if damaged and newest is None:
         raise ValueError(f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out")
     return newest, state
+
+
+def _load(path: Path) -> dict[str, Any]:
+    state = checkpoint.load(path)
+    _check_state(path, state)
+    return state
+
+
+def _check_state(path: Path, state: dict[str, Any]) -> None:
+    """Refuses what is no run's state; makes an older release's today's."""
+    state.setdefault("probe", None)
+    state.pop("seconds", None)  # that the run had taken
+    odd = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
+    if not odd and state["step"] < 0:
+        odd = ["step"]
+    if odd:
+        names = ", ".join(sorted(map(str, odd)))
+        raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
 
 
 def restore(

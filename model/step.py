@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from model.byol import BYOL, Predictions, byol_loss, l2_normalize
+from configs.schema import Config
+from model.byol import BYOL, Predictions, byol_loss, l2_normalize, make_byol
 from model.distributed import World, broadcast_module, convert_sync_batchnorm, no_sync, wrap
 from model.optim import LARS, ema_update_
 
@@ -27,7 +28,7 @@ class StepResult(NamedTuple):
     """What one step leaves on the device: 0-dim tensors, not yet read by the host."""
 
     loss: Tensor  # float32, mean over this rank's samples; average over ranks where it is shown
-    finite: Tensor  # bool, the same on every rank; where False, no parameter, momentum or statistic changed
+    finite: Tensor  # bool, the same on every rank; where False, nothing of model and momentum changed
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
     features1: list[Tensor]  # (n, F) of each micro-batch's first view, detached: for a probe
@@ -67,6 +68,7 @@ class TrainStep:
             raise ValueError(f"precision is {precision!r}; set one of {', '.join(PRECISIONS)}")
         if accumulation < 1:
             raise ValueError(f"accumulation is {accumulation}; it must be 1 or more")
+        self.model, self.optimizer = model, optimizer
         self.device, self.accumulation = world.device, accumulation
         self.dtype = PRECISIONS[precision]
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -82,7 +84,6 @@ class TrainStep:
         buffers = [*model.online.buffers(), *model.target.buffers()]
         by_kind = ([b for b in buffers if b.is_floating_point() is kind] for kind in (True, False))
         self.statistics = [group for group in by_kind if group]
-        self.optimizer = optimizer
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
 
     def __call__(
@@ -115,7 +116,7 @@ class TrainStep:
             features1.append(online.features1)
         finite, gradient_norm = self._update(lr)
         self._keep_statistics(finite, statistics)
-        ema_update_(self.target_parameters, self.online_parameters, tau)
+        ema_update_(self.target_parameters, self.online_parameters, tau, finite)
         measured = (
             Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
         )
@@ -162,6 +163,29 @@ class TrainStep:
         """Restores what `state_dict` gave, for the same precision."""
         if state["scaler"]:  # empty where the run was not fp16 until now
             self.scaler.load_state_dict(state["scaler"])
+
+
+def make_step(config: Config, world: World, precision: str) -> TrainStep:
+    """Model, optimizer and step of a run; weights are drawn from torch's global generator.
+
+    Args:
+        config: of the run.
+        world: the processes.
+        precision: "fp32", "bf16" or "fp16".
+    """
+    settings, train = config.optimizer, config.train
+    model = make_byol(**config.model.model_dump())
+    optimizer = LARS(
+        model.online.parameters(),
+        lr=0.0,  # set at every step
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        trust_coefficient=settings.trust_coefficient,
+        backend=settings.backend,
+    )
+    return TrainStep(
+        model, optimizer, world, precision, train.accumulation, train.channels_last, train.compile
+    )
 
 
 @torch.no_grad()

@@ -22,6 +22,17 @@ class Trained(NamedTuple):
     digest: str  # sha256 of the weights, the same for a checkpoint and what was exported from it
 
 
+def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: int) -> None:
+    """Writes the online encoder after `step` steps as safetensors, with what `load_trained` needs to know."""
+    metadata = {
+        "backbone": config.model.backbone,
+        "stem": config.model.stem,
+        "steps": str(step),
+        "config": schema.to_yaml(config),
+    }
+    checkpoint.export_encoder(path, encoder.state_dict(), metadata)
+
+
 def load_trained(path: Path) -> Trained:
     """Reads the online encoder.
 

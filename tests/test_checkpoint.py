@@ -74,16 +74,25 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     assert not Path("/tmp/byolt-payload").exists()
 
 
+@pytest.mark.parametrize("write", [0, 1, 4])
 def test_failed_write_leaves_the_last_checkpoint_and_no_temporary(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint.save(tmp_path, 1, state(1), keep=1)
-    monkeypatch.setattr(
-        torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("enforce fail: disk full"))
-    )
-    with pytest.raises(OSError, match="cannot be written"):
+    monkeypatch.setenv("BYOLT_FAIL", f"checkpoint write:{write}:ENOSPC")
+    with pytest.raises(OSError, match=r"cannot be written, .*free some space.*No space left on device\)$"):
         checkpoint.save(tmp_path, 2, state(2), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000000001.pt"]
+
+
+def test_error_that_is_not_the_disk_s_is_not_blamed_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BYOLT_FAIL", "checkpoint write:1:raise")
+    with pytest.raises(RuntimeError) as caught:
+        checkpoint.save(tmp_path, 2, state(2), keep=1)
+    assert "free some space" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_stale_temporary_is_removed(tmp_path: Path) -> None:

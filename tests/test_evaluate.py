@@ -1,12 +1,14 @@
 """kNN, feature extraction and batch-norm calibration with known answers."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from model.distributed import World
 from model.evaluate import (
     calibrate_batch_norm,
     confusion_matrix,
@@ -14,6 +16,7 @@ from model.evaluate import (
     knn_accuracy,
     knn_predict,
     knn_votes,
+    share,
     topk_correct,
     wilson_interval,
 )
@@ -23,6 +26,17 @@ def _at(*degrees: float) -> torch.Tensor:
     """Vectors of the plane at these angles, of various lengths."""
     angles = torch.tensor(degrees) * math.pi / 180
     return torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, len(degrees) + 1)[:, None]
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5), (5, 0)])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_ranks_share_evenly_spaced_numbers(total: int, count: int, ranks: int) -> None:
+    parts = [share(total, count, World(r, r, ranks, torch.device("cpu"), "gloo")) for r in range(ranks)]
+    taken = sorted(number for part in parts for number in part.tolist())
+    assert len(taken) == len(set(taken)) == min(count, total)
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    gaps = [b - a for a, b in pairwise([*taken, total])]
+    assert not gaps or (taken[0] == 0 and max(gaps) - min(gaps) <= 1)
 
 
 def test_one_neighbour_is_the_most_similar_by_angle() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from runs import ROOT, Process, Run, digest_of, write_images
 
-from model import checkpoint
+from model import checkpoint, probe
 from model.byol import Online
 from pipelines.loader import Loader
 from pipelines.order import global_batch, position
@@ -171,6 +171,47 @@ def test_torchrun_prints_the_first_error_last(run: Run) -> None:
     assert run.leftovers() == []
 
 
+def _no_data_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv.append("data.path=/nowhere")
+
+
+def _no_probe_on_rank_1() -> None:
+    def make(*_: object) -> None:
+        raise RuntimeError("broken on rank 1")
+
+    if os.environ["RANK"] == "1":
+        probe.make_probe = make  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("before", "said", "codes"),
+    [
+        (_no_data_on_rank_1, "error: rank 1: data.path: data path '/nowhere' does not exist", [1, 2]),
+        (_no_probe_on_rank_1, "error: rank 1: broken on rank 1", [1, 1]),
+    ],
+)
+def test_failure_before_the_loop_is_the_last_line_of_every_rank(
+    before: Callable[[], None], said: str, codes: list[int], run: Run
+) -> None:
+    ranks = run.start_ranks(2, before=before)
+    assert all_end(ranks) == codes
+    for process in ranks:
+        assert process.text.splitlines()[-1].startswith(said), process.text
+        assert "gloo" not in process.text
+    assert "Traceback" not in ranks[0].text
+
+
+def test_rank_0_s_mistake_is_every_rank_s(halved: Run) -> None:
+    ranks = halved.start_ranks(2)
+    assert all_end(ranks) == [2, 2]
+    for rank, process in enumerate(ranks):
+        assert process.text.startswith(f"error: rank {rank}: run.out={halved.out} holds checkpoints"), (
+            process.text
+        )
+        assert "Traceback" not in process.text
+
+
 def _nan_on_rank_1() -> None:
     calls = [0]
 
@@ -199,8 +240,8 @@ def test_nan_on_one_rank_stops_all_before_the_update(run: Run) -> None:
     assert path.name == "checkpoint-000000002.pt"
     aside = checkpoint.load(run.out / "aside-000000003.pt")
     assert all(tensor.isfinite().all() for tensor in aside["model"].values())
-    online = [key for key in aside["model"] if key.startswith("online.")]
-    assert online and all(torch.equal(aside["model"][key], before["model"][key]) for key in online)
+    assert aside["model"].keys() == before["model"].keys()
+    assert all(torch.equal(aside["model"][key], tensor) for key, tensor in before["model"].items())
 
 
 def _list_ids() -> None:

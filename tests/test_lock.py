@@ -76,3 +76,30 @@ def test_without_locks_the_pid_is_looked_for(tmp_path: Path, monkeypatch: pytest
     (tmp_path / NAME).write_text(json.dumps({"host": host, "pid": 2**22 + 1}))  # above the kernel's largest
     with RunLock(tmp_path) as lock:
         assert lock.take()
+
+
+def test_lock_that_fails_leaves_the_holder_s_file_and_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: int) -> None:
+        raise OSError(errno.EIO, "broken")
+
+    with RunLock(tmp_path) as first:
+        assert first.take() == ""
+        text = (tmp_path / NAME).read_text()
+        assert str(os.getpid()) in text
+        monkeypatch.setattr(fcntl, "flock", broken)
+        before = os.listdir("/proc/self/fd")
+        with pytest.raises(OSError, match="broken"), RunLock(tmp_path) as second:
+            second.take()
+        assert os.listdir("/proc/self/fd") == before
+        assert (tmp_path / NAME).read_text() == text
+
+
+def test_folder_is_made_or_named(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "a" / "b") as lock:
+        assert lock.take() == ""
+    with pytest.raises(
+        ValueError, match=r"run\.out=.*run\.lock cannot be written: File exists; choose another"
+    ):
+        RunLock(tmp_path / "a" / "b" / NAME).take()

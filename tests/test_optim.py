@@ -199,6 +199,27 @@ def test_ema_formula_and_its_ends() -> None:
             assert tau not in (0.0, 1.0) or torch.equal(new, p if tau == 0 else old)
 
 
+@pytest.mark.parametrize("tau", [0.0, 0.3, 0.996, 1.0])
+def test_ema_with_its_gate_is_the_same_to_the_bit_or_nothing(tau: float) -> None:
+    """Signs of zero, NaN and the memory format included."""
+    generator = torch.Generator().manual_seed(0)
+    target, online = (
+        [
+            torch.randn(1000, generator=generator),
+            torch.randn(4, 3, 5, 5, generator=generator).contiguous(memory_format=torch.channels_last),
+            torch.tensor([-0.0, 0.0, odd, 1e-40, 3.0]),
+        ]
+        for odd in (2.0, float("nan"))
+    )
+    plain, gated, kept = ([t.clone() for t in target] for _ in range(3))
+    ema_update_(plain, online, tau)
+    ema_update_(gated, online, tau, torch.tensor(True))
+    ema_update_(kept, online, tau, torch.tensor(False))
+    for ours, theirs in ((gated, plain), (kept, target)):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a.view(torch.int32), b.view(torch.int32)) and a.stride() == b.stride()
+
+
 def test_ema_works_on_parameters_that_require_gradients() -> None:
     target, online = _parameters(0), _parameters(1)
     ema_update_(list(target), list(online), 0.5)

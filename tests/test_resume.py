@@ -21,7 +21,6 @@ from model.byol import make_byol
 from model.checkpoint import CheckpointError
 from model.digest import digest
 from model.distributed import World
-from model.lock import RunLock
 from model.optim import LARS
 from model.resume import find_checkpoint, restore
 from model.step import TrainStep
@@ -40,8 +39,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory, fixtures: Path) -> Path:
 
 def load_and_restore(path: Path, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """What train.py does; returns the checkpoint's state and that of the network after it."""
-    with RunLock(out) as lock:
-        found, state = find_checkpoint(out, str(path), lock, WORLD)
+    found, state = find_checkpoint(out, str(path), WORLD)
     assert found == path
     settings = schema.Config.model_validate(state["config"])
     torch.manual_seed(0)
@@ -144,6 +142,25 @@ def test_hostile_state_is_refused_and_nothing_changed(
     with pytest.raises(CheckpointError, match=message) as caught:
         load_and_restore(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("newest", "chosen", "named"),
+    [
+        ({"foo": 1}, {}, "checkpoint-000000005.pt"),
+        ({"step": "x"}, {}, "checkpoint-000000005.pt"),
+        ({}, {"step": "x"}, "chosen.pt"),
+        ({}, {"step": None}, "chosen.pt"),
+    ],
+)
+def test_either_checkpoint_is_checked_before_their_steps_are_compared(
+    newest: dict, chosen: dict, named: str, golden: Path, tmp_path: Path
+) -> None:
+    state = checkpoint.load(golden)
+    checkpoint.write(tmp_path / "checkpoint-000000005.pt", state | {"step": 5} | newest)
+    checkpoint.write(tmp_path / "chosen.pt", state | {"step": 9} | chosen)
+    with pytest.raises(CheckpointError, match=f"{named} holds no run's state"):
+        find_checkpoint(tmp_path, str(tmp_path / "chosen.pt"), WORLD)
 
 
 class _Call:

@@ -1,5 +1,6 @@
 """train.py as its users run it: whole runs in processes of their own, on a few tiny images."""
 
+import gc
 import io
 import json
 import os
@@ -8,9 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -20,9 +24,16 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train
+from configs import schema
 from model import checkpoint
 from model.byol import Online, make_encoder
+from model.distributed import World
+from model.evaluate import calibrate_batch_norm
+from model.finite import FiniteCheck
+from model.step import TrainStep
+from pipelines.loader import Loader
 from pipelines.order import global_batch
+from pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -128,6 +139,103 @@ def test_whole_run_leaves_what_it_promises(finished: tuple[Run, SimpleNamespace]
     assert list((run.out / "tensorboard").iterdir())
 
 
+def test_untrained_encoder_is_calibrated_once_and_in_a_copy(run: Run) -> None:
+    """Of all evaluations the first only: the others' batch norm has statistics of its own."""
+    calls = []
+
+    def calibrate(encoder: torch.nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+        seen = list(batches)
+        calibrate_batch_norm(encoder, seen)
+        changed = [
+            name for name, tensor in encoder.state_dict().items() if not torch.equal(tensor, before[name])
+        ]
+        calls.append(
+            (before["bn1.num_batches_tracked"].item(), sum(len(labels) for _, labels in seen), changed)
+        )
+
+    with patch("model.evaluate.calibrate_batch_norm", calibrate):
+        assert run("train.stop_at_step=4").returncode == 0
+    ((tracked, images, changed),) = calls
+    assert (tracked, images) == (0, 32) and "bn1.running_mean" in changed
+    # One step tracks two views; the calibration's batch is not among them.
+    assert run.weights()["online.encoder.bn1.num_batches_tracked"].item() == 8
+
+
+def test_calibration_has_two_images_a_batch_on_however_many_ranks(run: Run, images: Path) -> None:
+    """Batch norm in training mode refuses one, and 256 // 512 is 0."""
+    config, source = schema.load(run.config), open_source(images / "train")
+    for ranks, expected in ((1, 256), (8, 32), (128, 2), (200, 2), (512, 2)):
+        sizes: list[int] = []
+        with (
+            patch(
+                "pipelines.loader.plain_images", lambda *arguments, sizes=sizes: sizes.extend(arguments[3:])
+            ),
+            patch("model.evaluate.calibrate_batch_norm"),
+            patch("model.evaluate.knn_of_run", return_value=1.0),
+        ):
+            world = World(0, 0, ranks, torch.device("cpu"), "gloo")
+            assert (
+                train.knn_accuracy(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True) == 1
+            )
+        assert sizes == [expected]
+
+
+def test_neither_checkpoint_nor_first_batch_stays_alive_in_the_loop(run: Run) -> None:
+    assert run("train.stop_at_step=2", "eval.path=null").returncode == 0
+    kept: dict[str, weakref.ref] = {}
+    alive: list[dict[str, bool]] = []
+
+    def load(path: Path, plain: Callable = checkpoint.load) -> dict:
+        state = plain(path)
+        kept["checkpoint"] = weakref.ref(next(iter(state["model"].values())))
+        return state
+
+    def take(self: Loader, plain: Callable = Loader._take) -> Any:
+        batch = plain(self)
+        kept.setdefault("first view", weakref.ref(batch.view1))
+        return batch
+
+    def step(self: TrainStep, *arguments: Any, plain: Callable = TrainStep.__call__, **more: Any) -> Any:
+        gc.collect()
+        alive.append({name: tensor() is not None for name, tensor in kept.items()})
+        return plain(self, *arguments, **more)
+
+    with (
+        patch("model.checkpoint.load", load),
+        patch.object(Loader, "_take", take),
+        patch.object(TrainStep, "__call__", step),
+    ):
+        assert run("--resume", "auto", "eval.path=null").returncode == 0
+        assert alive[0] == {"checkpoint": False, "first view": True}
+        assert alive[-1] == {"checkpoint": False, "first view": False} and len(alive) == 6
+        shutil.rmtree(run.out)
+        kept.clear()
+        alive.clear()
+        assert run("eval.path=null").returncode == 0
+        assert alive[0] == {"first view": True} and alive[-1] == {"first view": False}
+
+
+def test_timed_save_looks_for_flags_first(run: Run) -> None:
+    """As on a GPU, where they wait for the next row: the step is found before it is saved."""
+    nan = torch.full((1, 3, 1, 1), torch.nan)
+    looks: list[int] = []
+
+    def check(self: FiniteCheck, *arguments: Any, plain: Callable = FiniteCheck.check) -> None:
+        looks.append(len(self._flags))
+        if len(looks) % 2 == 0:  # the loop's own look, after each step on the CPU, is left out
+            plain(self, *arguments)
+
+    with (
+        patch("model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)),
+        patch.object(FiniteCheck, "check", check),
+    ):
+        done = run("run.checkpoint_minutes=0", "eval.path=null", "run.log_every=50")
+    assert done.returncode == 1 and looks == [1, 1]
+    assert "not finite in step 1, rank 0" in done.stderr
+    assert not list(run.out.glob("checkpoint-*"))
+
+
 def test_exported_encoder_is_the_online_encoder(finished: tuple[Run, SimpleNamespace]) -> None:
     run, _ = finished
     exported = load_file(run.out / "encoder.safetensors")
@@ -214,7 +322,7 @@ def test_nan_stops_the_run_and_is_never_saved(precision: str, run: Run) -> None:
         state = checkpoint.load(path)
         tensors = [*state["model"].values(), *(m["momentum"] for m in state["momentum"].values())]
         assert all(tensor.isfinite().all() for tensor in tensors)
-        assert all(torch.equal(t, before[k]) for k, t in state["model"].items() if "tracked" in k)
+        assert all(torch.equal(t, before[k]) for k, t in state["model"].items())
 
 
 def test_precision_may_change(run: Run) -> None:
@@ -327,6 +435,7 @@ def test_other_settings_are_refused_by_name(finished: tuple[Run, SimpleNamespace
     assert "model.backbone: resnet8 in the checkpoint, resnet18 now" in again.stderr
     assert "optimizer.base_lr: 1.0 in the checkpoint, 3.0 now" in again.stderr
     assert "log_every" not in again.stderr
+    assert run("--resume", "auto", "optimizer.backend=foreach").returncode == 0  # the same numbers
     insisted = run("--resume", "auto", "optimizer.base_lr=3", "--allow-change", "optimizer.base_lr")
     assert insisted.returncode == 0
 

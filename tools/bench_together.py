@@ -17,10 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from configs.schema import Config, ViewConfig
-from model.byol import make_byol
 from model.distributed import World
-from model.optim import LARS
-from model.step import StepResult, TrainStep
+from model.step import StepResult, make_step
 from pipelines.loader import Batch, Loader, make_backend, make_resident
 from pipelines.sources import Source
 from tools.bench_stages import STAGES, Clock, Cost, rate
@@ -87,24 +85,6 @@ def measure_together(
                 encoded = [source.read(i) for i in resident[0].id.tolist()]
                 turns.setdefault("torchvision", []).append(one_by_one(views, encoded))
     return {name: median(costs) for name, costs in turns.items()}
-
-
-def make_step(config: Config, world: World, precision: str) -> TrainStep:
-    """The training step as train.py builds it."""
-    settings = config.optimizer
-    model = make_byol(**config.model.model_dump())
-    optimizer = LARS(
-        model.online.parameters(),
-        lr=0.0,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        trust_coefficient=settings.trust_coefficient,
-        backend=settings.backend,
-    )
-    train = config.train
-    return TrainStep(
-        model, optimizer, world, precision, train.accumulation, train.channels_last, train.compile
-    )
 
 
 def median(costs: list[Cost]) -> Cost:
