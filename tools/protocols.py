@@ -295,7 +295,8 @@ def _augmented(bench: Bench, source: Source, batch_size: int, steps: int, what: 
     backend, _ = make_backend(config, bench.world.device, torch.float32)
     rank, size = bench.world.rank, bench.world.size
     task = bench.progress.add_task(what, total=steps)
-    with Loader(config, source, backend, rank=rank, world_size=size) as loader:
+    device = bench.world.device
+    with Loader(config, source, backend, rank=rank, world_size=size, device=device) as loader:
         for [batch] in itertools.islice(loader, steps):
             yield batch
             bench.progress.update(task, advance=1)
