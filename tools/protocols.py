@@ -7,7 +7,7 @@ the answer is the same for any number of ranks (fine-tuning: to rounding, its gr
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -322,7 +322,7 @@ def _train_all(
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), batch.label.to(device)).backward()
         optimizer.step()
-    return Bench(**(bench.__dict__ | {"encoder": encoder})), head
+    return replace(bench, encoder=encoder), head
 
 
 def _held(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
