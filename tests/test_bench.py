@@ -14,6 +14,7 @@ from PIL import Image
 
 from configs.schema import ViewConfig
 from model import provenance
+from pipelines.loader import CorruptBudgetError
 from pipelines.views import draw
 from tools import bench
 from tools.bench_peers import ROOT, compare, run_harness
@@ -131,6 +132,17 @@ def test_a_mistake_is_named(words: list[str], named: str, capsys: pytest.Capture
     assert bench.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("bench: ") and named in said
+
+
+def test_too_many_undecodable_images_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spent(*_: object) -> None:
+        raise CorruptBudgetError("101 undecodable images")
+
+    monkeypatch.setattr(bench, "measure", spent)
+    assert bench.main([*TINY, "data.backend=torch"]) == 2
+    assert capsys.readouterr().err == "bench: 101 undecodable images\n"
 
 
 def test_peers_are_compared_with_ours() -> None:
