@@ -104,7 +104,7 @@ def test_views_have_the_dtype_that_is_asked_for() -> None:
     assert torch.equal(actual(ids, *params)[0], expected(ids, *params)[0].bfloat16())
 
 
-@pytest.mark.parametrize("profile", ["byol", "torchvision"])
+@pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_the_gpu_makes_the_same_views(profile: Profile) -> None:
     """On the GPU, or its kernels in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")

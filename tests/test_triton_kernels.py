@@ -190,7 +190,7 @@ def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
     assert np.abs(ours - expected(images, params_of(count, 26, 24), augment)).max() > 0.01
 
 
-@both_profiles
+@pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_every_order_of_the_colour_operations(profile: Profile) -> None:
     count = len(JITTER_ORDERS)
     images = pictures(1, 30, 30) * count
