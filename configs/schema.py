@@ -54,7 +54,7 @@ class DataConfig(Section):
     threads: Annotated[int, Field(ge=1, le=256)] = 4
     """CPU threads per rank that decode (and, without a GPU, augment)."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
-    """Batches made ahead of the training step, per rank."""
+    """Micro-batches made ahead of the training step, per rank (train.accumulation of them are a step)."""
     max_corrupt: Annotated[int, Field(ge=0)] = 100
     """Different undecodable images per rank after which the run stops; until then each is replaced by the next
     sound image and listed in corrupt.jsonl."""

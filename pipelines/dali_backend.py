@@ -86,8 +86,10 @@ class DaliBackend:
             when the current stream has come so far.
 
         Raises:
-            UndecodableError: names the images of the batch that do not decode. The backend stays usable.
-            RuntimeError, ValueError: a window reaches beyond its image (on the CPU, on the GPU).
+            UndecodableError: names the images of the batch that do not decode, on the CPU also those that are smaller
+                than a window says. The backend stays usable.
+            RuntimeError: DALI fails on every one of several images, whose bytes are sound.
+            ValueError: on the GPU, or of raw pixels: a window reaches beyond its image.
         """
         make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         try:

@@ -14,14 +14,13 @@ from pipelines.kernel_rows import (
     blend_columns,
     blend_rows,
     clip,
+    compile_color,
     compile_view,
     compiled,
-    hue,
     planar,
     total,
 )
 from pipelines.recipe import Floats
-from pipelines.views import BRIGHTNESS, HUE, SATURATION
 
 _TABLE = 1024  # the reference tabulates the cubic kernel in so many steps between two pixels
 _MARGIN = 2  # pixels beside a window that taps of weight 0 can reach
@@ -72,15 +71,7 @@ def _saturation(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
         b[x] = top - (top - b[x]) * factor
 
 
-@compiled
-def _color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
-    for operation in operations:
-        if operation == BRIGHTNESS:
-            _brightness(r, g, b, values[BRIGHTNESS])
-        elif operation == SATURATION:
-            _saturation(r, g, b, values[SATURATION])
-        elif operation == HUE:
-            hue(r, g, b, values[HUE])
+_color = compile_color(_brightness, _saturation)
 
 
 @compiled

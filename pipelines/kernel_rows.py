@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipelines.kernel_llvm import four_pixels
 from pipelines.recipe import NEGLIGIBLE, Floats, Recipe
-from pipelines.views import CONTRAST
+from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
@@ -83,7 +83,7 @@ def blend_columns(
 
 
 @compiled
-def hue(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
+def _hue(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
     """The channels are m + (V - m) times a trapezoid of the hue: |h - 3| - 1 for red, 2 - |h - 2|, 2 - |h - 4|."""
     turn = SIX * (value - np.float32(math.floor(value)))  # [0, 6): hues are counted in sixths here
     for x in range(len(r)):
@@ -201,6 +201,27 @@ def _mirror(values: Floats, pad: int, size: int, step: int, radius: int) -> None
         for x in range(step):
             values[(pad - k) * step + x] = values[(pad + k) * step + x]
             values[(last + k) * step + x] = values[(last - k) * step + x]
+
+
+def compile_color(brightness: Any, saturation: Any) -> Any:
+    """A profile's colour operations but contrast, in the order drawn, on a row: `color` of `compile_view`.
+
+    Args:
+        brightness: compiled: (r, g, b, value), in place.
+        saturation: likewise.
+    """
+
+    @compiled
+    def color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
+        for operation in operations:
+            if operation == BRIGHTNESS:
+                brightness(r, g, b, values[BRIGHTNESS])
+            elif operation == SATURATION:
+                saturation(r, g, b, values[SATURATION])
+            elif operation == HUE:
+                _hue(r, g, b, values[HUE])
+
+    return color
 
 
 def compile_view(resize: Any, color: Any, mirror: bool) -> Any:

@@ -17,14 +17,13 @@ from pipelines.kernel_rows import (
     blend_columns,
     blend_rows,
     clip,
+    compile_color,
     compile_view,
     compiled,
-    hue,
     planar,
     total,
 )
 from pipelines.recipe import Floats
-from pipelines.views import BRIGHTNESS, HUE, SATURATION
 
 
 @compiled
@@ -87,15 +86,7 @@ def _saturation(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
         b[x] = clip(b[x] * value + gray)
 
 
-@compiled
-def _color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
-    for operation in operations:
-        if operation == BRIGHTNESS:
-            _brightness(r, g, b, values[BRIGHTNESS])
-        elif operation == SATURATION:
-            _saturation(r, g, b, values[SATURATION])
-        elif operation == HUE:
-            hue(r, g, b, values[HUE])
+_color = compile_color(_brightness, _saturation)
 
 
 @compiled

@@ -1,8 +1,8 @@
 """Batches for the training step: ids from the order, bytes from the source, views from a back end, made ahead.
 
-A thread of its own reads, checks, draws and augments `prefetch` batches ahead of the step; on a GPU, on a stream of its
-own, so that the step never queues behind the decoding of a later batch. What the step waited for is measured. The
-loader has no state but the number of the next step: batch k is the same in any run.
+A thread of its own reads, checks, draws and augments `prefetch` micro-batches ahead of the step; on a GPU, on a stream
+of its own, so that the step never queues behind the decoding of a later batch. What the step waited for is measured.
+The loader has no state but the number of the next step: batch k is the same in any run.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor
 from configs.schema import Config
 from pipelines import order
 from pipelines.encoded import check, inspect
+from pipelines.reading import Reader
 from pipelines.resident import Resident, is_wanted
 from pipelines.sources import Source
 from pipelines.torch_backend import TorchBackend, UndecodableError, decode, resize_bicubic
@@ -103,6 +104,11 @@ class Loader:
 
     Step k of the run consists of `accumulation` consecutive micro-batches. Close it to stop its thread; it is a
     context manager.
+
+    `waited` is the time for which the step's thread found no batch in the queue. On a GPU that is not all: a batch is
+    handed over as soon as its work is queued, and if the loader's stream is not done with it, the step's stream waits
+    on the device, which no clock of the host sees. How much is lost altogether is the stall that tools/bench.py
+    measures: loader and step together against the slower of the two alone.
     """
 
     def __init__(
@@ -139,8 +145,10 @@ class Loader:
         self._rank, self._world_size = rank, world_size
         self._corrupt_log = corrupt_log
         self._corrupt = self._listed(first_step)
+        self._listed_before = len(self._corrupt)
         self._next_step = first_step
-        self.waited = 0.0  # seconds the consumer has waited for batches, in all
+        self._reader = Reader(source, config.data.threads)
+        self.waited = 0.0  # seconds the consumer has waited for the queue, in all
         on_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
@@ -152,7 +160,7 @@ class Loader:
 
     @property
     def corrupt_count(self) -> int:
-        """Different undecodable images met so far."""
+        """Different undecodable images that this rank has met so far."""
         return len(self._corrupt)
 
     def __iter__(self) -> Iterator[list[Batch]]:
@@ -180,6 +188,7 @@ class Loader:
         while self._thread.is_alive():
             with suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
+        self._reader.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -189,11 +198,11 @@ class Loader:
 
     def _produce(self) -> None:
         try:
+            self._check_budget()
             if isinstance(self._backend, Resident):
-                for number in sorted(
-                    self._backend.broken.keys() - self._corrupt.keys()
-                ):  # not listed before a resume
-                    self._count_corrupt(number, self._backend.broken[number])
+                for number in sorted(self._backend.broken.keys() - self._corrupt.keys()):
+                    if number % self._world_size == self._rank:  # every rank has decoded the whole data set
+                        self._count_corrupt(number, self._backend.broken[number])
             with torch.cuda.stream(self._stream):  # which changes nothing where it is None
                 while not self._stop.is_set():
                     for batch in self._micro_batches(self._next_step):
@@ -235,19 +244,25 @@ class Loader:
     def _read_sound(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], list[bytes]]:
         """The bytes of every id; an unsound image is replaced by the next sound one, whichever rank reads it."""
         sound, encoded = ids.copy(), []
-        for place, number in enumerate(ids.tolist()):
-            while True:
-                if number not in self._corrupt:
-                    data = self._source.read(number)
-                    try:
-                        check(data, int(self._source.heights[number]), int(self._source.widths[number]))
-                        break
-                    except ValueError as error:
-                        self._count_corrupt(number, str(error))
+        for place, data in enumerate(self._reader(ids.tolist(), unwanted=self._corrupt)):
+            number = int(ids[place])
+            while not self._is_sound(number, data):
                 number = (number + 1) % len(self._source)
+                data = b"" if number in self._corrupt else self._source.read(number)
             sound[place] = number
             encoded.append(data)
         return sound, encoded
+
+    def _is_sound(self, number: int, data: bytes) -> bool:
+        """Whether these bytes are what the index says of a sample; counts it if not."""
+        if number in self._corrupt:
+            return False
+        try:
+            check(data, int(self._source.heights[number]), int(self._source.widths[number]))
+        except ValueError as error:
+            self._count_corrupt(number, str(error))
+            return False
+        return True
 
     def _listed(self, first_step: int) -> dict[int, str]:
         """What an earlier process of this run has found; lines that a kill cut short are left out."""
@@ -268,12 +283,24 @@ class Loader:
             row: dict[str, Any] = {"id": number, "where": where, "reason": reason, "rank": self._rank}
             with self._corrupt_log.open("a") as log:
                 log.write(json.dumps(row) + "\n")
-        if len(self._corrupt) > self._config.data.max_corrupt or len(self._corrupt) == len(self._source):
-            raise CorruptBudgetError(
-                f"{len(self._corrupt)} undecodable images, more than data.max_corrupt="
-                f"{self._config.data.max_corrupt} allows; the last: {where}: {reason}. Run tools/verify_shards.py "
-                f"on {self._config.data.path}, or raise data.max_corrupt"
+        self._check_budget()
+
+    def _check_budget(self) -> None:
+        """Raises CorruptBudgetError if too many images are undecodable, or none is left."""
+        if len(self._corrupt) <= self._config.data.max_corrupt and len(self._corrupt) < len(self._source):
+            return
+        number, reason = next(reversed(self._corrupt.items()), (0, ""))
+        earlier = ""
+        if self._listed_before:
+            earlier = (
+                f"; {self._listed_before} of them were listed before this start: if they have been repaired, "
+                f"remove {self._corrupt_log} to go on"
             )
+        raise CorruptBudgetError(
+            f"{len(self._corrupt)} undecodable images, more than data.max_corrupt={self._config.data.max_corrupt} "
+            f"allows; the last: {self._source.describe(number)}: {reason}. Run tools/verify_shards.py on "
+            f"{self._config.data.path}, or raise data.max_corrupt{earlier}"
+        )
 
 
 def plain_images(

@@ -1,8 +1,8 @@
 """The manifest of a data set: what is in which shard.
 
-A data set is a folder: tars in WebDataset form, `samples.npy` (a SAMPLE record for each, opened by mmap) and
-`manifest.json`, which is written last and by rename: where it is, the data set is complete. With offset and
-length of every image a tar is as random-access as an array, so one global shuffle serves every source.
+A data set is a folder: shards (tars in WebDataset form, or .beton files), `samples.npy` (a SAMPLE record for each,
+opened by mmap) and `manifest.json`, which is written last and by rename: where it is, the data set is complete. With
+offset and length of every image a shard is as random-access as an array, so one global shuffle serves every source.
 """
 
 import hashlib

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from configs.schema import ViewConfig
+from model import provenance
+from pipelines.loader import CorruptBudgetError
 from pipelines.views import draw
 from tools import bench
 from tools.bench_peers import ROOT, compare, run_harness
@@ -93,7 +95,7 @@ def test_run_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.Captur
     )
     assert result["torchvision_ratio"] == costs["torchvision"]["cpu_ms"] / costs["loader"]["cpu_ms"]
     assert report["config"]["model"]["backbone"] == "resnet8" and report["config"]["train"]["batch_size"] == 4
-    assert report["versions"]["torch"] == torch.__version__.split("+")[0] and report["cpu"]
+    assert report["versions"] == provenance.versions() and "core" in report["hardware"]
     with Image.open(tmp_path / "b.png") as picture:
         assert picture.width > 800 and picture.height > 600
 
@@ -130,6 +132,17 @@ def test_a_mistake_is_named(words: list[str], named: str, capsys: pytest.Capture
     assert bench.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("bench: ") and named in said
+
+
+def test_too_many_undecodable_images_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spent(*_: object) -> None:
+        raise CorruptBudgetError("101 undecodable images")
+
+    monkeypatch.setattr(bench, "measure", spent)
+    assert bench.main([*TINY, "data.backend=torch"]) == 2
+    assert capsys.readouterr().err == "bench: 101 undecodable images\n"
 
 
 def test_peers_are_compared_with_ours() -> None:

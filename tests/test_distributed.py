@@ -106,7 +106,11 @@ def _free_port() -> int:
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two spawned ranks found; everything two ranks can tell comes from this one spawn."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_worker, (_free_port(), str(folder)), nprocs=2)
+    # A forkserver imports torch once for both.
+    torch.multiprocessing.set_forkserver_preload(["torch.nn.parallel", "model.byol", "model.step"])
+    torch.multiprocessing.start_processes(
+        _worker, (_free_port(), str(folder)), nprocs=2, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

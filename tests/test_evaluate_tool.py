@@ -138,6 +138,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "finetune"], "needs --labels 0.01, 0.1 or 1.0, or --subset FILE"),
         (["--protocol", "finetune", "--labels", "2"], "share of 2 of the labels"),
         (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
+        (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be more than 0"),
         (["--protocol", "linear", "--lr", "0"], "--lr 0.0: it must be more than 0"),
         (["--protocol", "linear", "--epochs", "1", "2"], "takes one number"),
         (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear"),

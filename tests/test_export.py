@@ -59,7 +59,7 @@ def _features(path: Path) -> tuple[Tensor, Tensor]:
         return images, load_trained(path).encoder(images)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "cifar"])
+@pytest.mark.parametrize("stem", [pytest.param("imagenet", marks=pytest.mark.slow), "cifar"])
 def test_torchvision(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = _run(tmp_path, "resnet18", stem)
     out = tmp_path / "exported"

@@ -16,6 +16,7 @@ from PIL import Image
 from configs.schema import Config
 from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident, plain_images
 from pipelines.order import global_batch
+from pipelines.reading import Reader
 from pipelines.sources import SyntheticSource
 from pipelines.torch_backend import UndecodableError, decode
 
@@ -199,6 +200,58 @@ def test_budget_goes_on_over_a_resume(tmp_path: Path) -> None:
     assert take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
 
 
+@pytest.mark.parametrize(("listed", "max_corrupt"), [(3, 2), (N, 1000)])
+def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, tmp_path: Path) -> None:
+    """Though no new image is undecodable; and with every image listed there is none to take instead."""
+    log = tmp_path / "corrupt.jsonl"
+    rows = [{"id": i, "where": "", "reason": "empty", "rank": 0} for i in range(listed)]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = make_config(data={"max_corrupt": max_corrupt})
+    with pytest.raises(CorruptBudgetError, match=f"{listed} undecodable images") as caught:
+        take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
+    assert f"if they have been repaired, remove {log} to go on" in str(caught.value)
+    log.unlink()
+    assert take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_reader_keeps_the_order(threads: int) -> None:
+    source, wanted = Damaged({}), [7, 3, 3, 39, 0, 12, 5]
+    reader = Reader(source, threads)
+    for count in range(len(wanted) + 1):
+        found = list(reader(wanted[:count], unwanted={3}))
+        assert found == [b"" if i == 3 else source.read(i) for i in wanted[:count]]
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def test_reads_wait_together() -> None:
+    """Two threads are both inside a read, or the barrier breaks."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    class Slow(SyntheticSource):
+        def read(self, i: int) -> bytes:
+            barrier.wait()
+            return super().read(i)
+
+    reader = Reader(Slow(N, 20, 30), 2)
+    assert list(reader([4, 9])) == [SyntheticSource(N, 20, 30).read(i) for i in (4, 9)]
+    reader.close()
+
+
+def test_threads_that_read_change_no_batch(tmp_path: Path) -> None:
+    """Order, views, replacements and the list of the undecodable, in its order."""
+    damage: dict[int, Callable[[bytes], bytes]] = {3: lambda _: b"", 4: lambda _: b"text"}
+    logs = {threads: tmp_path / f"{threads}.jsonl" for threads in (1, 3)}
+    one, three = (
+        take(make_config(data={"threads": threads}), 7, Damaged(damage), corrupt_log=log)
+        for threads, log in logs.items()
+    )
+    assert ids(one) == ids(three)
+    assert all(torch.equal(a[0].view1, b[0].view1) for a, b in zip(one, three, strict=True))
+    assert logs[1].read_text() == logs[3].read_text() != ""
+
+
 @pytest.mark.parametrize("ranks", [(2, 1, 2), (1, 4, 8), (8, 2, 4)])
 def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) -> None:
     """Three epochs of five steps; the number of ranks changes within the second and the third."""
@@ -266,8 +319,9 @@ def test_error_while_reading_reaches_the_step() -> None:
     def fail(_: bytes) -> bytes:
         raise OSError("shard gone")
 
-    with pytest.raises(OSError, match="shard gone"):
-        take(make_config(), 5, Damaged(dict.fromkeys(range(N), fail)))
+    for threads in (1, 2):
+        with pytest.raises(OSError, match="shard gone"):
+            take(make_config(data={"threads": threads}), 5, Damaged(dict.fromkeys(range(N), fail)))
 
 
 def test_batch_larger_than_the_data_set() -> None:
@@ -325,6 +379,8 @@ def test_batches_made_on_a_stream_of_their_own_are_those_of_the_cpu(backend: str
         wanted = [batch.view1 for _ in range(8) for batch in next(batches)]
     for view, expected in zip(ours, wanted, strict=True):
         assert view.device == device
+        if backend == "torch":  # made on the CPU and only moved
+            assert torch.equal(view.cpu(), expected)
         assert (view.cpu() - expected).abs().mean() < 0.02  # a JPEG's decoder rounds differently
 
 

@@ -77,7 +77,9 @@ def test_logistic_of_two_points_has_a_closed_form(w: float) -> None:
     assert fit.gradient <= 1e-10
 
 
-@pytest.mark.parametrize("l2", [1e-2, 1.0, 100.0])
+@pytest.mark.parametrize(
+    "l2", [pytest.param(1e-2, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow), 100.0]
+)
 def test_logistic_equals_scikit_learn(l2: float) -> None:
     """Weights to 1e-4 of the largest, probabilities to 1e-5."""
     sklearn = pytest.importorskip("sklearn.linear_model", reason="scikit-learn is not installed")

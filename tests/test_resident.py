@@ -1,5 +1,6 @@
 """Small images kept in memory: the same batches as from their bytes, and when that is done."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,19 @@ def test_broken_images_are_replaced_and_listed_as_from_bytes(tmp_path: Path) -> 
     assert len(first) == 3
 
 
+def test_ranks_share_what_is_broken(tmp_path: Path) -> None:
+    """Each has decoded the whole set, and lists its part: all ranks together list every image once."""
+    source = Damaged({i: lambda _: b"" for i in (3, 4, 9, 12, 15)})
+    config = make_config(data={"resident": "always", "max_corrupt": 3})
+    kept = Resident(source, config.augment, CPU, torch.float32, threads=1)
+    for rank, expected in enumerate(([4, 12], [3, 9, 15])):
+        log = tmp_path / f"{rank}.jsonl"
+        with Loader(config, source, kept, rank=rank, world_size=2, corrupt_log=log) as loader:
+            next(iter(loader))
+            assert loader.corrupt_count == len(expected)
+        assert [json.loads(line)["id"] for line in log.read_text().splitlines()] == expected
+
+
 def test_the_budget_of_broken_images_holds() -> None:
     source = Damaged({3: lambda _: b"", 4: lambda _: b"text"})
     with pytest.raises(CorruptBudgetError, match=r"2 undecodable images, more than data\.max_corrupt=1"):
@@ -90,7 +104,7 @@ def test_views_have_the_dtype_that_is_asked_for() -> None:
     assert torch.equal(actual(ids, *params)[0], expected(ids, *params)[0].bfloat16())
 
 
-@pytest.mark.parametrize("profile", ["byol", "torchvision"])
+@pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_the_gpu_makes_the_same_views(profile: Profile) -> None:
     """On the GPU, or its kernels in Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")

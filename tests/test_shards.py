@@ -345,7 +345,7 @@ def test_records_out_of_range_or_order(folder: Path, field: str, row: int, value
         Manifest(manifest.shards, samples, manifest.classes).save(folder)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=20)
 @given(
     counts=st.lists(st.integers(1, 5), min_size=1, max_size=4),
     classes=st.one_of(st.none(), st.lists(st.text(max_size=9), min_size=1, max_size=3)),

@@ -57,7 +57,14 @@ def on_tars(data: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) 
     return trained(tmp_path_factory.mktemp("tars") / "run", images, paths(data)["tars"])
 
 
-@pytest.mark.parametrize("form", ["folder", "two files", "named"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "two files",
+        pytest.param("folder", marks=pytest.mark.slow),
+        pytest.param("named", marks=pytest.mark.slow),
+    ],
+)
 def test_tar_and_beton_train_alike_to_the_bit(
     form: str,
     on_tars: tuple[list[float], dict],

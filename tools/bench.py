@@ -16,20 +16,18 @@ the command line says otherwise, so that it ends in a minute or two.
 import argparse
 import json
 import os
-import platform
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from configs import schema
-from model import distributed
+from model import distributed, provenance
 from model.step import PRECISIONS
-from pipelines.loader import make_backend
+from pipelines.loader import CorruptBudgetError, make_backend
 from pipelines.sources import Source, open_source
 from pipelines.torch_backend import UndecodableError
 from tools.bench_peers import run_harness
@@ -45,7 +43,6 @@ SMALL_STEP = [
     "model.predictor_hidden=256",
     "train.batch_size=64",
 ]
-PACKAGES = ("torch", "torchvision", "numpy", "numba", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130")
 
 
 def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distributed.World]:
@@ -78,28 +75,6 @@ def measure(
     return stages | measure_together(config, source, world, precision, dtype, batches, peer)
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on: processor, GPU, versions, date."""
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "versions": found,
-    }
-
-
 def table(costs: dict[str, Cost]) -> str:
     """One line for each cost."""
     lines = [f"{'':14} {'images/s':>9} {'CPU ms':>8} {'GPU µs':>8}   an image"]
@@ -113,12 +88,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints; returns what --json writes."""
     overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
     config, world = settings(args.config, overrides)
-    source, where = open_source(config.data.path), machine(world.device)
-    on_gpu, cores = world.device.type == "cuda", where["cores"]
+    source, hardware = open_source(config.data.path), provenance.hardware(world.device)
+    on_gpu, cores = world.device.type == "cuda", len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)  # of the step, as in train.py
     print(
         f"{config.data.path}: {len(source)} images, {config.augment.size} px, {config.model.backbone}, "
-        f"batch {config.train.batch_size}; {cores} cores of {where['cpu']}, GPU: {where['gpu'] or 'none'}"
+        f"batch {config.train.batch_size}; {hardware}"
     )
     results, peers = [], []
     for threads in args.threads or [min(config.data.threads, cores)]:
@@ -152,10 +127,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if peers:
             compared = {peer["peer"]: peer["cpu_ms"] for peer in peers if "cpu_ms" in peer}
             comparisons["In the peers' harness, each a process of its own"] = compared
-        title = f"{where['gpu'] or where['cpu']}, {threads} thread(s), {config.augment.size} px"
+        title = f"{hardware}, {threads} thread(s), {config.augment.size} px"
         save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
     return {
-        **where,
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "hardware": hardware,
+        "versions": provenance.versions(),
         "command": " ".join(["bench.py", *args.command]),
         "config": config.model_dump(mode="json"),
         "images": len(source),
@@ -200,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         report = run(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")
-    except (OSError, ValueError, UndecodableError) as error:
+    except (OSError, ValueError, UndecodableError, CorruptBudgetError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,6 +1,6 @@
 """What each stage costs when it runs alone: reading, drawing, decoding, the parts of the views, the hand-over.
 
-    read          bytes of the images, headers checked (one thread)
+    read          bytes of the images (data.threads at a time, as the loader reads), headers checked (one thread)
     draw          which samples, and the parameters of their views (one thread)
     decode        the back end with views of 8 px and nothing else to do
     crop + resize views of full size, nothing else drawn, minus decode: with flip, normalisation and writing the result
@@ -27,6 +27,7 @@ from configs.schema import Config
 from pipelines import order
 from pipelines.encoded import inspect
 from pipelines.loader import make_backend
+from pipelines.reading import Reader
 from pipelines.sources import Source
 from pipelines.views import ViewParams, draw_both
 
@@ -123,6 +124,7 @@ def measure_stages(
     small = config.model_copy(update={"augment": augment.model_copy(update={"size": SMALL})})
     backend, _ = make_backend(config, device, dtype)
     decode, _ = make_backend(small, device, dtype)
+    reader = Reader(source, config.data.threads)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     for number in range(batches + 1):
         if number <= 1:  # the first batch is not counted
@@ -133,7 +135,9 @@ def measure_stages(
             sides = source.heights[ids], source.widths[ids]
             drawn = draw_both(augment, seed, epoch, ids, *sides)
         with clocks["read"].measure(size):
-            encoded = [_read(source, i) for i in ids.tolist()]
+            encoded = list(reader(ids.tolist()))
+            for i, data in zip(ids.tolist(), encoded, strict=True):
+                _inspect(source, i, data)
         bare = [only(params, ()) for params in drawn]
         decode(encoded, *bare)  # not counted: finding the caches cold costs 0.2 ms an image
         with clocks["decode"].measure(size):
@@ -147,6 +151,7 @@ def measure_stages(
         with clocks["hand-over"].measure(size):
             handed = [view.to(device, dtype).contiguous(memory_format=layout) for view in made]
         del made, handed
+    reader.close()
     costs = {name: clock.cost() for name, clock in clocks.items()}
     return costs | differences({name: costs[name] for name in ("decode", *PARTS)})
 
@@ -158,12 +163,10 @@ def differences(cumulative: dict[str, Cost]) -> dict[str, Cost]:
     return dict(zip(names, parts, strict=True))
 
 
-def _read(source: Source, i: int) -> bytes:
-    data = source.read(i)
+def _inspect(source: Source, i: int, data: bytes) -> None:
     try:
         inspect(data)
     except ValueError as error:
         raise ValueError(
             f"{source.describe(i)}: {error}; find all such with tools/verify_shards.py"
         ) from None
-    return data

@@ -69,7 +69,7 @@ def measure_together(
 
         def fresh() -> Iterator[list[Batch]]:
             """The loader's batches from now on, without those made ahead while others were measured."""
-            for _ in islice(steps, config.data.prefetch * config.train.accumulation + 2):
+            for _ in islice(steps, config.data.prefetch // config.train.accumulation + 2):
                 pass
             return steps
 

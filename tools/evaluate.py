@@ -85,7 +85,7 @@ def check(args: argparse.Namespace) -> None:
     positive: dict[str, Any] = {
         "--max-images": args.max_images, "--threads": args.threads, "--k": min(args.k), "--l2": args.l2,
         "--temperature": args.temperature, "--lr": min(args.lr or [1]), "--epochs": min(args.epochs or [1]),
-        "--max-iterations": args.max_iterations,
+        "--max-iterations": args.max_iterations, "--batch-size": args.batch_size,
     }  # fmt: skip
     for option, value in positive.items():
         if value is not None and not value > 0:

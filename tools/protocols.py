@@ -7,7 +7,7 @@ the answer is the same for any number of ranks (fine-tuning: to rounding, its gr
 import copy
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -295,7 +295,8 @@ def _augmented(bench: Bench, source: Source, batch_size: int, steps: int, what: 
     backend, _ = make_backend(config, bench.world.device, torch.float32)
     rank, size = bench.world.rank, bench.world.size
     task = bench.progress.add_task(what, total=steps)
-    with Loader(config, source, backend, rank=rank, world_size=size) as loader:
+    device = bench.world.device
+    with Loader(config, source, backend, rank=rank, world_size=size, device=device) as loader:
         for [batch] in itertools.islice(loader, steps):
             yield batch
             bench.progress.update(task, advance=1)
@@ -321,7 +322,7 @@ def _train_all(
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), batch.label.to(device)).backward()
         optimizer.step()
-    return Bench(**(bench.__dict__ | {"encoder": encoder})), head
+    return replace(bench, encoder=encoder), head
 
 
 def _held(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
