@@ -9,8 +9,8 @@ import lzma
 import tempfile
 from pathlib import Path
 
-from runs import Run, write_images
 from torch import Tensor
+from whole_runs import Run, write_images
 
 from model import checkpoint
 from model.digest import digest

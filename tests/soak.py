@@ -19,7 +19,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
-from runs import ROOT, Run, write_images
+from whole_runs import ROOT, Run, write_images
 
 from tools.make_shards import main as make_shards
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import ROOT, STEPS, Process, Run, digest_of, write_images
+from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
 from model.byol import Online
 from tools.make_shards import main as make_shards

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ROOT, Process, Run, digest_of, write_images
+from whole_runs import ROOT, Process, Run, digest_of, write_images
 
 from model import checkpoint, probe
 from model.byol import Online

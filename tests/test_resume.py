@@ -68,7 +68,7 @@ def test_golden_checkpoint_loads_to_its_digest(golden: Path, tmp_path: Path) -> 
 
 @pytest.mark.faults
 def test_golden_checkpoint_goes_on(golden: Path, tmp_path: Path) -> None:
-    from runs import Run, write_images
+    from whole_runs import Run, write_images
 
     run = Run(tmp_path, write_images(tmp_path / "images"))
     process = run("--resume", str(golden), "train.stop_at_step=4", "--allow-change", "data.fingerprint")

@@ -36,7 +36,7 @@ train: {epochs: 3, batch_size: 8, device: cpu, timeout_minutes: 1}
 """
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["runs", "train", "model.resume", "model.finite", "model.metrics", "pipelines.loader"]
+    ["whole_runs", "train", "model.resume", "model.finite", "model.metrics", "pipelines.loader"]
 )
 
 
