@@ -350,7 +350,12 @@ def train(
                     log.close()
                     metrics.save_loss_curve(out / "loss.png", metrics.read_rows(log.path))
                     export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
-                display.say(f"finished at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
+                done = (
+                    "finished"
+                    if step == total_steps
+                    else f"stopped as train.stop_at_step says, {total_steps} are planned,"
+                )
+                display.say(f"{done} at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
         code = 0
         if stopping:
             number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
@@ -393,7 +398,10 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
         )
     for key, split in (("data.path", source), ("eval.path", queries)):
         if (split.labels < 0).any():
-            raise ValueError(f"{key} holds unlabelled images, and kNN needs labels: set eval.path=null")
+            raise ValueError(
+                f"{key} holds unlabelled images, and kNN needs labels in both sets: set eval.path=null, and judge the "
+                "encoder with tools/evaluate.py --train LABELLED --data LABELLED"
+            )
     if source.classes and queries.classes and source.classes != queries.classes:
         raise ValueError(
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
