@@ -149,16 +149,25 @@ def test_images_stay_encoded_for_the_torch_back_end() -> None:
     assert make_resident(config, Damaged({}), CPU, torch.float32) is None
 
 
-def test_memory_is_used_again_only_when_its_tensor_is_gone() -> None:
+def test_memory_is_used_again_only_when_its_tensor_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocated = []
+    empty = np.empty
+
+    def counting(*arguments: object) -> np.ndarray:
+        allocated.append(arguments[0])
+        return empty(*arguments)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(np, "empty", counting)
     memory = Memory()
     first = torch.from_numpy(memory.take((2, 3)))
     address = first.data_ptr()
     other = memory.take((2, 3))
-    assert other.ctypes.data != address
+    assert other.ctypes.data != address and len(allocated) == 2
     row = first[1]
     del first
     assert memory.take((2, 3)).ctypes.data != address  # the row still shows it
+    assert len(allocated) == 3
     del row
-    assert memory.take((2, 3)).ctypes.data == address
     del other
-    assert memory.take((4, 3)).shape == (4, 3)
+    assert memory.take((2, 3)).shape == (2, 3) and len(allocated) == 3  # what is free is enough
+    assert memory.take((4, 3)).shape == (4, 3) and len(allocated) == 4
