@@ -164,7 +164,8 @@ def train(
         precision = fitting if config.train.precision == "auto" else config.train.precision
         if not on_gpu:
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+            if ranks_here > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1 for several ranks
+                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
         torch.backends.cudnn.benchmark = on_gpu
         torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 

@@ -340,7 +340,8 @@ def _explain(mistake: Any) -> str:
     what = mistake["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if mistake["type"] == "extra_forbidden":
         valid = _valid_keys(mistake["loc"][:-1])
-        close = difflib.get_close_matches(str(mistake["loc"][-1]), valid, n=1, cutoff=0.4)
+        near = valid if len(mistake["loc"]) > 1 else valid + _dotted_keys()
+        close = difflib.get_close_matches(str(mistake["loc"][-1]), near, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
         return f"{where}: no such setting; {hint}"
     if mistake["type"] == "missing":
@@ -357,6 +358,11 @@ def _valid_keys(path: tuple[Any, ...]) -> list[str]:
         annotation = section.model_fields[part].annotation
         section = next((a for a in (annotation, *get_args(annotation)) if hasattr(a, "model_fields")), None)
     return list(section.model_fields)
+
+
+def _dotted_keys() -> list[str]:
+    """Every section.key: what a key at the top level may have been meant to be."""
+    return [f"{section}.{key}" for section in Config.model_fields for key in _valid_keys((section,))]
 
 
 def _nearest_file(path: Path) -> str:

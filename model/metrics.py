@@ -220,6 +220,32 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     _save_figure(figure, path)
 
 
+def save_comparison(
+    path: Path, runs: Mapping[str, list[list[dict[str, Any]]]], panels: Mapping[str, str]
+) -> None:
+    """Curves of several runs over their steps, as a PNG file: a panel for each number, a colour for each name.
+
+    Args:
+        path: the file.
+        runs: rows of metrics, of one or more runs by each name.
+        panels: what is drawn: keys of the rows, and the labels of their axes.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.8), squeeze=False)
+    for axis, (key, label) in zip(axes[0], panels.items(), strict=True):
+        for number, (name, repeats) in enumerate(runs.items()):
+            for repeat, rows in enumerate(repeats):
+                points = [(row["step"], row[key]) for row in rows if key in row]
+                steps, values = zip(*points, strict=True) if points else ((), ())
+                marker = "o" if len(points) < 10 else None
+                legend = name if repeat == 0 else None
+                axis.plot(steps, values, color=f"C{number % 10}", marker=marker, markersize=3.5, label=legend)
+        axis.set_xlabel("step")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=8)
+    _save_figure(figure, path)
+
+
 def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> None:
     """Which classes are taken for which, as a PNG file: each row in per cent of its class.
 

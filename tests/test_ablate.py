@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from test_train import TINY, images  # noqa: F401 (a fixture)
 
 from configs import schema
@@ -64,14 +65,26 @@ def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.C
     text = TINY.replace("OUT", "unused").replace("DATA", str(images)).replace("BACKEND", "torch")
     recipe.write_text(text)
     names = ["tau_1", "no_predictor", "train.stop_at_step=4"]  # overrides may come after them
-    command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--only", *names]
+    command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--seeds", "3", "--only", *names]
     assert ablate.main(command) == 0
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     assert list(report["results"]) == ["tau_1", "no_predictor"]
-    for result in report["results"].values():
+    for [result] in report["results"].values():
         assert 0 <= result["knn_top1"] <= 100
         assert 0 < result["prediction_std"] < 1
     markdown = (tmp_path / "runs/ablation.md").read_text().splitlines()
     assert markdown[2].startswith("| tau_1 |")
     assert "| 18.8 |" in markdown[2]
     assert "| 0.2 |" in markdown[3]
+    assert (tmp_path / "runs/tau_1-3/encoder.safetensors").exists()
+    with Image.open(tmp_path / "runs/ablation.png") as picture:
+        assert picture.width > picture.height > 100
+
+
+def test_the_table_gives_mean_and_deviation_over_seeds() -> None:
+    one = {"knn_top1": 40.0, "loss": 1.0, "prediction_std": 0.01, "projection_std": 0.1}
+    other = one | {"knn_top1": 43.0, "loss": None}
+    _, markdown = ablate.table_of({"tau_0.9": [one, other], "baseline": [one]})
+    _, _, tau, baseline = markdown.splitlines()
+    assert tau.startswith("| tau_0.9 | 41.5 ± 2.1 | not measured | 0.0100 ± 0.0000 |")  # 3 / sqrt(2)
+    assert baseline.startswith("| baseline | 40.0 | 1.000 | 0.0100 | 0.1000 | 72.5 |")

@@ -1,27 +1,34 @@
 """Trains a list of the paper's ablations with one recipe, and draws the table beside the paper's figures.
 
     python tools/ablate.py --config configs/r18_cifar10.yaml --out runs/ablation [--only baseline tau_0 ...] \
-        [section.key=value ...]
+        [--seeds 0 1 2] [section.key=value ...]
 
-Each is a run of train.py with one or two settings changed, in OUT/NAME, and is continued where it was stopped: start
-the same command again. The table goes to OUT/ablation.json and OUT/ablation.md too.
+Each is a run of train.py with one or two settings changed, in OUT/NAME-SEED, and is continued where it was stopped:
+start the same command again. Table and curves go to OUT/ablation.json, .md and .png.
 """
 
 import argparse
 import difflib
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
 from configs import schema
-from model.metrics import read_rows
+from model.metrics import read_rows, save_comparison
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+PANELS = {
+    "knn_top1": "kNN top-1 (%)",
+    "loss": "BYOL loss",
+    "projection_std": "spread of the target's projections",  # 0: all images are mapped to one point
+}
 
 
 class Ablation(NamedTuple):
@@ -112,21 +119,25 @@ def fitting(batch_size: int) -> list[str]:
     return names
 
 
-def result_of(out: Path) -> dict[str, float | None]:
-    """What a finished run's metrics.jsonl says last: kNN top-1 in per cent, loss, spread of the predictions."""
+def result_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+    """What a run's rows of metrics say last: kNN top-1 in per cent, loss, spread of predictions and projections."""
     last: dict[str, float | None] = {
         "knn_top1": None,
         "loss": None,
         "prediction_std": None,
         "projection_std": None,
     }
-    for row in read_rows(out / "metrics.jsonl"):
+    for row in rows:
         last |= {key: row[key] for key in last if key in row}
     return last
 
 
-def table_of(results: dict[str, dict[str, float | None]]) -> tuple[Table, str]:
-    """The table for a terminal, and the same in Markdown."""
+def table_of(results: dict[str, list[dict[str, float | None]]]) -> tuple[Table, str]:
+    """The table for a terminal, and the same in Markdown.
+
+    Args:
+        results: what `result_of` gave of each seed, by ablation.
+    """
     columns = (
         "ablation",
         "kNN top-1 %",
@@ -138,17 +149,25 @@ def table_of(results: dict[str, dict[str, float | None]]) -> tuple[Table, str]:
     )
     table = Table(*columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for name, result in results.items():
+    for name, repeats in results.items():
         ablation = ABLATIONS[name]
         cells = [name]
         formats = zip(("knn_top1", "loss", "prediction_std", "projection_std"), (1, 3, 4, 4), strict=True)
         for key, digits in formats:
-            value = result[key]
-            cells.append("not measured" if value is None else f"{value:.{digits}f}")
+            cells.append(_mean([result[key] for result in repeats], digits))
         cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     return table, "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    """Mean over seeds and, of two or more, their standard deviation (n - 1)."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < len(values):
+        return "not measured"
+    mean = f"{statistics.mean(measured):.{digits}f}"
+    return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,32 +179,42 @@ def main(argv: list[str] | None = None) -> int:
         "--only", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(ABLATIONS)}; all that fit"
     )
     parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="each ablation with each of them; the recipe's"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="of the recipe, for all runs"
     )
     args = parser.parse_intermixed_args(argv)
     common = [*args.overrides, *(word for word in args.only if "=" in word)]
     try:
-        batch_size = schema.load(args.config, common).train.batch_size
-        names = [word for word in args.only if "=" not in word] or fitting(batch_size)
-        runs = {name: overrides_of(name, batch_size) for name in names}
-        for overrides in runs.values():
+        recipe = schema.load(args.config, common)
+        names = [word for word in args.only if "=" not in word] or fitting(recipe.train.batch_size)
+        seeds = args.seeds or [recipe.run.seed]
+        runs = {}
+        for name, seed in itertools.product(dict.fromkeys(names), dict.fromkeys(seeds)):
+            out = args.out / f"{name}-{seed}"
+            overrides = [*overrides_of(name, recipe.train.batch_size), f"run.seed={seed}", f"run.out={out}"]
             schema.load(args.config, [*common, *overrides])
+            runs[name, seed] = (out, overrides)
     except (ValueError, OSError) as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
-    for name, overrides in runs.items():
-        out = args.out / name
+    for (name, seed), (_, overrides) in runs.items():
+        print(f"── {name}, seed {seed}: {' '.join(overrides)}", flush=True)
         command = [sys.executable, str(TRAIN), "--config", args.config, "--resume", "auto"]
-        print(f"── {name}: {' '.join(overrides) or 'the recipe as it is'}", flush=True)
-        code = subprocess.run([*command, *common, *overrides, f"run.out={out}"]).returncode
+        code = subprocess.run([*command, *common, *overrides]).returncode
         if code:
             print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
             return code
-    results = {name: result_of(args.out / name) for name in runs}
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    for (name, _), (out, _) in runs.items():
+        curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))
+    save_comparison(args.out / "ablation.png", curves, PANELS)
+    results = {name: [result_of(rows) for rows in repeats] for name, repeats in curves.items()}
     table, markdown = table_of(results)
     Console().print(table)
     (args.out / "ablation.md").write_text(markdown)
-    report = {"config": args.config, "overrides": common, "results": results}
+    report = {"config": args.config, "overrides": common, "seeds": seeds, "results": results}
     (args.out / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
     return 0
 
