@@ -190,7 +190,9 @@ def report(
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     settings = {
-        key: value for key, value in outcomes[0].settings.items() if not isinstance(value, dict | list)
+        key: value
+        for key, value in outcomes[0].settings.items()
+        if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
     }
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), markup=False)
     console.print(
