@@ -253,7 +253,7 @@ def train(
             """kNN top-1 in per cent, shown and logged; None without a labelled split."""
             if queries is None:
                 return None
-            accuracy = knn_accuracy(config, model.online.encoder, source, queries, world, calibrate=untrained)
+            accuracy = knn_top1(config, model.online.encoder, source, queries, world, calibrate=untrained)
             if not math.isfinite(accuracy):
                 raise FloatingPointError("the encoder's features are not finite; nothing is exported")
             display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
@@ -391,6 +391,8 @@ def open_split(key: str, path: str) -> "Source":
 
 def check_labels(config: schema.Config, source: "Source", queries: "Source | None", ranks: int) -> None:
     """Refuses splits that kNN cannot compare."""
+    from model.evaluate import num_classes
+
     if queries is None:
         return
     if len(queries) < ranks:
@@ -403,6 +405,7 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
                 f"{key} holds unlabelled images, and kNN needs labels in both sets: set eval.path=null, and judge the "
                 "encoder with tools/evaluate.py --train LABELLED --data LABELLED"
             )
+    num_classes(source.labels, queries.labels)
     if source.classes and queries.classes and source.classes != queries.classes:
         raise ValueError(
             f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
@@ -410,7 +413,7 @@ def check_labels(config: schema.Config, source: "Source", queries: "Source | Non
         )
 
 
-def knn_accuracy(
+def knn_top1(
     config: schema.Config,
     encoder: "nn.Module",
     source: "Source",
@@ -429,15 +432,17 @@ def knn_accuracy(
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
-        count = min(2048, len(source)) // world.size * world.size  # as many batches on every rank
+        batch = max(2, 256 // world.size)  # batch norm needs 2 images
+        whole, count = batch * world.size, min(2048, len(source))
+        # Whole batches, as many on every rank: each counts as much. Of fewer images one batch.
+        count = count // whole * whole or count // world.size * world.size
         ids = evaluate.share(len(source), count, world)
-        # Batch norm needs 2 images.
-        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, max(2, 256 // world.size)))
+        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, batch))
     bank, tested = (
         plain_images(split, evaluate.share(len(split), config.eval.max_images, world), config)
         for split in (source, queries)
     )
-    classes = int(max(source.labels.max(), queries.labels.max())) + 1
+    classes = evaluate.num_classes(source.labels, queries.labels)
     return evaluate.knn_of_run(encoder, bank, tested, classes, config.eval.k, config.eval.temperature, world)
 
 

@@ -13,6 +13,28 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from model import distributed
 from model.distributed import World
 
+MAX_CLASSES = 100_000  # a larger label is an id or a time; ImageNet-22k has 21,841 classes
+_Z = 1.959964  # standard deviations on both sides that hold 95 % of a normal distribution
+
+
+def num_classes(*splits: npt.NDArray[np.int64]) -> int:
+    """Number of classes: the largest label + 1.
+
+    Args:
+        splits: labels of data sets that share their classes, at least one label in all; below 0 where there is none.
+
+    Raises:
+        ValueError: a label is so large that it can be no class.
+    """
+    largest = max(int(labels.max()) for labels in splits)
+    if largest >= MAX_CLASSES:
+        raise ValueError(
+            f"the largest label is {largest:,}, more than any of {MAX_CLASSES:,} classes: it is an id, perhaps, or a "
+            "time; name the field of the classes (of .beton files data.path=FILE?label=FIELD), or do without labels "
+            "(eval.path=null and eval.online_probe=false)"
+        )
+    return largest + 1
+
 
 def knn_votes(
     bank: Tensor,
@@ -25,7 +47,8 @@ def knn_votes(
 ) -> Tensor:
     """Votes of each query's k most similar bank rows for their classes, with weights exp(cosine / temperature).
 
-    The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4).
+    The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4). Logarithms of the votes, less that of the nearest
+    neighbour's: exp(cosine / temperature) itself is beyond float32 from a temperature of 0.0113 down.
 
     Args:
         bank: (M, D) floating point, M >= 1.
@@ -37,7 +60,8 @@ def knn_votes(
         chunk: queries compared at once; memory is chunk x M floats.
 
     Returns:
-        (Q, num_classes) float32; 0 for a class without a neighbour.
+        (Q, num_classes) float32: log of the sum of exp((cosine - largest cosine) / temperature) over a class's
+        neighbours; -inf for a class without a neighbour.
 
     Raises:
         ValueError: sizes do not fit together, the bank is empty, or a label is out of range.
@@ -48,24 +72,18 @@ def knn_votes(
     if k < 1 or not temperature > 0:
         raise ValueError(f"k is {k} and temperature {temperature}; k must be 1 or more, temperature above 0")
     bank = F.normalize(bank.float(), dim=1)
-    votes = torch.zeros(len(queries), num_classes, device=bank.device)
-    for part, counted in zip(queries.split(chunk), votes.split(chunk), strict=True):
+    votes = torch.full((len(queries), num_classes), -math.inf, device=bank.device)
+    for part, peak in zip(queries.split(chunk), votes.split(chunk), strict=True):
         similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        counted.scatter_add_(1, bank_labels[neighbours], (similarity / temperature).exp())
+        classes = bank_labels[neighbours]
+        weights = (
+            similarity - similarity[:, :1]
+        ).double() / temperature  # in double, where no temperature is 0
+        weights = weights.clamp_min(torch.finfo(torch.float32).min).float()
+        peak.scatter_reduce_(1, classes, weights, "amax")
+        weights = (weights - peak.gather(1, classes)).exp()
+        peak += torch.zeros_like(peak).scatter_add_(1, classes, weights).log()
     return votes
-
-
-def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    num_classes: int,
-    k: int = 200,
-    temperature: float = 0.1,
-    chunk: int = 256,
-) -> Tensor:
-    """The class with most votes for each query, (Q,) int64; arguments and errors as for `knn_votes`."""
-    return knn_votes(bank, bank_labels, queries, num_classes, k, temperature, chunk).argmax(dim=1)
 
 
 def knn_accuracy(
@@ -77,7 +95,7 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Share of queries, 0 .. 1, whose class `knn_predict` finds; arguments and errors as there.
+    """Share of queries, 0 .. 1, whose class has most votes; other arguments and errors as for `knn_votes`.
 
     Args:
         query_labels: (Q,) int64 in [0, num_classes), Q >= 1.
@@ -85,7 +103,7 @@ def knn_accuracy(
     _check_labels("queries", queries, query_labels, num_classes)
     if len(queries) == 0:
         raise ValueError("there are no queries; kNN accuracy needs at least one labelled sample to test")
-    predicted = knn_predict(bank, bank_labels, queries, num_classes, k, temperature)
+    predicted = knn_votes(bank, bank_labels, queries, num_classes, k, temperature).argmax(dim=1)
     return (predicted == query_labels).double().mean().item()
 
 
@@ -102,8 +120,8 @@ def knn_of_run(
 
     Args:
         encoder: as for `extract_features`; the same on every rank.
-        bank: this rank's batches of labelled images.
-        queries: this rank's batches of the images to classify.
+        bank: this rank's batches of labelled images; perhaps none, if other ranks have some.
+        queries: this rank's batches of the images to classify; likewise.
         num_classes: number of classes.
         k: neighbours.
         temperature: > 0.
@@ -144,8 +162,8 @@ def topk_correct(scores: Tensor, labels: Tensor, k: int) -> Tensor:
     return (rank < k) & (own[:, 0] > -math.inf)
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Bounds of the true rate behind correct / total, each 0 .. 1 (Wilson, JASA 22, 1927).
+def wilson_interval(correct: int, total: int) -> tuple[float, float]:
+    """95 % bounds of the true rate behind correct / total, each 0 .. 1 (Wilson, JASA 22, 1927).
 
     Unlike the textbook's p +- z sqrt(p (1 - p) / n) it stays inside 0 .. 1 and has a width at 0 and at 1. It is
     about the choice of test images alone, not about another seed of training.
@@ -153,17 +171,18 @@ def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[floa
     Args:
         correct: 0 .. total.
         total: at least 1.
-        z: 1.959964 for 95 %.
+
+    Raises:
+        ValueError: correct is not 0 .. total, or there is no answer.
     """
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"{correct} of {total} answers are right: there must be at least one answer")
-    rate, share = correct / total, z * z / total
+    rate, share = correct / total, _Z * _Z / total
     centre = rate + share / 2
-    half = z * math.sqrt(rate * (1 - rate) / total + share / (4 * total))
+    half = _Z * math.sqrt(rate * (1 - rate) / total + share / (4 * total))
     low, high = (centre - half) / (1 + share), (centre + half) / (1 + share)
-    return min(max(0.0, low), rate), max(
-        rate, min(1.0, high)
-    )  # at 0 and 1 the rate is a bound, but for rounding
+    # At 0 and 1 the rate itself is a bound, but for rounding.
+    return min(max(0.0, low), rate), max(rate, min(1.0, high))
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
@@ -187,10 +206,11 @@ def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
 
     Args:
         encoder: images (N, 3, H, W) -> (N, F).
-        batches: pairs of images and labels (N,); at least one.
+        batches: pairs of images and labels (N,).
 
     Returns:
-        features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches.
+        features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches. Without a
+        batch M is 0 and F the encoder's num_features: a rank that has no image goes on with the others.
     """
     device = next(encoder.parameters()).device
     modes = _modes(encoder)
@@ -200,7 +220,8 @@ def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
     finally:
         _restore_modes(modes)
     if not pairs:
-        raise ValueError("no batches to take features from; the data set or split is empty")
+        width = int(encoder.num_features)  # type: ignore[arg-type]
+        return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64, device=device)
     features, labels = zip(*pairs, strict=True)
     return torch.cat(features), torch.cat(labels).long()
 

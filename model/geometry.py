@@ -41,10 +41,10 @@ def principal_axes(features: Tensor) -> Principal:
     return Principal(eigenvalues, axes * largest.sign())
 
 
-def project(features: Tensor, principal: Principal, dimensions: int = 2) -> Tensor:
-    """Coordinates (N, dimensions) of the centred features along the first principal axes, float64."""
+def project(features: Tensor, principal: Principal) -> Tensor:
+    """Coordinates (N, 2) of the centred features along the two largest principal axes, float64."""
     centred = features.double() - features.double().mean(dim=0)
-    return centred @ principal.axes[:dimensions].T
+    return centred @ principal.axes[:2].T
 
 
 def effective_rank(eigenvalues: Tensor) -> float:

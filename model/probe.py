@@ -1,6 +1,7 @@
 """Linear classifiers on features: heads trained side by side, L-BFGS, and the probe of a running training."""
 
 import math
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -14,7 +15,10 @@ from configs.schema import Config
 from model import schedules
 from model.byol import initialise_
 from model.distributed import World, all_reduce_mean
+from model.evaluate import num_classes
 from model.optim import LARS
+
+MOMENTUM = 0.9  # of classifiers and fine-tuning (paper, App. C.1 and C.2)
 
 
 class HeadSweep:
@@ -33,7 +37,6 @@ class HeadSweep:
         total_steps: int,
         device: torch.device,
         seed: int = 0,
-        momentum: float = 0.9,
     ) -> None:
         """
         Args:
@@ -44,12 +47,11 @@ class HeadSweep:
             total_steps: length of the cosine, >= 1.
             device: where the features will be.
             seed: of the weights, which are the same for all heads.
-            momentum: of the optimizer.
         """
         self.base_lrs, self._batch_size, self._total_steps = list(base_lrs), batch_size, total_steps
         self.heads = [make_head(num_features, num_classes, seed).to(device) for _ in base_lrs]
         groups = [{"params": head.parameters(), "lr": 0.0} for head in self.heads]
-        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=momentum, nesterov=True)
+        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
         self._step = 0
 
     def step(self, features: Tensor, labels: Tensor) -> None:
@@ -121,9 +123,14 @@ def fit_logistic(
         l2: strength of the penalty, > 0.
         max_iterations: of L-BFGS, which stops earlier at the tolerance.
         tolerance: on the largest entry of the gradient of the mean loss.
+
+    Raises:
+        ValueError: l2 is not more than 0, there is no feature, or not one label for each.
     """
-    if not l2 > 0 or len(features) != len(labels) or len(features) == 0:
-        raise ValueError(f"{len(features)} features, {len(labels)} labels, l2 {l2}: l2 must be more than 0")
+    if not l2 > 0:
+        raise ValueError(f"l2 is {l2}: it must be more than 0")
+    if len(features) != len(labels) or len(features) == 0:
+        raise ValueError(f"{len(features)} features, {len(labels)} labels: there must be one of each or more")
     mean = features.double().mean(dim=0)
     x = features.double() - mean
     scale = x.square().mean().sqrt().clamp_min(1e-12)
@@ -158,9 +165,10 @@ def fit_logistic(
     return Logistic(fitted, offset - offset.mean(), left, optimizer.state[weight]["n_iter"])
 
 
-def l2_values(count: int = 45, low: float = 1e-6, high: float = 1e5) -> list[float]:
-    """Logarithmically spaced penalties; the defaults are those of Kornblith et al. (arXiv 1805.08974) and the paper."""
-    return [math.exp(v) for v in torch.linspace(math.log(low), math.log(high), count, dtype=torch.float64)]
+def l2_values(count: int = 45) -> list[float]:
+    """Penalties, logarithmically spaced from 1e-6 to 1e5; 45 are those of Kornblith et al. (arXiv 1805.08974)."""
+    exponents = torch.linspace(math.log(1e-6), math.log(1e5), count, dtype=torch.float64)
+    return [math.exp(exponent) for exponent in exponents]
 
 
 class OnlineProbe:
@@ -244,14 +252,23 @@ def make_probe(
 ) -> OnlineProbe | None:
     """The probe of a run with the settings of its optimizer; None without labels, or where it is switched off.
 
+    Labels that can be no classes end no training: it goes without a probe, and rank 0 says so.
+
     Args:
         config: of the run.
         num_features: F of the encoder.
         labels: of all training images; below 0 where there is none.
         world: the processes.
     """
-    classes = int(labels.max()) + 1
-    if not config.eval.online_probe or (labels < 0).any() or classes < 2:
+    if not config.eval.online_probe or (labels < 0).any():
+        return None
+    try:
+        classes = num_classes(labels)
+    except ValueError as error:
+        if world.is_main:
+            print(f"warning: no online probe: {error}", file=sys.stderr)
+        return None
+    if classes < 2:
         return None
     settings = config.optimizer
     return OnlineProbe(

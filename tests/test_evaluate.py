@@ -1,21 +1,27 @@
 """kNN, feature extraction and batch-norm calibration with known answers."""
 
 import math
+import os
+import socket
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from model import distributed
 from model.distributed import World
 from model.evaluate import (
     calibrate_batch_norm,
     confusion_matrix,
     extract_features,
     knn_accuracy,
-    knn_predict,
+    knn_of_run,
     knn_votes,
+    num_classes,
     share,
     topk_correct,
     wilson_interval,
@@ -41,22 +47,37 @@ def test_ranks_share_evenly_spaced_numbers(total: int, count: int, ranks: int) -
 
 def test_one_neighbour_is_the_most_similar_by_angle() -> None:
     labels = torch.tensor([0, 1, 2])
-    predicted = knn_predict(_at(0, 90, 180), labels, _at(10, 50, 130, 170, 91), 3, k=1)
-    assert predicted.tolist() == [0, 1, 1, 2, 1]
+    votes = knn_votes(_at(0, 90, 180), labels, _at(10, 50, 130, 170, 91), 3, k=1)
+    assert votes.argmax(dim=1).tolist() == [0, 1, 1, 2, 1]
 
 
 def test_votes_are_weighted_by_similarity() -> None:
     bank, labels = _at(0, 60, 60), torch.tensor([0, 1, 1])
     # One at cosine 1 against two at cosine 1/2: exp(1/T) > 2 exp(1/2T) exactly when T < 1 / (2 ln 2) = .7213.
-    assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.71).tolist() == [0]
-    assert knn_predict(bank, labels, _at(0), 2, k=3, temperature=0.73).tolist() == [1]
-    assert knn_predict(bank, labels, _at(0), 2, k=1, temperature=0.73).tolist() == [0]
+    assert knn_votes(bank, labels, _at(0), 2, k=3, temperature=0.71).argmax().item() == 0
+    assert knn_votes(bank, labels, _at(0), 2, k=3, temperature=0.73).argmax().item() == 1
+    assert knn_votes(bank, labels, _at(0), 2, k=1, temperature=0.73).argmax().item() == 0
 
 
-def test_votes_are_sums_of_exponentials() -> None:
-    votes = knn_votes(_at(0, 60, 90), torch.tensor([0, 0, 2]), _at(0), 4, k=2, temperature=0.5)
-    expected = torch.tensor([[math.exp(2) + math.exp(1), 0, 0, 0]])
-    torch.testing.assert_close(votes, expected, rtol=1e-6, atol=0)
+def test_votes_are_logarithms_of_sums_of_exponentials() -> None:
+    votes = knn_votes(_at(0, 60, 60, 90, 180), torch.tensor([0, 0, 2, 2, 3]), _at(0), 5, k=4, temperature=0.5)
+    sums = torch.tensor([[1 + math.exp(-1), 0, math.exp(-1) + math.exp(-2), 0, 0]])
+    torch.testing.assert_close(votes, sums.log(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.1, 0.0113, 0.01, 1e-3, 1e-6, 1e-40, 1e-320])
+def test_no_temperature_is_too_low(temperature: float) -> None:
+    """exp(1 / .0113) is beyond float32, and 1e-320 is 0 in it: the nearest must still win, and then the second."""
+    bank, labels = _at(0, 40, 70, 120, 179), torch.tensor([3, 2, 1, 0, 4])
+    votes = knn_votes(bank, labels, _at(10, 63, 100), 6, k=4, temperature=temperature)
+    assert votes.argmax(dim=1).tolist() == [3, 1, 0]
+    assert votes.isneginf().tolist() == [[c in miss for c in range(6)] for miss in ({4, 5}, {4, 5}, {3, 5})]
+    if temperature >= 1e-6:  # by angle, one neighbour a class; below they are all as far as can be told
+        assert votes.argsort(dim=1, descending=True)[:, :4].tolist() == [
+            [3, 2, 1, 0],
+            [1, 2, 0, 3],
+            [0, 1, 2, 4],
+        ]
 
 
 def test_topk_counts_the_true_class_among_the_highest() -> None:
@@ -103,11 +124,11 @@ def test_chunks_do_not_change_the_answer_and_k_is_clamped() -> None:
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(150, 8, generator=generator), torch.randn(70, 8, generator=generator)
     labels = torch.randint(5, (150,), generator=generator)
-    whole = knn_predict(bank, labels, queries, 5, k=20, temperature=1, chunk=70)
-    assert torch.equal(whole, knn_predict(bank, labels, queries, 5, k=20, temperature=1, chunk=9))
-    everyone = knn_predict(bank, labels, queries, 5, k=150, temperature=1)
-    assert torch.equal(everyone, knn_predict(bank, labels, queries, 5, k=200, temperature=1))
-    assert not torch.equal(everyone, whole)
+    whole = knn_votes(bank, labels, queries, 5, k=20, temperature=1, chunk=70)
+    torch.testing.assert_close(knn_votes(bank, labels, queries, 5, k=20, temperature=1, chunk=9), whole)
+    everyone = knn_votes(bank, labels, queries, 5, k=150, temperature=1)
+    assert torch.equal(everyone, knn_votes(bank, labels, queries, 5, k=200, temperature=1))
+    assert not torch.allclose(everyone, whole)
 
 
 def test_accuracy_is_the_share_of_right_answers() -> None:
@@ -120,13 +141,13 @@ def test_accuracy_is_the_share_of_right_answers() -> None:
 def test_knn_refuses_what_cannot_be_right() -> None:
     bank, labels = _at(0, 90), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="bank: 2 features but 1 labels"):
-        knn_predict(bank, labels[:1], bank, 2)
+        knn_votes(bank, labels[:1], bank, 2)
     with pytest.raises(ValueError, match=r"bank: labels span 0 .. 1, outside 0 .. 0"):
-        knn_predict(bank, labels, bank, 1)
+        knn_votes(bank, labels, bank, 1)
     with pytest.raises(ValueError, match="bank has no samples"):
-        knn_predict(bank[:0], labels[:0], bank, 2)
+        knn_votes(bank[:0], labels[:0], bank, 2)
     with pytest.raises(ValueError, match="k is 0"):
-        knn_predict(bank, labels, bank, 2, k=0)
+        knn_votes(bank, labels, bank, 2, k=0)
     with pytest.raises(ValueError, match="no queries"):
         knn_accuracy(bank, labels, bank[:0], labels[:0], 2)
 
@@ -153,9 +174,43 @@ def test_features_come_in_order_in_eval_mode_and_the_mode_is_restored() -> None:
     assert features.shape == (5, 4)
 
 
-def test_no_batches_is_an_error() -> None:
-    with pytest.raises(ValueError, match="empty"):
-        extract_features(_encoder(), [])
+def test_a_rank_without_images_has_no_features() -> None:
+    encoder = _encoder()
+    encoder.num_features = 4
+    features, labels = extract_features(encoder, [])
+    assert features.shape == (0, 4) and features.dtype == torch.float32
+    assert labels.shape == (0,) and labels.dtype == torch.int64
+
+
+def _knn_worker(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.init("cpu", timeout=20)
+    encoder = _encoder()
+    encoder.num_features = 4
+    images = [(torch.ones(1, 3, 8, 8), torch.tensor([1]))]
+    accuracy = knn_of_run(encoder, images, images if rank == 0 else [], 2, 1, 0.1, world)
+    (Path(folder) / str(rank)).write_text(str(accuracy))
+    distributed.shutdown(world)
+
+
+@pytest.mark.slow
+def test_one_image_on_two_ranks_is_no_deadlock(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(_knn_worker, (port, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["100.0", "100.0"]
+
+
+def test_labels_that_are_ids_are_no_classes() -> None:
+    assert num_classes(np.array([0, 3]), np.array([5, -1])) == 6
+    assert num_classes(np.array([99_999])) == 100_000
+    for label in (100_000, 10**12, 2**63 - 1):
+        with pytest.raises(
+            ValueError, match=rf"largest label is {label:,}.*\?label=FIELD.*online_probe=false"
+        ):
+            num_classes(np.array([0, 1]), np.array([label]))
 
 
 def test_calibration_averages_the_statistics_of_the_batches() -> None:

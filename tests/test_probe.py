@@ -7,15 +7,18 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from configs import schema
 from model import distributed
 from model.distributed import World
 from model.optim import LARS
-from model.probe import HeadSweep, OnlineProbe, fit_logistic, l2_values, make_head
+from model.probe import HeadSweep, OnlineProbe, fit_logistic, l2_values, make_head, make_probe
 
+CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")
 ALONE = World(0, 0, 1, CPU, "none")
 
@@ -101,8 +104,10 @@ def test_logistic_leaves_no_gradient() -> None:
     residual = torch.eye(5, dtype=torch.float64)[labels] - fit.scores(features).softmax(dim=1)
     torch.testing.assert_close(3 * fit.weight, residual.T @ features.double(), rtol=0, atol=1e-5)
     assert residual.sum(dim=0).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="l2 must be more than 0"):
+    with pytest.raises(ValueError, match="l2 is 0: it must be more than 0"):
         fit_logistic(features, labels, 5, l2=0)
+    with pytest.raises(ValueError, match="300 features, 299 labels"):
+        fit_logistic(features, labels[1:], 5, l2=1)
 
 
 def test_l2_values() -> None:
@@ -121,6 +126,19 @@ def _probe(world: World, steps: int = 5) -> OnlineProbe:
         features, labels = (x.chunk(world.size)[world.rank] for x in _blobs(40, spread=1.0, seed=k))
         probe(features, labels, lr=0.5, finite=YES)
     return probe
+
+
+@pytest.mark.parametrize("label", [10**12, 1_281_166])
+def test_labels_that_are_ids_end_no_training(label: int, capsys: pytest.CaptureFixture) -> None:
+    """A head of so many classes would take 512 TB, or 10 GB unasked."""
+    config = schema.load(CONFIGS / "quickstart.yaml")
+    assert make_probe(config, 128, np.array([0, label]), ALONE) is None
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: no online probe: the largest label is {label:,}")
+    assert make_probe(config, 128, np.array([0, label]), World(1, 1, 2, CPU, "gloo")) is None
+    assert capsys.readouterr().err == ""  # one rank says it
+    probe = make_probe(config, 128, np.array([0, 9]), ALONE)
+    assert probe and probe.head.weight.shape == (10, 128)
 
 
 def test_probe_is_the_references_classifier() -> None:

@@ -175,10 +175,30 @@ def test_calibration_has_two_images_a_batch_on_however_many_ranks(run: Run, imag
             patch("model.evaluate.knn_of_run", return_value=1.0),
         ):
             world = World(0, 0, ranks, torch.device("cpu"), "gloo")
-            assert (
-                train.knn_accuracy(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True) == 1
-            )
+            assert train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True) == 1
         assert sizes == [expected]
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks", "expected"),
+    [(257, 1, [256]), (300, 1, [256]), (513, 1, [256, 256]), (5000, 1, [256] * 8), (40, 1, [40]), (41, 2, [20]),
+     (259, 2, [128]), (5000, 3, [85] * 8)],
+)  # fmt: skip
+def test_calibration_takes_whole_batches(run: Run, number: int, ranks: int, expected: list[int]) -> None:
+    """Of a last batch of one image batch norm has no variance, and of few it would count as much as 256."""
+    config, source = schema.load(run.config), open_source(f"synthetic:{number}:8x8")
+    sizes: list[int] = []
+    with (
+        patch("model.evaluate.calibrate_batch_norm", lambda _, batches: sizes.extend(map(_length, batches))),
+        patch("model.evaluate.knn_of_run", return_value=1.0),
+    ):
+        world = World(ranks - 1, 0, ranks, torch.device("cpu"), "gloo")
+        train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True)
+    assert sizes == expected
+
+
+def _length(batch: tuple[torch.Tensor, torch.Tensor]) -> int:
+    return len(batch[0])
 
 
 def test_neither_checkpoint_nor_first_batch_stays_alive_in_the_loop(run: Run) -> None:
