@@ -1,5 +1,6 @@
 """Parts of a labelled data set: class-balanced by seed, or from a list of ids or names. A part is a Source itself."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -29,7 +30,9 @@ class Subset:
         self.labels, self.heights, self.widths = (
             array[ids] for array in (source.labels, source.heights, source.widths)
         )
-        self.classes, self.fingerprint = source.classes, source.fingerprint
+        self.classes = source.classes
+        chosen = np.asarray(ids, "<i8").tobytes()
+        self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen).hexdigest()
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -39,6 +42,11 @@ class Subset:
 
     def describe(self, i: int) -> str:
         return self._source.describe(int(self._ids[i]))
+
+
+def spaced(total: int, count: int) -> npt.NDArray[np.int64]:
+    """Sorted ids, evenly spaced over 0 .. total - 1: `count` of them, or all where there are fewer."""
+    return np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
 
 
 def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
@@ -68,16 +76,20 @@ def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.
 
 
 def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
-    """The samples that a text file lists, one a line: all numbers (sample ids), or all names.
+    """The samples that a text file lists, one a line: all sample ids, or all names.
 
-    A name is that of the original file, with or without its folder, or the key of the sample in its shard.
+    A name is that of the original file, with or without its folder, or the key of the sample in its shard, or that of
+    its image there. The lines are ids if every one is a number below the number of samples, written without leading
+    zeros: make_shards' keys have them, and holes where a file was not usable, so that '000009' is the name of another
+    sample than 9. Where an id is the name of another sample, neither is taken: whatever was meant, the list can say
+    it by longer names.
 
     Returns:
         Sorted ids, int64.
 
     Raises:
-        ValueError: the file cannot be read or is empty, an entry is unknown, ambiguous or listed twice, or the
-            source keeps no names.
+        ValueError: the file cannot be read or is empty, an entry is unknown, ambiguous or listed twice (by two names,
+            too), or the source keeps no names.
     """
     try:
         entries = [line.strip() for line in path.read_text().splitlines() if line.strip()]
@@ -85,10 +97,21 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
         raise ValueError(f"list of samples {path} cannot be read: {error}") from None
     if not entries:
         raise ValueError(f"list of samples {path} is empty: write one sample id or name a line")
-    if all(entry.isdecimal() for entry in entries) and int(max(entries, key=int)) < len(source):
+    as_ids = all(_is_id(entry, len(source)) for entry in entries)
+    known = _names(source)
+    if as_ids:
         found = [int(entry) for entry in entries]
+        two = [entry for entry, i in zip(entries, found, strict=True) if known and known.get(entry, i) != i]
+        if two:
+            raise ValueError(
+                f"list of samples {path}: {len(two)} entries are the id of one sample and the name of another: "
+                f"{', '.join(two[:_NAMED])}; write names of files, with their endings"
+            )
+    elif known is None:
+        raise ValueError(
+            f"list of samples {path}: this data set keeps no names of its samples: list ids, 0 to {len(source) - 1}"
+        )
     else:
-        known = _names(source)
         wrong = [entry for entry in entries if known.get(entry, -1) < 0]
         if wrong:
             raise ValueError(
@@ -102,14 +125,23 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
     return ids
 
 
-def _names(source: Source) -> dict[str, int]:
-    """Id by every name that a sample goes by; -1 where several share it."""
+def _is_id(entry: str, count: int) -> bool:
+    return (
+        entry.isdecimal()
+        and len(entry) <= len(str(count))
+        and entry == str(int(entry))
+        and int(entry) < count
+    )
+
+
+def _names(source: Source) -> dict[str, int] | None:
+    """Id by every name that a sample goes by, -1 where several share it; None if the source keeps no names."""
     if isinstance(source, FolderSource):
         names = [{name} for name in label_names(list_folder(source.folder))[0]]
     elif isinstance(source, TarSource):
         names = _names_in_shards(source.folder)
     else:
-        raise ValueError("this data set keeps no names of its samples: list sample ids (0, 1, ...) instead")
+        return None
     known: dict[str, int] = {}
     for number, aliases in enumerate(names):
         for alias in aliases | {name.rpartition("/")[2] for name in aliases}:

@@ -1,13 +1,16 @@
 """Parts of a data set: balanced, nested, by list; what is asked for wrongly is named."""
 
+import io
+import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pipelines.sources import open_source
-from pipelines.subset import Subset, balanced_ids, listed_ids
+from pipelines.subset import Subset, balanced_ids, listed_ids, spaced
 from tools import make_shards
 
 
@@ -57,6 +60,22 @@ def test_subset_renumbers(folder: Path) -> None:
     assert part.read(0) == source.read(7) and part.describe(1) == source.describe(2)
 
 
+def test_other_samples_are_another_data_set(folder: Path) -> None:
+    source = open_source(folder)
+    prints = [Subset(source, np.array(ids)).fingerprint for ids in ([0, 1], [0, 2], [1, 0], [0], [0, 1])]
+    assert prints[0] == prints[4] and len({source.fingerprint, *prints}) == 5
+    other = SimpleNamespace(**vars(source) | {"fingerprint": "0"})
+    assert Subset(other, np.array([0, 1])).fingerprint != prints[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5), (5, 0)])
+def test_spaced_numbers(total: int, count: int) -> None:
+    numbers = [*spaced(total, count).tolist(), total]
+    gaps = np.diff(numbers)
+    assert len(gaps) == min(count, total)
+    assert count == 0 or (numbers[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
 @pytest.mark.parametrize("kind", ["folder", "shards"])
 def test_lists_of_ids_and_names(kind: str, folder: Path, shards: Path, tmp_path: Path) -> None:
     source = open_source({"folder": folder, "shards": shards}[kind])
@@ -85,5 +104,64 @@ def test_lists_of_ids_and_names(kind: str, folder: Path, shards: Path, tmp_path:
 
 def test_made_up_images_have_no_names(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("somebody\n")
+    with pytest.raises(ValueError, match="keeps no names of its samples: list ids, 0 to 9"):
+        listed_ids(open_source("synthetic:10:8x8"), tmp_path / "list.txt")
+
+
+def test_a_key_is_no_id(tmp_path: Path) -> None:
+    """make_shards numbers the files that it found: after one that does not decode a sample's key is not its id."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8)).save(
+            tmp_path / "images" / "a" / f"{i}.jpg"
+        )
+    cut = tmp_path / "images" / "a" / "0.jpg"  # third of the shuffled order
+    cut.write_bytes(cut.read_bytes()[:-200])
+    assert make_shards.main([str(tmp_path / "images"), str(tmp_path / "set"), "--workers", "1"]) == 0
+    [shard] = (tmp_path / "set").glob("*.tar")
+    source, listing = open_source(tmp_path / "set"), tmp_path / "list.txt"
+    with tarfile.open(shard) as tar:
+        keys = [name.removesuffix(".jpg") for name in tar.getnames() if name.endswith(".jpg")]
+        data = [tar.extractfile(f"{key}.jpg").read() for key in keys]  # type: ignore[union-attr]
+    assert len(keys) == 11 and keys[-1].lstrip("0") == "11"  # there is a hole: its id is 10
+    moved = [(key, i) for i, key in enumerate(keys) if int(key) != i]
+    assert moved
+    for key, i in moved:
+        listing.write_text(f"{key}\n")
+        assert listed_ids(source, listing).tolist() == [i] and source.read(i) == data[i]
+        listing.write_text(f"{key}\n{key}.jpg\n")
+        with pytest.raises(ValueError, match="1 entries twice"):
+            listed_ids(source, listing)
+    listing.write_text("10\n9\n")
+    assert listed_ids(source, listing).tolist() == [9, 10]
+
+
+def test_an_id_that_is_the_key_of_another_sample_is_refused(tmp_path: Path) -> None:
+    """Others' tars have keys without leading zeros."""
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for key in (1, 0, 2):
+            buffer = io.BytesIO()
+            Image.new("RGB", (9, 9), (80 * key, 0, 0)).save(buffer, "JPEG")
+            for name, data in ((f"{key}.jpg", buffer.getvalue()), (f"{key}.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    assert make_shards.main(["--index", str(tmp_path)]) == 0
+    source, listing = open_source(tmp_path), tmp_path / "list.txt"
+    listing.write_text("0\n2\n")
+    with pytest.raises(
+        ValueError, match="1 entries are the id of one sample and the name of another: 0; write"
+    ):
+        listed_ids(source, listing)
+    listing.write_text("0.jpg\n")
+    assert listed_ids(source, listing).tolist() == [1]
+    listing.write_text("2\n")
+    assert listed_ids(source, listing).tolist() == [2]  # both are the same sample
+
+
+@pytest.mark.parametrize("entry", ["٣", "03", "+3", "3.0", "9" * 5000])
+def test_other_numbers_are_names(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"{entry}\n")
     with pytest.raises(ValueError, match="keeps no names"):
         listed_ids(open_source("synthetic:10:8x8"), tmp_path / "list.txt")

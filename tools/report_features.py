@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from model import geometry
+from pipelines.subset import spaced
 from tools import report_figures as figures
 from tools import report_page as page
 from tools.report_run import Sample
@@ -72,12 +73,12 @@ def neighbours(sample: Sample) -> str:
     indices, cosines = geometry.nearest(sample.features, _NEIGHBOURS)
     known = sorted(set(sample.labels.tolist()) - {-1})
     if known:
-        chosen = [known[i] for i in _spaced(len(known))]
+        chosen = [known[i] for i in spaced(len(known), _QUERIES)]
         queries = [int(np.argmax(sample.labels == label)) for label in chosen]
         of = "each class" if len(chosen) == len(known) else f"{len(chosen)} of {len(known)} classes"
         which = f"the first image of {of}"
     else:
-        queries = _spaced(len(sample.labels))
+        queries = spaced(len(sample.labels), _QUERIES).tolist()
         which = "evenly spaced"
     rows = []
     for query in queries:
@@ -103,8 +104,3 @@ def neighbours(sample: Sample) -> str:
     else:
         parts.insert(0, page.note("There are no labels: which neighbours are wrong is for the eye to judge."))
     return page.section("Nearest neighbours", parts, intro)
-
-
-def _spaced(count: int) -> list[int]:
-    """At most _QUERIES numbers, evenly spaced in 0 .. count - 1."""
-    return np.linspace(0, count, min(_QUERIES, count), endpoint=False).astype(int).tolist()

@@ -19,6 +19,7 @@ from model.evaluate import extract_features
 from model.metrics import read_rows
 from pipelines.loader import plain_images
 from pipelines.sources import Source
+from pipelines.subset import spaced
 
 _THUMBNAIL = 96  # pixels; larger images are shrunk, so that 2,000 take 55 MB
 _ENCODER = "online.encoder."
@@ -153,7 +154,7 @@ def take_sample(run: Run, source: Source, images: int) -> Sample:
         ValueError: none of the images can be decoded.
     """
     assert run.config and run.encoder
-    ids = np.linspace(0, len(source), min(images, len(source)), endpoint=False).astype(np.int64)
+    ids = spaced(len(source), images)
     thumbnails: list[np.ndarray] = []
     batches = _keeping_thumbnails(plain_images(source, ids, run.config), run.config, thumbnails)
     encoder = run.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
