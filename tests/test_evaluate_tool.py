@@ -15,8 +15,9 @@ from rich.progress import Progress
 from configs import schema
 from model import checkpoint, distributed
 from model.byol import make_byol
+from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
-from pipelines.sources import open_source
+from pipelines.sources import Source, open_source
 from tools import evaluate, protocols
 from tools.protocols import Bench
 
@@ -138,10 +139,23 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "finetune"], "needs --labels 0.01, 0.1 or 1.0, or --subset FILE"),
         (["--protocol", "finetune", "--labels", "2"], "share of 2 of the labels"),
         (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
-        (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be more than 0"),
-        (["--protocol", "linear", "--lr", "0"], "--lr 0.0: it must be more than 0"),
+        (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be a number more than 0"),
+        (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0: it must be a number more than 0"),
+        (["--protocol", "linear", "--epochs", "inf"], "--epochs inf: it must be a number more than 0"),
+        (["--protocol", "knn", "--temperature", "nan"], "--temperature nan: it must be a number more than 0"),
         (["--protocol", "linear", "--epochs", "1", "2"], "takes one number"),
-        (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear"),
+        (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear, not knn"),
+        (["--protocol", "knn", "--labels", "1.0"], "--labels is an option of --protocol finetune, not knn"),
+        (["--protocol", "linear", "--k", "5"], "--k is an option of --protocol knn, not linear"),
+        (["--protocol", "transfer", "--lr", "1"], "--lr is an option of --protocol linear and finetune, not"),
+        (
+            ["--protocol", "finetune", "--max-iterations", "9"],
+            "--max-iterations is an option of --protocol transfer",
+        ),
+        (
+            ["--protocol", "finetune", "--subset", "x", "--max-images", "9"],
+            "--subset with --max-images: ids would",
+        ),
         (["--protocol", "knn", "--data", "/nowhere"], "--data: data path '/nowhere' does not exist"),
         (["--protocol", "knn", "--data", "FLAT"], "holds unlabelled images"),
         (["--protocol", "knn", "--train", "synthetic:10:8x8"], "has other classes than"),
@@ -156,6 +170,122 @@ def test_mistakes_are_one_line(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("evaluate: ") and part in error
     assert list(tmp_path.iterdir()) == []
+
+
+def _bench(run: Path, train: Source, test: Source) -> Bench:
+    trained, world = load_trained(run / "encoder.safetensors"), distributed.init("cpu")
+    progress = Progress(disable=True)
+    return Bench(trained.config, trained.encoder, world, train, test, 0, torch.float32, progress)
+
+
+class _Cut:
+    """A source, one of whose images does not decode."""
+
+    def __init__(self, source: Source, cut: int) -> None:
+        self._source, self._cut = source, cut
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._source, name)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, i: int) -> bytes:
+        data = self._source.read(i)
+        return data[:100] if i == self._cut else data
+
+
+def test_an_image_that_does_not_decode_does_not_hang_a_batch_of_all(run: Path) -> None:
+    train, test = open_source(run / "train"), open_source(run / "val")
+    fit = protocols._hold_out(_bench(run, train, test))[0]
+    bench = _bench(run, _Cut(train, int(fit._ids[5])), test)
+    [outcome], _ = protocols.linear(bench, [0.5], 3, len(fit), fast=True)
+    settings = outcome.settings
+    assert (settings["batch_size"], settings["train_images"], settings["steps"]) == (65, 65, 3)
+
+
+def test_a_trial_that_diverges_is_not_the_answer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--protocol", "finetune", "--labels", "0.5", "--epochs", "8", "--batch-size", "16", "--lr"]
+    document = _measure(run, tmp_path / "one", *options, "1e30", "0.2")
+    [result] = document["results"]
+    assert result["top1"] == 100.0 and result["settings"]["lr"] == 0.2
+    assert result["settings"]["held_out_top1"] == {"lr 1e+30, 8 epochs": None, "lr 0.2, 8 epochs": 100.0}
+    assert _main(run, tmp_path / "all", *options, "1e30", "1e31") == 1
+    assert "all 2 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+
+
+def test_a_head_that_diverges_is_not_the_answer(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--protocol", "linear", "--fast", "--epochs", "15", "--batch-size", "16", "--lr"]
+    [result] = _measure(run, tmp_path / "one", *options, "5e39", "0.5")["results"]
+    assert result["top1"] == 100.0 and result["settings"]["held_out_top1"] == {"5e+39": None, "0.5": 100.0}
+    assert _main(run, tmp_path / "all", *options, "5e39") == 1
+    assert "all 1 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+
+
+def test_a_fit_that_diverges_is_not_the_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(features: torch.Tensor, labels: torch.Tensor, classes: int, l2: float, most: int) -> Any:
+        fitted = fit_logistic(features, labels, classes, l2, most)
+        return fitted._replace(bias=fitted.bias * torch.nan) if l2 < 1e-5 else fitted
+
+    monkeypatch.setattr("model.probe.fit_logistic", fit)
+    [result] = _measure(run, tmp_path, "--protocol", "transfer", "--l2", "3")["results"]
+    settings = result["settings"]
+    assert settings["held_out_top1"][0] is None and settings["l2"] > 1e-5 and result["top1"] == 100.0
+
+
+@pytest.mark.parametrize("temperature", ["0.01", "0.0001"])
+def test_knn_at_a_low_temperature(temperature: str, run: Path, tmp_path: Path) -> None:
+    document = _measure(run, tmp_path, "--protocol", "knn", "--k", "60", "--temperature", temperature)
+    assert document["results"][0]["top1"] == 100.0
+
+
+def test_thinned_images_have_a_fingerprint_of_their_own(run: Path, tmp_path: Path) -> None:
+    options = ["--protocol", "knn", "--k", "5"]
+    documents = [
+        _measure(run, tmp_path / str(number), *options, "--max-images", str(number))
+        for number in (20, 21, 19, 99)
+    ]
+    tests = [document["test"] for document in documents]
+    assert [test["images"] for test in tests] == [20, 21, 19, 21]
+    assert tests[1]["fingerprint"] == tests[3]["fingerprint"] == open_source(run / "val").fingerprint
+    assert len({test["fingerprint"] for test in tests}) == 3
+
+
+def test_ctrl_c_is_one_line(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "load_trained", interrupted)
+    assert evaluate.main([str(run / "encoder.safetensors"), "--protocol", "knn"]) == 130
+    assert capsys.readouterr().err == "evaluate: interrupted, nothing was written\n"
+
+
+def test_after_a_failure_no_rank_waits_for_the_others(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To leave NCCL's group is to wait for the ranks that failed."""
+    left: list[distributed.World] = []
+    monkeypatch.setattr(distributed, "shutdown", left.append)
+    assert _main(run, tmp_path, "--protocol", "finetune", "--labels", "2") == 2 and not left
+    assert _main(run, tmp_path, "--protocol", "knn") == 0 and len(left) == 1
+
+
+def test_labels_that_are_ids_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(run / "train")
+    source.labels, source.classes = source.labels + 10**12, None
+    monkeypatch.setattr(evaluate, "open_source", lambda path: source)
+    assert _main(run, tmp_path, "--protocol", "knn") == 2
+    assert "the largest label is 1,000,000,000,002" in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,14 +9,15 @@ evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpo
 """
 
 import argparse
+import itertools
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -30,13 +31,19 @@ from model.step import PRECISIONS
 from model.trained import Trained, load_trained
 from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
-from pipelines.subset import Subset, listed_ids
+from pipelines.subset import Subset, listed_ids, spaced
 from tools import protocols
 from tools.protocols import Bench, Outcome
 
 LINEAR_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)  # paper, App. C.1
 FINETUNE_LRS = (0.01, 0.02, 0.05, 0.1, 0.005)  # paper, App. C.2
 FINETUNE_EPOCHS = (30.0, 50.0)  # paper, App. C.2
+OPTIONS = {  # of each protocol, beside those of all
+    "knn": ("k", "temperature"),
+    "linear": ("lr", "epochs", "batch_size", "fast"),
+    "finetune": ("lr", "epochs", "batch_size", "labels", "subset"),
+    "transfer": ("l2", "max_iterations"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -44,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
         prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
-    parser.add_argument("--protocol", required=True, choices=("knn", "linear", "finetune", "transfer"))
+    parser.add_argument("--protocol", required=True, choices=tuple(OPTIONS))
     parser.add_argument("--data", help="labelled images to test on (default: the run's eval.path)")
     parser.add_argument("--train", help="labelled images to learn from (default: the run's data.path)")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's)")
@@ -54,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder")
     parser.add_argument("--threads", type=int, help="CPU threads per rank (default: its share of the CPUs)")
     knn = parser.add_argument_group("knn")
-    knn.add_argument("--k", type=int, nargs="+", default=[200, 20], help="neighbours (default 200 and 20)")
-    knn.add_argument("--temperature", type=float, default=0.1, help="a vote is exp(cosine / it) (default .1)")
+    knn.add_argument("--k", type=int, nargs="+", help="neighbours (default 200 and 20)")
+    knn.add_argument("--temperature", type=float, help="a vote is exp(cosine / it) (default .1)")
     trained = parser.add_argument_group("linear and finetune")
     trained.add_argument("--lr", type=float, nargs="+", help="learning rates at batch 256 (default: paper's)")
     trained.add_argument(
@@ -63,7 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     trained.add_argument("--batch-size", type=int, help="over all ranks (default 1024, less for few images)")
     trained.add_argument(
-        "--fast", action="store_true", help="linear: features of unaugmented images, taken once"
+        "--fast",
+        action="store_true",
+        default=None,
+        help="linear: features of unaugmented images, taken once",
     )
     finetune = parser.add_argument_group("finetune")
     finetune.add_argument("--labels", type=float, help="share of every class: 0.01, 0.1 or 1.0")
@@ -71,8 +81,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--subset", type=Path, metavar="FILE", help="or a list of sample ids or names, one a line"
     )
     transfer = parser.add_argument_group("transfer")
-    transfer.add_argument("--l2", type=int, default=45, metavar="N", help="penalties between 1e-6 and 1e5")
-    transfer.add_argument("--max-iterations", type=int, default=1000, help="of L-BFGS, for each penalty")
+    transfer.add_argument("--l2", type=int, metavar="N", help="penalties between 1e-6 and 1e5 (default 45)")
+    transfer.add_argument("--max-iterations", type=int, help="of L-BFGS, for each penalty (default 1000)")
     return parser
 
 
@@ -82,22 +92,32 @@ def check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the option and the remedy.
     """
+    for option in dict.fromkeys(itertools.chain(*OPTIONS.values())):
+        having = [protocol for protocol, options in OPTIONS.items() if option in options]
+        if getattr(args, option) is not None and args.protocol not in having:
+            name = option.replace("_", "-")
+            raise ValueError(
+                f"--{name} is an option of --protocol {' and '.join(having)}, not {args.protocol}"
+            )
     positive: dict[str, Any] = {
-        "--max-images": args.max_images, "--threads": args.threads, "--k": min(args.k), "--l2": args.l2,
-        "--temperature": args.temperature, "--lr": min(args.lr or [1]), "--epochs": min(args.epochs or [1]),
-        "--max-iterations": args.max_iterations, "--batch-size": args.batch_size,
+        "--max-images": [args.max_images], "--threads": [args.threads], "--k": args.k, "--l2": [args.l2],
+        "--temperature": [args.temperature], "--lr": args.lr, "--epochs": args.epochs,
+        "--max-iterations": [args.max_iterations], "--batch-size": [args.batch_size],
     }  # fmt: skip
-    for option, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{option} {value}: it must be more than 0")
+    for option, values in positive.items():
+        for value in values or []:
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{option} {value}: it must be a number more than 0")
     if args.seed < 0:
         raise ValueError(f"--seed {args.seed}: it must be 0 or more")
     if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
         raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
     if args.protocol == "linear" and len(args.epochs or [80]) > 1:
         raise ValueError("--epochs: the linear protocol takes one number")
-    if args.fast and args.protocol != "linear":
-        raise ValueError("--fast is an option of --protocol linear")
+    if args.subset and args.max_images:
+        raise ValueError(
+            "--subset with --max-images: ids would be those of the thinned images; leave one out"
+        )
 
 
 def open_labelled(option: str, path: str | None, limit: int | None) -> Source:
@@ -111,7 +131,7 @@ def open_labelled(option: str, path: str | None, limit: int | None) -> Source:
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabelled images: give a data set with classes")
     if limit and limit < len(source):
-        return Subset(source, np.linspace(0, len(source), limit, endpoint=False).astype(np.int64))
+        return Subset(source, spaced(len(source), limit))
     return source
 
 
@@ -139,15 +159,15 @@ def run(
 def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tensor]:
     """Runs the protocol that was asked for."""
     if args.protocol == "knn":
-        return protocols.knn(bench, args.k, args.temperature)
+        return protocols.knn(bench, args.k or (200, 20), args.temperature or 0.1)
     if args.protocol == "linear":
         epochs = (args.epochs or [80.0])[0]
-        return protocols.linear(bench, args.lr or LINEAR_LRS, epochs, args.batch_size, args.fast)
+        return protocols.linear(bench, args.lr or LINEAR_LRS, epochs, args.batch_size, bool(args.fast))
     if args.protocol == "finetune":
         chosen = args.labels if args.subset is None else listed_ids(bench.train, args.subset)
         lrs, epochs = args.lr or FINETUNE_LRS, args.epochs or FINETUNE_EPOCHS
         return protocols.finetune(bench, chosen, lrs, epochs, args.batch_size)
-    return protocols.transfer(bench, probe.l2_values(args.l2), args.max_iterations)
+    return protocols.transfer(bench, probe.l2_values(args.l2 or 45), args.max_iterations or 1000)
 
 
 def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
@@ -199,7 +219,7 @@ def report(
         f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
         f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
     )
-    protocol = args.protocol + "-fast" * args.fast
+    protocol = args.protocol + "-fast" * bool(args.fast)
     name = f"evaluate-{protocol}"
     if args.protocol == "finetune":
         name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
@@ -234,6 +254,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 failed on the way, 2 it cannot be done as asked, 130 interrupted."""
     args = make_parser().parse_args(argv)
     try:
+        return _main(args)
+    except KeyboardInterrupt:
+        print("evaluate: interrupted, nothing was written", file=sys.stderr)
+        return 130
+
+
+def _main(args: argparse.Namespace) -> int:
+    try:
         check(args)
         trained = load_trained(args.checkpoint)
         args.data = args.data or trained.config.eval.path
@@ -244,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
             )
+        evaluate.num_classes(train.labels, test.labels)
         world = distributed.init(args.device)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
@@ -256,11 +285,7 @@ def main(argv: list[str] | None = None) -> int:
     except (CorruptBudgetError, FloatingPointError, OSError) as error:
         print(f"evaluate: rank {world.rank}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("evaluate: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    finally:
-        distributed.shutdown(world)
+    distributed.shutdown(world)  # only now: after a failure NCCL would wait for the ranks that failed
     return 0
 
 

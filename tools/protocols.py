@@ -6,6 +6,7 @@ the answer is the same for any number of ranks (fine-tuning: to rounding, its gr
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -25,9 +26,8 @@ from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
 
 HELD_OUT = 10_009  # images of train on which settings are picked (paper, App. C.1); of a small set a tenth
-CHUNK = (
-    64  # images of one forward pass of a frozen encoder, so that its rounding does not depend on the ranks
-)
+# Images of one forward pass of a frozen encoder: so that its rounding does not depend on the ranks.
+CHUNK = 64
 _FEATURES = 256  # images that a rank takes at a time
 
 
@@ -55,7 +55,7 @@ class Bench:
     @property
     def classes(self) -> int:
         """Number of classes."""
-        return int(max(self.train.labels.max(), self.test.labels.max())) + 1
+        return evaluate.num_classes(self.train.labels, self.test.labels)
 
     @property
     def width(self) -> int:
@@ -88,7 +88,6 @@ def knn(
             for i, part in _mine(queries.split(_FEATURES), bench.world)
         ]
         votes = _in_order(parts, bench.world, queries.new_zeros(0, bench.classes))
-        votes[votes == 0] = -torch.inf  # a class without a neighbour is no answer
         outcomes.append(Outcome(f"k = {k}", votes, {"k": min(k, len(bank)), "temperature": temperature}))
     return outcomes, labels
 
@@ -107,15 +106,23 @@ def linear(
         epochs: passes over the images.
         batch_size: None for 1,024, or less where there are fewer images.
         fast: take the features of the unaugmented images once, instead of those of a new crop and flip each epoch.
+
+    Raises:
+        ValueError: the batch does not fit the images.
+        FloatingPointError: features are not finite, or every head diverged.
     """
     fit, held = _hold_out(bench)
     batch_size = _batch_size(bench, batch_size, len(fit))
-    steps = max(1, int(epochs * len(fit) / batch_size))
+    images = len(fit)
+    if fast:
+        features, labels = plain_features(bench, fit, "training features")
+        images = len(features)  # fewer where some do not decode
+        batch_size = min(batch_size, images)
+    steps = max(1, int(epochs * images / batch_size))
     device = bench.world.device
     sweep = probe.HeadSweep(bench.width, bench.classes, lrs, batch_size, steps, device, bench.seed)
     if fast:
-        features, labels = plain_features(bench, fit, "training features")
-        order = _orders(len(features), batch_size, bench.seed)
+        order = _orders(images, batch_size, bench.seed)
         for rows in bench.progress.track(itertools.islice(order, steps), total=steps, description="heads"):
             sweep.step(features[rows], labels[rows])
     else:
@@ -125,12 +132,12 @@ def linear(
             sweep.step(features, distributed.gather_rows(batch.label.to(device), bench.world))
     held_features, held_labels = plain_features(bench, held, "held-out features")
     tried = [_top1(scores, held_labels) for scores in sweep.scores(held_features)]
-    best = max(range(len(lrs)), key=tried.__getitem__)
+    best = _best(tried)
     features, labels = plain_features(bench, bench.test, "test features")
     settings = {
-        "epochs": epochs, "steps": steps, "batch_size": batch_size, "momentum": 0.9, "lr": lrs[best],
+        "epochs": epochs, "steps": steps, "batch_size": batch_size, "momentum": probe.MOMENTUM, "lr": lrs[best],
         "features": "unaugmented, cached" if fast else "crop and flip, anew each epoch",
-        "train_images": len(fit), "held_out_images": len(held),
+        "train_images": images, "held_out_images": len(held),
         "held_out_top1": dict(zip(map(str, lrs), tried, strict=True)),
     }  # fmt: skip
     return [Outcome(f"lr = {lrs[best]:g}", sweep.scores(features)[best], settings)], labels
@@ -153,6 +160,10 @@ def finetune(
         lrs: learning rates at a batch of 256.
         epochs: lengths of training; every pair of a rate and a length is tried.
         batch_size: None for 1,024, or less where there are fewer images.
+
+    Raises:
+        ValueError: no image is left to hold out, or the batch does not fit the images.
+        FloatingPointError: every trial diverged; what one says is not counted.
     """
     if isinstance(chosen, float) and chosen == 1:
         fit, held = _hold_out(bench)
@@ -164,24 +175,24 @@ def finetune(
         fit = Subset(bench.train, ids)
         held = Subset(bench.train, others[_held(bench.train.labels[others], bench.seed)])
     batch_size = _batch_size(bench, batch_size, len(fit))
-    tried: dict[str, float] = {}
-    best: tuple[float, float, float, Bench, nn.Linear] | None = None
-    for lr, length in itertools.product(lrs, epochs):
+    trials = list(itertools.product(lrs, epochs))
+    tried: list[float | None] = []
+    best: tuple[Bench, nn.Linear] | None = None
+    for lr, length in trials:
         tuned, head = _train_all(bench, fit, lr, length, batch_size)
-        with torch.no_grad():
-            features, labels = plain_features(tuned, held, "held-out features")
-            accuracy = _top1(head(features), labels)
-        tried[f"lr {lr:g}, {length:g} epochs"] = accuracy
-        if best is None or accuracy > best[0]:
-            best = (accuracy, lr, length, tuned, head)
+        tried.append(_held_out_top1(tuned, head, held))
+        if tried[-1] is not None and _best(tried) == len(tried) - 1:
+            best = tuned, head
+    lr, length = trials[_best(tried)]
     assert best is not None
-    _, lr, length, tuned, head = best
+    tuned, head = best
     with torch.no_grad():
         features, labels = plain_features(tuned, bench.test, "test features")
         scores = head(features)
     settings = {
-        "lr": lr, "epochs": length, "batch_size": batch_size, "momentum": 0.9,
-        "labelled_images": len(fit), "held_out_images": len(held), "held_out_top1": tried,
+        "lr": lr, "epochs": length, "batch_size": batch_size, "momentum": probe.MOMENTUM,
+        "labelled_images": len(fit), "held_out_images": len(held),
+        "held_out_top1": {f"lr {lr:g}, {n:g} epochs": top1 for (lr, n), top1 in zip(trials, tried, strict=True)},
     }  # fmt: skip
     return [Outcome(f"{len(fit)} labels, lr = {lr:g}, {length:g} epochs", scores, settings)], labels
 
@@ -190,6 +201,9 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
     """Logistic regression on features of another data set; the penalty is picked on a held-out part, then all is fit.
 
     Ranks share the penalties; every fit starts from zero, so that none depends on another.
+
+    Raises:
+        FloatingPointError: features, or all fits, are not finite.
     """
     fit, held = _hold_out(bench)
     features, labels = plain_features(bench, fit, "training features")
@@ -198,18 +212,20 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
     parts = []
     for i, l2 in _mine(l2_values, bench.world):
         fitted = probe.fit_logistic(features, labels, bench.classes, l2, max_iterations)
-        row = (_top1(fitted.scores(held_features), held_labels), fitted.gradient, fitted.iterations)
+        top1 = _top1(fitted.scores(held_features), held_labels)
+        row = (math.nan if top1 is None else top1, fitted.gradient, fitted.iterations)
         parts.append((i, torch.tensor([row], dtype=torch.float64, device=features.device)))
         bench.progress.update(task, advance=bench.world.size)
     table = _in_order(parts, bench.world, features.new_zeros(0, 3, dtype=torch.float64)).tolist()
-    best = max(range(len(table)), key=lambda i: table[i][0])
+    tried = [None if math.isnan(row[0]) else row[0] for row in table]
+    best = _best(tried)
     everything, all_labels = torch.cat([features, held_features]), torch.cat([labels, held_labels])
     final = probe.fit_logistic(everything, all_labels, bench.classes, l2_values[best], max_iterations)
     test, test_labels = plain_features(bench, bench.test, "test features")
     settings = {
         "l2": l2_values[best], "train_images": len(fit), "held_out_images": len(held),
         "iterations": final.iterations, "gradient_left": final.gradient,
-        "l2_values": list(l2_values), "held_out_top1": [row[0] for row in table],
+        "l2_values": list(l2_values), "held_out_top1": tried,
         "stopped_at_max_iterations": sum(row[2] >= max_iterations for row in table),
     }  # fmt: skip
     return [Outcome(f"l2 = {l2_values[best]:.3g}", final.scores(test), settings)], test_labels
@@ -311,7 +327,7 @@ def _train_all(
     head = probe.make_head(bench.width, bench.classes, bench.seed).to(device)
     whole = distributed.convert_sync_batchnorm(nn.Sequential(encoder, head), bench.world).train()
     wrapped = distributed.wrap(whole, bench.world)
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=probe.MOMENTUM, nesterov=True)
     steps = max(1, int(epochs * len(source) / batch_size))
     what = f"fine-tuning, lr {lr:g}, {epochs:g} epochs"
     for step, batch in enumerate(_augmented(bench, source, batch_size, steps, what)):
@@ -363,6 +379,32 @@ def _orders(images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
         yield from order.split(batch_size)[: images // batch_size]
 
 
-def _top1(scores: Tensor, labels: Tensor) -> float:
-    """Per cent."""
+@torch.no_grad()
+def _held_out_top1(bench: Bench, head: nn.Linear, held: Source) -> float | None:
+    """Per cent; None where the training diverged."""
+    try:
+        features, labels = plain_features(bench, held, "held-out features")
+    except FloatingPointError:
+        return None
+    return _top1(head(features), labels)
+
+
+def _top1(scores: Tensor, labels: Tensor) -> float | None:
+    """Per cent; None where a score is not finite: what gave it has diverged."""
+    if not scores.isfinite().all():
+        return None
     return 100 * evaluate.topk_correct(scores, labels, 1).double().mean().item()
+
+
+def _best(tried: Sequence[float | None]) -> int:
+    """The place of the highest accuracy, the first of equal ones.
+
+    Raises:
+        FloatingPointError: there is none.
+    """
+    accuracies = [-math.inf if top1 is None else top1 for top1 in tried]
+    if max(accuracies) == -math.inf:
+        raise FloatingPointError(
+            f"all {len(tried)} settings diverged (scores of held-out images are not finite): give others, of --lr lower"
+        )
+    return accuracies.index(max(accuracies))
