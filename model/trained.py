@@ -90,5 +90,7 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]
         return encoder, int(state["step"]), schema.Config.model_validate(state["config"])
     except KeyError as error:
         raise checkpoint.CheckpointError(f"{path} holds no {error}: it is not a run's checkpoint") from None
+    except (AttributeError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{path} is not a run's checkpoint: {error}") from None
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None

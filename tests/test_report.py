@@ -17,7 +17,7 @@ from test_train import images  # noqa: F401 (a fixture)
 from configs import schema
 from model import checkpoint
 from model.byol import make_byol
-from tools import report, report_figures
+from tools import export, report, report_figures
 from tools.report_features import neighbours
 from tools.report_run import Sample, read_run
 
@@ -205,13 +205,62 @@ def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None
     assert run.encoder_origin == "checkpoint-000000005.pt, step 5"
     torch.manual_seed(5)
     expected = make_byol(**config.model.model_dump()).online.encoder.state_dict()
-    assert run.encoder is not None
-    assert all(torch.equal(value, expected[key]) for key, value in run.encoder.state_dict().items())
+    assert run.trained is not None
+    assert all(torch.equal(value, expected[key]) for key, value in run.trained.encoder.state_dict().items())
     (folder / "encoder.safetensors").write_bytes(b"x" * 100)
     (folder / "checkpoint-000000005.pt").write_bytes(b"x" * 100)
     text, _ = _report(folder)
     assert "encoder.safetensors cannot be read" in text and "checkpoint-000000005.pt is no byolt" in text
     assert read_run(folder).encoder_origin == "checkpoint-000000003.pt, step 3"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"config": {"model": {"backbone": "resnet9"}}}, "its config cannot be used"),
+        ({"config": None}, "its config cannot be used"),
+        ({"model": {}}, "does not fit its own config"),
+        ({"model": {"online.encoder.conv1.weight": torch.zeros(1)}}, "does not fit its own config"),
+        ({"model": [1]}, "is not a run's checkpoint"),
+        ({"step": None}, "is not a run's checkpoint"),
+        ({"step": "DROP"}, "holds no 'step'"),
+    ],
+)  # fmt: skip
+def test_odd_checkpoints_are_passed_over(change: dict, sentence: str, folder: Path, tmp_path: Path) -> None:
+    config = _config(folder, tmp_path)
+    _save(folder, config, 2)
+    model = make_byol(**config.model.model_dump())
+    state = {"step": 3, "model": model.state_dict(), "config": config.model_dump(mode="json")} | change
+    checkpoint.save(folder, 3, {key: value for key, value in state.items() if value != "DROP"}, keep=3)
+    (folder / "checkpoint-x1.pt").write_bytes(b"somebody's")
+    text, _ = _report(folder)
+    assert sentence in text and "checkpoint-000000003.pt" in text
+    assert read_run(folder).encoder_origin == "checkpoint-000000002.pt, step 2"
+
+
+def test_no_image_decodes(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    noise = np.random.default_rng(0).integers(0, 256, (6, 20, 24, 3), np.uint8)
+    for i in range(6):
+        path = tmp_path / "images" / "a" / f"{i}.jpg"
+        Image.fromarray(noise[i]).save(path)
+        path.write_bytes(path.read_bytes()[:-300])  # the header is whole
+    _save(folder, _config(folder, tmp_path / "images"), 3)
+    assert "none of 6 images decodes" in _report(folder)[0]
+
+
+def test_ctrl_c_is_one_line(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "read_run", interrupted)
+    assert report.main([str(folder)]) == 130
+    assert capsys.readouterr().err == "report: interrupted, nothing was written\n"
+    monkeypatch.setattr(export, "load_trained", interrupted)
+    assert export.main(["x.safetensors", "--to", "timm", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "export: interrupted, nothing was written\n"
 
 
 def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:

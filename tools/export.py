@@ -263,7 +263,7 @@ def export(trained: Trained, target: str, out: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 written, 1 what was written is not the encoder, 2 it cannot be done as asked."""
+    """Exit code: 0 written, 1 what was written is not the encoder, 2 it cannot be done as asked, 130 interrupted."""
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -279,6 +279,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"export: {error}; nothing was written", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("export: interrupted, nothing was written", file=sys.stderr)
+        return 130
     print("\n".join([*said, f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}"]))
     return 0
 

@@ -26,7 +26,7 @@ _CORRUPT_SHOWN = 20
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a mistake in what was asked for."""
+    """Exit code: 0 done, 2 a mistake in what was asked for, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("run", type=Path, help="run.out of a run of train.py")
     parser.add_argument("--data", help="images for the features; default: the run's eval.path")
@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("report: interrupted, nothing was written", file=sys.stderr)
+        return 130
     print(f"{out}: {len(html.encode()) / 1e6:.1f} MB")
     return 0
 
@@ -74,7 +77,7 @@ def write(run: Run, data: str | None, images: int) -> str:
 
 def _sample_of(run: Run, data: str | None, images: int) -> tuple[Sample | None, str]:
     """The features and what they are of, or None and why there are none."""
-    if run.encoder is None or run.config is None:
+    if run.trained is None or run.config is None:
         return None, (
             "There is no encoder yet: the run has left neither encoder.safetensors nor a checkpoint that is whole "
             "(run.checkpoint_minutes says how often it writes one)."

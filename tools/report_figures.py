@@ -144,18 +144,17 @@ def scatter(
         return _svg(figure, title)
 
 
-def colors_of(labels: np.ndarray, accent: str = ACCENT) -> tuple[list[str], Mapping[int, str]]:
+def colors_of(labels: np.ndarray) -> tuple[list[str], Mapping[int, str]]:
     """A colour for each sample, and the colour of each class that has one of its own.
 
     The ten most frequent classes have; the others share a grey. All samples have the accent without labels.
 
     Args:
         labels: (N,) int64, -1 where unknown.
-        accent: colour where there are no labels.
     """
     known = labels[labels >= 0]
     if not len(known):
-        return [accent] * len(labels), {}
+        return [ACCENT] * len(labels), {}
     classes, counts = np.unique(known, return_counts=True)
     frequent = np.sort(classes[np.argsort(-counts, kind="stable")][: len(CLASS_COLORS)])
     chosen = {int(label): color for label, color in zip(frequent, CLASS_COLORS, strict=False)}

@@ -1,28 +1,28 @@
 """What a report reads: the files that a run left, finished or not, and the features of a sample of images."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from yaml import YAMLError, safe_load
 
 from configs import schema
-from model import checkpoint, provenance
-from model.byol import make_encoder
+from model import provenance
+from model.checkpoint import CheckpointError
 from model.evaluate import extract_features
 from model.metrics import read_rows
+from model.trained import Trained, load_trained
 from pipelines.loader import plain_images
 from pipelines.sources import Source
 from pipelines.subset import spaced
 
 _THUMBNAIL = 96  # pixels; larger images are shrunk, so that 2,000 take 55 MB
-_ENCODER = "online.encoder."
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})\.pt")
 
 
 class Run(NamedTuple):
@@ -33,14 +33,18 @@ class Run(NamedTuple):
     starts: list[dict[str, Any]]
     corrupt: list[dict[str, Any]]  # of corrupt.jsonl, one an image
     config: schema.Config | None
-    encoder: nn.Module | None
-    encoder_origin: str  # file and step
+    trained: Trained | None  # the newest encoder
     problems: list[str]  # sentences about files that are damaged
 
     @property
     def step(self) -> int:
         """Last logged step."""
         return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def encoder_origin(self) -> str:
+        """File and step of the encoder."""
+        return f"{self.trained.path.name}, step {self.trained.step}" if self.trained else ""
 
     @property
     def images(self) -> int | None:
@@ -92,73 +96,60 @@ def read_run(folder: Path) -> Run:
     rows = [row for row in read_rows(folder / "metrics.jsonl") if isinstance(row["step"], int)]
     rows.sort(key=lambda row: row["step"])
     starts = provenance.read_starts(folder)
-    settings, weights, backbone, origin = _newest_encoder(folder, problems)
-    if not (rows or starts or origin or problems):
+    trained = _newest_encoder(folder, problems)
+    if not (rows or starts or trained or problems):
         raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; name the run.out of a run")
-    if not settings and starts:
-        settings = starts[-1].get("config") or {}
-    config = None
-    if settings:
+    config = trained.config if trained else None
+    if not config and starts and (settings := starts[-1].get("config")):
         try:
             config = schema.Config.model_validate(settings)
         except ValueError as error:
             problems.append(f"The run's settings are not those of this version: {error}")
-    encoder = None
-    if weights:
-        encoder = make_encoder(*backbone)
-        encoder.load_state_dict(weights)
     corrupt = list({row["id"]: row for row in _json_lines(folder / "corrupt.jsonl") if "id" in row}.values())
-    return Run(folder, rows, starts, corrupt, config, encoder, origin, problems)
+    return Run(folder, rows, starts, corrupt, config, trained, problems)
 
 
-def _newest_encoder(
-    folder: Path, problems: list[str]
-) -> tuple[dict[str, Any], dict[str, Tensor], tuple[str, str], str]:
-    """Settings, weights, (backbone, stem) and where they are from; all empty if there is no encoder.
-
-    The exported one, unless a checkpoint of a later step is there: the run was continued.
-    """
+def _newest_encoder(folder: Path, problems: list[str]) -> Trained | None:
+    """The exported one, unless a whole checkpoint of a later step is there: the run was continued."""
     exported = folder / "encoder.safetensors"
-    steps = [int(path.stem.rpartition("-")[2]) for path in folder.glob("checkpoint-*[0-9].pt")]
-    if exported.exists():
-        try:
-            with safe_open(exported, framework="pt") as file:
-                about = file.metadata() or {}
-                step = int(about["steps"])
-                if step >= max(steps, default=0):
-                    weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                    origin = f"{exported.name}, step {step}"
-                    return safe_load(about["config"]), weights, (about["backbone"], about["stem"]), origin
-        except (SafetensorError, OSError, KeyError, ValueError, YAMLError) as error:
-            problems.append(
-                f"{exported.name} cannot be read ({error}); a checkpoint is used if there is one."
-            )
-    path, state, damaged = checkpoint.load_newest(folder)
-    problems += [f"{sentence}; passed over." for sentence in damaged]
-    if path is None:
-        return {}, {}, ("", ""), ""
-    weights = {k.removeprefix(_ENCODER): v for k, v in state["model"].items() if k.startswith(_ENCODER)}
-    model = state["config"]["model"]
-    return state["config"], weights, (model["backbone"], model["stem"]), f"{path.name}, step {state['step']}"
+    newest = _load(exported, problems) if exported.exists() else None
+    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in sorted(folder.glob("*.pt"), reverse=True)}
+    for path, step in steps.items():
+        if step and int(step[1]) > (newest.step if newest else -1):
+            later = _load(path, problems)
+            if later:
+                return later
+    return newest
+
+
+def _load(path: Path, problems: list[str]) -> Trained | None:
+    try:
+        return load_trained(path)
+    except CheckpointError as error:
+        problems.append(f"{error}; passed over.")
+        return None
 
 
 def take_sample(run: Run, source: Source, images: int) -> Sample:
     """Features of evenly spaced images of a data set, on the GPU if there is one.
 
     Args:
-        run: with config and encoder.
+        run: with an encoder.
         source: labelled or not.
         images: at most so many.
 
     Raises:
         ValueError: none of the images can be decoded.
     """
-    assert run.config and run.encoder
+    assert run.trained
+    config = run.trained.config
     ids = spaced(len(source), images)
     thumbnails: list[np.ndarray] = []
-    batches = _keeping_thumbnails(plain_images(source, ids, run.config), run.config, thumbnails)
-    encoder = run.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = _keeping_thumbnails(plain_images(source, ids, config), config, thumbnails)
+    encoder = run.trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     features, labels = extract_features(encoder, batches)
+    if not len(features):
+        raise ValueError(f"none of {len(ids)} images decodes; run tools/verify_shards.py on the data set")
     return Sample(features.cpu(), labels.cpu().numpy(), thumbnails, source.classes, len(ids))
 
 
