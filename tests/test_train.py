@@ -33,7 +33,7 @@ from model.finite import FiniteCheck
 from model.step import TrainStep
 from pipelines.loader import Loader
 from pipelines.order import global_batch
-from pipelines.sources import open_source
+from pipelines.sources import Source, open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -195,6 +195,26 @@ def test_calibration_takes_whole_batches(run: Run, number: int, ranks: int, expe
         world = World(ranks - 1, 0, ranks, torch.device("cpu"), "gloo")
         train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True)
     assert sizes == expected
+
+
+def test_labels_that_are_ids_end_no_training_but_knn(run: Run, images: Path) -> None:
+    """A head of 10^12 classes is no run's end where nobody asked for labels; kNN, asked for, is refused at once."""
+
+    def stamped(path: str) -> Source:
+        source = open_source(path)
+        source.labels, source.classes = source.labels + 10**12, None
+        return source
+
+    with patch("pipelines.sources.open_source", stamped):
+        done = run("eval.path=null", "train.stop_at_step=2")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("no online probe: the largest label is 1,000,000,000,001") == 1
+        assert not any("probe_top1" in row for row in run.rows())
+        shutil.rmtree(run.out)
+        refused = run("train.stop_at_step=2")
+        assert refused.returncode == 2
+        assert "error: " in refused.stderr and "the largest label is 1,000,000,000,001" in refused.stderr
+        assert "Traceback" not in refused.stderr
 
 
 def _length(batch: tuple[torch.Tensor, torch.Tensor]) -> int:
