@@ -18,8 +18,8 @@ from model.byol import make_byol
 from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
 from pipelines.sources import Source, open_source
-from tools import evaluate, protocols
-from tools.protocols import Bench
+from tools import evaluate, frozen, protocols
+from tools.frozen import Bench
 
 CONFIG = """
 run: {out: unused}
@@ -311,14 +311,14 @@ def _features(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     source, progress = open_source(run / "train"), Progress(disable=True)
     bench = Bench(trained.config, trained.encoder, world, source, source, 0, torch.float32, progress)
     try:
-        return protocols.plain_features(bench, source, "features")
+        return frozen.plain_features(bench, source, "features")
     finally:
         distributed.shutdown(world)
 
 
 def _worker(rank: int, ports: list[int], run: str, out: str) -> None:
     torch.set_num_threads(1)
-    protocols._FEATURES = 8  # so that there are batches for both
+    frozen.AT_A_TIME = 8  # so that there are batches for both
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
     for (protocol, options), port in zip(FAST.items(), ports, strict=False):
@@ -344,7 +344,7 @@ def test_two_ranks_measure_what_one_measures(
             server.bind(("127.0.0.1", 0))
             ports.append(server.getsockname()[1])
     torch.multiprocessing.spawn(_worker, (ports, str(run), str(tmp_path / "two")), nprocs=2)
-    monkeypatch.setattr(protocols, "_FEATURES", 8)
+    monkeypatch.setattr(frozen, "AT_A_TIME", 8)
     whole, labels = _features(run)
     assert whole.shape == (72, 128) and labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24
     for rank in range(2):

@@ -33,7 +33,8 @@ from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
 from pipelines.subset import Subset, listed_ids, spaced
 from tools import protocols
-from tools.protocols import Bench, Outcome
+from tools.frozen import Bench
+from tools.protocols import Outcome
 
 LINEAR_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)  # paper, App. C.1
 FINETUNE_LRS = (0.01, 0.02, 0.05, 0.1, 0.005)  # paper, App. C.2

@@ -8,27 +8,24 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.progress import Progress
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from configs.schema import Config, ViewConfig
 from model import distributed, evaluate, probe, schedules
-from model.distributed import World
-from pipelines.loader import Batch, Loader, make_backend, plain_images
+from pipelines.loader import Batch, Loader, make_backend
 from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
+from tools import frozen
+from tools.frozen import Bench, encode, in_order, mine, plain_features
 
 HELD_OUT = 10_009  # images of train on which settings are picked (paper, App. C.1); of a small set a tenth
-# Images of one forward pass of a frozen encoder: so that its rounding does not depend on the ranks.
-CHUNK = 64
-_FEATURES = 256  # images that a rank takes at a time
 
 
 class Outcome(NamedTuple):
@@ -37,35 +34,6 @@ class Outcome(NamedTuple):
     name: str
     scores: Tensor  # (Q, C)
     settings: dict[str, Any]
-
-
-@dataclass
-class Bench:
-    """What every protocol works with."""
-
-    config: Config  # of the run: size, mean, std and threads are used
-    encoder: nn.Module  # (N, 3, H, W) -> (N, num_features), on world.device
-    world: World
-    train: Source
-    test: Source
-    seed: int
-    precision: torch.dtype
-    progress: Progress
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return evaluate.num_classes(self.train.labels, self.test.labels)
-
-    @property
-    def width(self) -> int:
-        """Number of features."""
-        return int(self.encoder.num_features)  # type: ignore[arg-type]
-
-    def autocast(self) -> torch.autocast:
-        """Where the encoder runs in the chosen precision."""
-        enabled = self.precision != torch.float32
-        return torch.autocast(self.world.device.type, self.precision, enabled=enabled)
 
 
 # ---------------------------------------------------------------------------------------------------- protocols
@@ -85,9 +53,9 @@ def knn(
     for k in ks:
         parts = [
             (i, evaluate.knn_votes(bank, bank_labels, part, bench.classes, k, temperature))
-            for i, part in _mine(queries.split(_FEATURES), bench.world)
+            for i, part in mine(queries.split(frozen.AT_A_TIME), bench.world)
         ]
-        votes = _in_order(parts, bench.world, queries.new_zeros(0, bench.classes))
+        votes = in_order(parts, bench.world, queries.new_zeros(0, bench.classes))
         outcomes.append(Outcome(f"k = {k}", votes, {"k": min(k, len(bank)), "temperature": temperature}))
     return outcomes, labels
 
@@ -127,8 +95,7 @@ def linear(
             sweep.step(features[rows], labels[rows])
     else:
         for batch in _augmented(bench, fit, batch_size, steps, "heads"):
-            mine = _encode(bench, batch.view1)
-            features = distributed.gather_rows(mine, bench.world)
+            features = distributed.gather_rows(encode(bench, batch.view1), bench.world)
             sweep.step(features, distributed.gather_rows(batch.label.to(device), bench.world))
     held_features, held_labels = plain_features(bench, held, "held-out features")
     tried = [_top1(scores, held_labels) for scores in sweep.scores(held_features)]
@@ -210,13 +177,13 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
     held_features, held_labels = plain_features(bench, held, "held-out features")
     task = bench.progress.add_task("l2 values", total=len(l2_values))
     parts = []
-    for i, l2 in _mine(l2_values, bench.world):
+    for i, l2 in mine(l2_values, bench.world):
         fitted = probe.fit_logistic(features, labels, bench.classes, l2, max_iterations)
         top1 = _top1(fitted.scores(held_features), held_labels)
         row = (math.nan if top1 is None else top1, fitted.gradient, fitted.iterations)
         parts.append((i, torch.tensor([row], dtype=torch.float64, device=features.device)))
         bench.progress.update(task, advance=bench.world.size)
-    table = _in_order(parts, bench.world, features.new_zeros(0, 3, dtype=torch.float64)).tolist()
+    table = in_order(parts, bench.world, features.new_zeros(0, 3, dtype=torch.float64)).tolist()
     tried = [None if math.isnan(row[0]) else row[0] for row in table]
     best = _best(tried)
     everything, all_labels = torch.cat([features, held_features]), torch.cat([labels, held_labels])
@@ -229,62 +196,6 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
         "stopped_at_max_iterations": sum(row[2] >= max_iterations for row in table),
     }  # fmt: skip
     return [Outcome(f"l2 = {l2_values[best]:.3g}", final.scores(test), settings)], test_labels
-
-
-# ------------------------------------------------------------------------------------------------------ features
-
-
-def plain_features(bench: Bench, source: Source, what: str) -> tuple[Tensor, Tensor]:
-    """Features (n, F) float32 of the unaugmented images and labels (n,), in the order of the source, on every rank.
-
-    Each rank takes whole batches, the same whatever the number of ranks. What does not decode is left out.
-
-    Raises:
-        FloatingPointError: a feature is not finite.
-    """
-    batches = np.split(np.arange(len(source)), range(_FEATURES, len(source), _FEATURES))
-    task = bench.progress.add_task(what, total=len(source))
-    parts, label_parts = [], []
-    for i, ids in _mine(batches, bench.world):
-        for images, labels in plain_images(source, ids, bench.config, len(ids)):
-            parts.append((i, _encode(bench, images)))
-            label_parts.append((i, labels.to(bench.world.device)))
-        bench.progress.update(task, advance=len(ids) * bench.world.size)
-    bench.progress.update(task, completed=len(source))
-    nothing = torch.zeros(0, bench.width, device=bench.world.device)
-    features = _in_order(parts, bench.world, nothing)
-    labels = _in_order(label_parts, bench.world, nothing.new_zeros(0, dtype=torch.int64))
-    if not len(features):
-        raise ValueError(f"{what}: no image decodes; run tools/verify_shards.py on the data set")
-    if not features.isfinite().all():
-        raise FloatingPointError(
-            f"{what} are not finite: the encoder is not usable, or --precision fp32 is needed"
-        )
-    return features, labels
-
-
-@torch.no_grad()
-def _encode(bench: Bench, images: Tensor) -> Tensor:
-    """Features (n, F) float32 on the device, batch norm in eval mode."""
-    bench.encoder.eval()
-    with bench.autocast():
-        chunks = [bench.encoder(chunk.to(bench.world.device)) for chunk in images.split(CHUNK)]
-    return torch.cat(chunks).float()
-
-
-def _mine(items: Sequence[Any], world: World) -> Iterator[tuple[int, Any]]:
-    """This rank's part of the items, with their numbers."""
-    for i in range(world.rank, len(items), world.size):
-        yield i, items[i]
-
-
-def _in_order(parts: list[tuple[int, Tensor]], world: World, nothing: Tensor) -> Tensor:
-    """The rows of all ranks' numbered parts, by number; `nothing` has no rows and the right shape and type."""
-    rows = torch.cat([nothing, *(part for _, part in parts)])
-    numbers = torch.cat([torch.full((len(part),), i, device=rows.device) for i, part in parts] or
-                        [torch.zeros(0, dtype=torch.int64, device=rows.device)])  # fmt: skip
-    order = distributed.gather_rows(numbers, world).argsort(stable=True)
-    return distributed.gather_rows(rows, world)[order]
 
 
 # ------------------------------------------------------------------------------------------------------- training
