@@ -146,6 +146,7 @@ def train(
     from model.finite import FiniteCheck
     from model.probe import make_probe
     from model.resume import begin
+    from model.rows import read_rows
     from model.step import PRECISIONS, make_step
     from model.trained import export_trained
     from pipelines.loader import CorruptBudgetError, Loader, make_backend, make_resident
@@ -349,7 +350,7 @@ def train(
                 knn_trained = evaluate()
                 if log:
                     log.close()
-                    metrics.save_loss_curve(out / "loss.png", metrics.read_rows(log.path))
+                    metrics.save_loss_curve(out / "loss.png", read_rows(log.path))
                     export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
                 done = (
                     "finished"

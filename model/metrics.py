@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.checkpoint import replacing
 from model.distributed import World, all_reduce_mean
+from model.rows import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -50,21 +51,6 @@ class MetricLog:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what is no row, such as a last line that a kill cut short, is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
 
 
 class Window:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import schema
-from model.metrics import read_rows, save_comparison
+from model.rows import read_rows
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PANELS = {
@@ -206,6 +206,8 @@ def main(argv: list[str] | None = None) -> int:
         if code:
             print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
             return code
+    from model.metrics import save_comparison  # imports torch and matplotlib, which take seconds
+
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     for (name, _), (out, _) in runs.items():
         curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))

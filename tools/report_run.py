@@ -1,6 +1,5 @@
 """What a report reads: the files that a run left, finished or not, and the features of a sample of images."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from configs import schema
 from model import checkpoint, provenance
 from model.byol import make_encoder
 from model.evaluate import extract_features
-from model.metrics import read_rows
+from model.rows import read_rows
 from pipelines.loader import plain_images
 from pipelines.sources import Source
 
@@ -106,7 +105,7 @@ def read_run(folder: Path) -> Run:
     if weights:
         encoder = make_encoder(*backbone)
         encoder.load_state_dict(weights)
-    corrupt = list({row["id"]: row for row in _json_lines(folder / "corrupt.jsonl") if "id" in row}.values())
+    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", key="id")}.values())
     return Run(folder, rows, starts, corrupt, config, encoder, origin, problems)
 
 
@@ -172,18 +171,3 @@ def _keeping_thumbnails(
             pixels = F.interpolate(pixels, size=_THUMBNAIL, mode="area")
         thumbnails += list((pixels * 255).round().byte().permute(0, 2, 3, 1).numpy())
         yield images, labels
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; what is none, such as a last line that was cut short, is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found
