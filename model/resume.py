@@ -11,10 +11,8 @@ from torch import Tensor
 from configs import fixed
 from configs.schema import Config
 from model import checkpoint, distributed
-from model.byol import BYOL
 from model.checkpoint import CheckpointError
 from model.distributed import World
-from model.optim import LARS
 from model.probe import OnlineProbe
 from model.step import TrainStep
 
@@ -66,7 +64,7 @@ def begin(
     if path is None:
         return Start(None, 0, None)
     fixed.check_same_run(config, fingerprint, path, state, allowed)
-    restore(path, state, train_step.model, train_step.optimizer, train_step, probe)
+    restore(path, state, train_step, probe)
     return Start(path, state["step"], state["knn_untrained"])
 
 
@@ -127,27 +125,19 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
         raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
 
 
-def restore(
-    path: Path,
-    state: dict[str, Any],
-    model: BYOL,
-    optimizer: LARS,
-    train_step: TrainStep,
-    probe: OnlineProbe | None = None,
-) -> None:
+def restore(path: Path, state: dict[str, Any], train_step: TrainStep, probe: OnlineProbe | None) -> None:
     """Puts a checkpoint's tensors into model, optimizer, scaler and probe; settings stay the config's.
 
     Args:
         path: the checkpoint, for messages.
         state: what it holds, with the keys of `STATE`.
-        model: built with the config that the checkpoint names.
-        optimizer: over its online parameters.
-        train_step: of both.
+        train_step: built with the config that the checkpoint names.
         probe: the online probe, if the run has one; it begins anew where the checkpoint holds none.
 
     Raises:
         CheckpointError: a tensor is missing, unknown, or of another shape or kind. Nothing was changed then.
     """
+    model, optimizer = train_step.model, train_step.optimizer
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:

@@ -43,12 +43,12 @@ def load_and_restore(path: Path, out: Path) -> tuple[dict[str, Any], dict[str, A
     assert found == path
     settings = schema.Config.model_validate(state["config"])
     torch.manual_seed(0)
-    model = make_byol(**settings.model.model_dump())
+    model = make_byol(settings.model)
     optimizer = LARS(model.online.parameters(), lr=0.0)
     step = TrainStep(model, optimizer, WORLD, "fp32")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        restore(path, state, model, optimizer, step)
+        restore(path, state, step, probe=None)
     except CheckpointError:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         raise
