@@ -144,7 +144,7 @@ def restore(path: Path, state: dict[str, Any], train_step: TrainStep, probe: Onl
     try:
         found = {f"momentum of parameter {i}": state["momentum"][i]["momentum"] for i in state["momentum"]}
         scaler = dict(state["train_step"]["scaler"])
-    except (KeyError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError):
         raise CheckpointError(
             f"checkpoint {path} holds no run's state: its momentum or scaler is none"
         ) from None

@@ -126,6 +126,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "momentum": (_put("momentum", 0, "momentum", value=torch.ones(3)), "momentum of parameter 0 is float32"),
     "momentum too many": (_put("momentum", 99, value={"momentum": torch.ones(3)}), "parameter 99 is float32"),
     "momentum is none": (_put("momentum", 0, value=[1]), "its momentum or scaler is none"),
+    "momentum is a tensor": (_put("momentum", 0, value=torch.ones(3)), "its momentum or scaler is none"),
     "scaler": (_put("train_step", "scaler", "scale", value="x"), "its scaler is"),
     "no scaler": (_put("train_step", "scaler"), "its momentum or scaler is none"),
 }  # fmt: skip
