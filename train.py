@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -264,7 +264,8 @@ def train(
             return accuracy
 
         steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-        with display, loader, trace.Trace(trace_steps if world.is_main else 0, out, display.say) as tracing:
+        tracing = trace.Trace(trace_steps if world.is_main else 0, out, display.say)
+        with display, loader, log or nullcontext(), tracing:
             display.say(backend_reason)
             how = f"resumed from {found}" if found else "new run"
             display.say(
@@ -349,7 +350,6 @@ def train(
             if not stopping:
                 knn_trained = evaluate()
                 if log:
-                    log.close()
                     metrics.save_loss_curve(out / "loss.png", read_rows(log.path))
                     export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
                 done = (

@@ -154,7 +154,10 @@ SCALER = torch.amp.GradScaler("cpu").state_dict()
         ({"foo": 1.0}, r"scaler\._growth_tracker is not there, it should be of type int"),
         (SCALER | {"foo": 1.0}, r"scaler\.foo is of type float, it should be not there"),
         ({key: SCALER[key] for key in SCALER if key != "scale"}, r"scaler\.scale is not there"),
-        (SCALER | {"growth_interval": 2.5}, r"scaler\.growth_interval is of type float, it should be of type int"),
+        (
+            SCALER | {"growth_interval": 2.5},
+            r"scaler\.growth_interval is of type float, it should be of type int",
+        ),
         (SCALER | {"scale": float("nan")}, r"its scaler is .*nan"),
         (SCALER | {"scale": float("inf")}, r"its scaler is .*inf"),
         (SCALER | {"scale": -1.0}, r"its scaler is .*-1\.0"),

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from configs import schema
@@ -302,6 +305,23 @@ def test_killed_before_its_first_checkpoint_it_begins_anew(run: Run) -> None:
     (run.out / "metrics.jsonl").write_text('{"step": 0, "knn_top1": 1}\n{"step": 2, "loss": 4}\nnull\n{"step')
     assert run("--resume", "auto", "train.stop_at_step=2").returncode == 0
     assert [row["step"] for row in run.rows() if "loss" in row] == [2]
+
+
+@pytest.mark.parametrize(("fault", "code"), [("step:3:SIGTERM", 143), ("log:6:EIO", 1)])
+def test_tensorboard_has_every_row_however_the_run_ends(
+    fault: str, code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread that writes is slow here: who does not wait for it reads less."""
+
+    def write(self: RecordWriter, data: bytes, plain: Callable = RecordWriter.write) -> None:
+        time.sleep(0.06)
+        plain(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setenv("BYOLT_FAIL", fault)
+    assert run("eval.path=null").returncode == code
+    events = EventAccumulator(str(run.out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4] == [row["step"] for row in run.rows()]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
