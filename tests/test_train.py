@@ -37,6 +37,7 @@ from model.step import TrainStep
 from pipelines.loader import Loader
 from pipelines.order import global_batch
 from pipelines.sources import open_source
+from tools.make_shards import main as make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -324,6 +325,28 @@ def test_tensorboard_has_every_row_however_the_run_ends(
     assert [event.step for event in events.Scalars("loss")] == [2, 4] == [row["step"] for row in run.rows()]
 
 
+def test_loss_curve_that_cannot_be_written_does_not_undo_a_finished_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BYOLT_FAIL", "rename loss.png:0:ENOSPC")
+    done = run("eval.path=null", "train.stop_at_step=2")
+    assert done.returncode == 0, done.stderr
+    assert "warning: step 2: [Errno 28] No space left on device; going on" in done.stderr
+    assert f"at step 2: {run.out}/encoder.safetensors" in done.stderr
+    assert (run.out / "encoder.safetensors").exists() and not (run.out / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("choice", "code"), [("continue", 0), ("stop", 1)])
+def test_picture_of_views_that_cannot_be_written_is_as_a_row(
+    choice: str, code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BYOLT_FAIL", "rename views.png:0:ENOSPC")
+    done = run("eval.path=null", "train.stop_at_step=2", f"run.on_write_error={choice}")
+    assert done.returncode == code
+    assert ("step 0: [Errno 28] No space left on device; going on" in done.stderr) == (choice == "continue")
+    assert not (run.out / "views.png").exists()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nan_stops_the_run_and_is_never_saved(precision: str, run: Run) -> None:
     assert run("train.stop_at_step=2", f"train.precision={precision}").returncode == 0
@@ -479,6 +502,20 @@ def test_print_config_derives(run: Run) -> None:
     assert "# peak learning rate: 0.0625" in done.stdout
     assert "# images: 32" in done.stdout and "# steps: 4, of these warm-up: 1" in done.stdout
     assert "# images per rank and micro-batch: 16 on 1 rank(s)" in done.stdout
+
+
+def test_print_config_says_why_the_images_cannot_be_counted(run: Run, images: Path, tmp_path: Path) -> None:
+    done = run("--print-config", "data.path=/nowhere")
+    assert "\n# steps: unknown: data path '/nowhere' does not exist: make it with" in done.stdout
+    assert make_shards([str(images / "train"), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    os.truncate(tmp_path / "shards/shard-000000.tar", 600)
+    path = f"data.path={tmp_path}/shards"
+    why = rf"shard {tmp_path}/shards/shard-000000\.tar has 600 bytes"
+    done = run("--print-config", path)
+    assert done.returncode == 0 and re.search(f"^# steps: unknown: {why}", done.stdout, re.M)
+    done = run("--print-config", path, "data.expected_images=100")
+    assert re.search(rf"^# images: 100 \(data\.expected_images; {why}.*\)$", done.stdout, re.M)
+    assert "\n# steps: 25, of these" in done.stdout
 
 
 def test_trace_shows_the_loop_and_the_loader(run: Run) -> None:
