@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -111,17 +111,18 @@ def describe(config: schema.Config) -> str:
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
     lines.append(f"# peak learning rate: {config.peak_lr:g}")
     lines.append(f"# images per rank and micro-batch: {config.images_per_rank(ranks)} on {ranks} rank(s)")
+    images, why = config.data.expected_images, f"data.path={config.data.path}"
     try:
-        images, origin = len(open_source(config.data.path)), config.data.path
-    except ValueError:
-        images, origin = config.data.expected_images or 0, "data.expected_images; data.path is not there"
+        images = len(open_source(config.data.path))
+    except ValueError as error:
+        why = ("data.expected_images; " if images else "") + str(error).replace("\n", " ")
     if images:
-        lines.append(f"# images: {images} ({origin})")
+        lines.append(f"# images: {images} ({why})")
         lines.append(
             f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}"
         )
     else:
-        lines.append(f"# steps: unknown until data.path={config.data.path} is there")
+        lines.append(f"# steps: unknown: {why}")
     return "\n".join(lines)
 
 
@@ -146,6 +147,7 @@ def train(
     from model.finite import FiniteCheck
     from model.probe import make_probe
     from model.resume import begin
+    from model.rows import read_rows
     from model.step import PRECISIONS, make_step
     from model.trained import export_trained
     from pipelines.loader import CorruptBudgetError, Loader, make_backend, make_resident
@@ -233,14 +235,14 @@ def train(
             }
 
         @contextmanager
-        def writing() -> Iterator[None]:
-            """What fails to be written within ends the run, or is told, as run.on_write_error says."""
+        def writing(stop: bool = config.run.on_write_error == "stop") -> Iterator[None]:
+            """What fails to be written within ends the run, or is told; run.on_write_error says which."""
             try:
                 yield
             except OSError as error:
-                if config.run.on_write_error == "stop":
+                if stop:
                     raise
-                display.say(f"warning: step {step}: {error}; going on (run.on_write_error)")
+                display.say(f"warning: step {step}: {error}; going on")
 
         def save() -> None:
             """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
@@ -263,7 +265,8 @@ def train(
             return accuracy
 
         steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-        with display, loader, trace.Trace(trace_steps if world.is_main else 0, out, display.say) as tracing:
+        tracing = trace.Trace(trace_steps if world.is_main else 0, out, display.say)
+        with display, loader, log or nullcontext(), tracing:
             display.say(backend_reason)
             how = f"resumed from {found}" if found else "new run"
             display.say(
@@ -287,7 +290,8 @@ def train(
                     batch = next(batches)
                 if step == 0 and world.is_main:
                     mean, std = config.augment.mean, config.augment.std
-                    metrics.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
+                    with writing():
+                        metrics.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
                 logging = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
                 lr, tau = schedules.of_run(step, config, warmup_steps, total_steps)
                 failpoint.reach("step", step)
@@ -335,9 +339,8 @@ def train(
                 if step < last_step and (not on_gpu or world.size == 1 or step % 10 == 0):
                     late = time.monotonic() - saved > config.run.checkpoint_minutes * 60
                     if distributed.any_rank(late, world):
-                        finite.check(
-                            out, run_state
-                        )  # a flag not yet looked at would be lost with this process
+                        # A flag not yet looked at would be lost with this process.
+                        finite.check(out, run_state)
                         with writing(), window.paused():
                             save()
                     stopping = distributed.any_rank(bool(stop.signal), world)
@@ -348,15 +351,15 @@ def train(
             if not stopping:
                 knn_trained = evaluate()
                 if log:
-                    log.close()
-                    metrics.save_loss_curve(out / "loss.png", metrics.read_rows(log.path))
                     export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
+                    with writing(stop=False):  # a picture does not undo a finished run
+                        metrics.save_loss_curve(out / "loss.png", read_rows(log.path))
                 done = (
                     "finished"
                     if step == total_steps
                     else f"stopped as train.stop_at_step says, {total_steps} are planned,"
                 )
-                display.say(f"{done} at step {step}: {out}/encoder.safetensors, loss.png, metrics.jsonl")
+                display.say(f"{done} at step {step}: {out}/encoder.safetensors")
         code = 0
         if stopping:
             number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM

@@ -198,8 +198,8 @@ class RunConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=1)] = 3
     """The newest so many are kept."""
     on_write_error: Literal["stop", "continue"] = "stop"
-    """Whether a checkpoint or a row of metrics.jsonl that cannot be written (a full disk) ends the run, or is told and
-    tried again at the next one. The last checkpoint of a run must be written in either case."""
+    """Whether a checkpoint, a row of metrics.jsonl or views.png that cannot be written (a full disk) ends the run, or
+    is told, and the next one tried. The last checkpoint of a run and its encoder must be written in either case."""
 
 
 class Config(Section):

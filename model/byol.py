@@ -9,6 +9,8 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from configs.schema import ModelConfig
+
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8")
 STEMS = ("imagenet", "cifar")
 
@@ -160,16 +162,16 @@ class BYOL(nn.Module):
         encoder: (N, ...) -> (N, num_features), with the attribute `num_features` (see `make_encoder`).
         projector_hidden: width of the projector's hidden layer.
         projector_size: dimension D of projections and predictions.
-        predictor_hidden: width of the predictor's hidden layer. Defaults: paper, sec. 3.3.
+        predictor_hidden: width of the predictor's hidden layer.
         predictor: whether there is a predictor at all; without it BYOL collapses (paper, table 5b).
     """
 
     def __init__(
         self,
         encoder: nn.Module,
-        projector_hidden: int = 4096,
-        projector_size: int = 256,
-        predictor_hidden: int = 4096,
+        projector_hidden: int,
+        projector_size: int,
+        predictor_hidden: int,
         predictor: bool = True,
     ) -> None:
         super().__init__()
@@ -185,16 +187,15 @@ class BYOL(nn.Module):
         return list(target.values()), [online[name] for name in target]
 
 
-def make_byol(
-    backbone: str,
-    stem: str,
-    projector_hidden: int = 4096,
-    projector_size: int = 256,
-    predictor_hidden: int = 4096,
-    predictor: bool = True,
-) -> BYOL:
-    """BYOL around a named backbone; the arguments are those of `make_encoder` and `BYOL`."""
-    return BYOL(make_encoder(backbone, stem), projector_hidden, projector_size, predictor_hidden, predictor)
+def make_byol(settings: ModelConfig) -> BYOL:
+    """The networks of a run; weights are drawn from torch's global generator."""
+    return BYOL(
+        make_encoder(settings.backbone, settings.stem),
+        settings.projector_hidden,
+        settings.projector_size,
+        settings.predictor_hidden,
+        settings.predictor,
+    )
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:

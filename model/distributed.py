@@ -194,9 +194,8 @@ def wrap(module: nn.Module, world: World, static_graph: bool = True) -> nn.Modul
     """
     if world.size == 1:
         return module
-    with (
-        warnings.catch_warnings()
-    ):  # torch 2.14 renames broadcast_buffers; older versions know only this name
+    # torch 2.14 renames broadcast_buffers; older versions know only this name.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         return DistributedDataParallel(
             module,

@@ -18,7 +18,7 @@ from model.step import StepResult
 
 
 class FiniteCheck:
-    """Remembers steps until `look` asks for the bad ones."""
+    """Remembers steps until `check` asks whether one was bad."""
 
     def __init__(self, world: World, overflow_allowed: bool) -> None:
         """

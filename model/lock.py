@@ -81,7 +81,12 @@ class RunLock:
         self.release()
 
     def _lock(self, descriptor: int) -> bool:
-        """False where the file system has no locks, and the holder that the file names, if any, lives no more here."""
+        """True if locked; False where the file system has no locks and no live local holder is named.
+
+        Raises:
+            ValueError: another process holds it.
+            OSError: the file system failed.
+        """
         holder = _holder(descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -3,8 +3,9 @@
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import matplotlib
@@ -17,13 +18,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from model.checkpoint import replacing
 from model.distributed import World, all_reduce_mean
+from model.rows import read_rows
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 
 class MetricLog:
-    """Rows of numbers by step: appended to metrics.jsonl and to TensorBoard."""
+    """Rows of numbers by step: appended to metrics.jsonl and to TensorBoard. A context manager around the loop."""
 
     def __init__(self, out: Path, first_step: int) -> None:
         """
@@ -47,24 +49,18 @@ class MetricLog:
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()
+    def __enter__(self) -> "MetricLog":
+        return self
 
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what is no row, such as a last line that a kill cut short, is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            rows.append(row)
-    return rows
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Writes what TensorBoard's thread still holds; an error in that does not hide the one that ended the block."""
+        with suppress(OSError) if error else nullcontext():
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
 
 class Window:
@@ -178,9 +174,9 @@ def _clock(seconds: float) -> str:
 
 
 def save_view_pairs(
-    path: Path, view1: Tensor, view2: Tensor, mean: tuple[float, ...], std: tuple[float, ...], pairs: int = 8
+    path: Path, view1: Tensor, view2: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> None:
-    """A picture of the first pairs of views: what the network will see.
+    """A picture of the first 8 pairs of views: what the network will see.
 
     Args:
         path: PNG file.
@@ -188,9 +184,8 @@ def save_view_pairs(
         view2: (N, 3, H, W) normalised.
         mean: of the normalisation.
         std: of the normalisation.
-        pairs: columns.
     """
-    pairs = min(pairs, len(view1))
+    pairs = min(8, len(view1))
     figure, axes = plt.subplots(2, pairs, figsize=(1.6 * pairs, 3.6), squeeze=False)
     for row, views in enumerate((view1, view2)):
         for column in range(pairs):

@@ -16,9 +16,9 @@ class LARS(torch.optim.Optimizer):
     Parameters with ndim <= 1 (biases, batch norm) take the raw gradient: no decay, no scaling. `lr` is read
     from param_groups at every step. All parameters with a gradient are on one device, in float32.
 
-    Two 0-dim float32 tensors on that device may be set as attributes before `step` (torch.amp's convention):
-    `grad_scale`, by which gradients are divided, and `found_inf`; where found_inf is not 0, parameters and
-    momentum keep their values, whatever the gradients hold. Neither is read by the host.
+    A 0-dim float32 tensor on that device may be set as the attribute `found_inf` before `step` (torch.amp's name):
+    where it is not 0, parameters and momentum keep their values, whatever the gradients hold. The host does not
+    read it.
 
     Args:
         params: parameters, or groups of them.
@@ -32,9 +32,7 @@ class LARS(torch.optim.Optimizer):
         ValueError: an argument is out of its range, or the backend is not available.
     """
 
-    _step_supports_amp_scaling = True
-    grad_scale: Tensor
-    found_inf: Tensor
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -85,9 +83,7 @@ class LARS(torch.optim.Optimizer):
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """The u of each parameter, in new tensors."""
         gradients = [p.grad for p in params if p.grad is not None]
-        grad_scale = getattr(self, "grad_scale", None)
-        # One copy, so that the gradients themselves stay as they are.
-        u = list(torch._foreach_mul(gradients, 1.0 if grad_scale is None else grad_scale.reciprocal()))
+        u = list(torch._foreach_mul(gradients, 1.0))  # a copy: the gradients themselves stay as they are
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
         if adapted:
             weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]
@@ -101,14 +97,13 @@ class LARS(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum"] for p in params]
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is None:
+        if self.found_inf is None:
             torch._foreach_mul_(momenta, group["momentum"])
             torch._foreach_add_(momenta, u)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
             return
         # 0 x NaN is NaN, but 0 x its bits is 0: the gate multiplies u as integers, then m by 1 and lr by 0.
-        keep = found_inf == 0
+        keep = self.found_inf == 0
         torch._foreach_mul_([x.view(torch.int32) for x in u], keep.to(torch.int32))
         torch._foreach_mul_(momenta, torch.where(keep, group["momentum"], 1.0).to(torch.float32))
         torch._foreach_add_(momenta, u)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from model.metrics import read_rows
+from model.rows import read_rows
 
 FILE = "starts.jsonl"
 _LIBRARIES = ("byolt", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numba", "numpy")

@@ -11,10 +11,8 @@ from torch import Tensor
 from configs import fixed
 from configs.schema import Config
 from model import checkpoint, distributed
-from model.byol import BYOL
 from model.checkpoint import CheckpointError
 from model.distributed import World
-from model.optim import LARS
 from model.probe import OnlineProbe
 from model.step import TrainStep
 
@@ -66,7 +64,7 @@ def begin(
     if path is None:
         return Start(None, 0, None)
     fixed.check_same_run(config, fingerprint, path, state, allowed)
-    restore(path, state, train_step.model, train_step.optimizer, train_step, probe)
+    restore(path, state, train_step, probe)
     return Start(path, state["step"], state["knn_untrained"])
 
 
@@ -127,40 +125,38 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
         raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
 
 
-def restore(
-    path: Path,
-    state: dict[str, Any],
-    model: BYOL,
-    optimizer: LARS,
-    train_step: TrainStep,
-    probe: OnlineProbe | None = None,
-) -> None:
+def restore(path: Path, state: dict[str, Any], train_step: TrainStep, probe: OnlineProbe | None) -> None:
     """Puts a checkpoint's tensors into model, optimizer, scaler and probe; settings stay the config's.
 
     Args:
         path: the checkpoint, for messages.
         state: what it holds, with the keys of `STATE`.
-        model: built with the config that the checkpoint names.
-        optimizer: over its online parameters.
-        train_step: of both.
+        train_step: built with the config that the checkpoint names.
         probe: the online probe, if the run has one; it begins anew where the checkpoint holds none.
 
     Raises:
-        CheckpointError: a tensor is missing, unknown, or of another shape or kind. Nothing was changed then.
+        CheckpointError: a tensor or a value of the scaler is missing, unknown, or of another shape or kind. Nothing
+            was changed then.
     """
+    model, optimizer = train_step.model, train_step.optimizer
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
         found = {f"momentum of parameter {i}": state["momentum"][i]["momentum"] for i in state["momentum"]}
-        scaler = state["train_step"]["scaler"].values()
-    except (AttributeError, KeyError, TypeError):
+        scaler = dict(state["train_step"]["scaler"])
+    except (LookupError, TypeError, ValueError):
         raise CheckpointError(
             f"checkpoint {path} holds no run's state: its momentum or scaler is none"
         ) from None
-    if not all(type(value) in (int, float) for value in scaler):
-        raise CheckpointError(f"checkpoint {path} holds no run's state: its scaler is {list(scaler)}")
+    largest = torch.finfo(torch.float32).max
+    if not all(type(value) in (int, float) and 0 <= value <= largest for value in scaler.values()):
+        raise CheckpointError(f"checkpoint {path} holds no run's state: its scaler is {scaler}")
     found |= {f"model.{name}": tensor for name, tensor in state["model"].items()}
     expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    now = train_step.state_dict()["scaler"]
+    if now and scaler:  # empty where the run is not fp16, or was not until now
+        found |= {f"scaler.{name}": value for name, value in scaler.items()}
+        expected |= {f"scaler.{name}": value for name, value in now.items()}
     if state["momentum"]:  # none before the first step
         expected |= {f"momentum of parameter {i}": parameter for i, parameter in enumerate(parameters)}
     if probe and state["probe"]:
@@ -183,8 +179,8 @@ def restore(
 
 
 def _kind(value: object) -> str:
-    """Shape and dtype of a tensor, for comparing and for people."""
+    """Shape and dtype of a tensor, type of another value; for comparing and for people."""
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided and not value.is_meta else "sparse or empty "
         return layout + f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
-    return "not there" if value is None else f"a {type(value).__name__}"
+    return "not there" if value is None else f"of type {type(value).__name__}"

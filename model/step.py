@@ -156,7 +156,7 @@ class TrainStep:
             torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(kept, group, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
-        """The gradient scaler's state; empty unless precision is fp16."""
+        """{"scaler": the gradient scaler's state}, which is empty unless precision is fp16."""
         return {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -174,7 +174,7 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
         precision: "fp32", "bf16" or "fp16".
     """
     settings, train = config.optimizer, config.train
-    model = make_byol(**config.model.model_dump())
+    model = make_byol(config.model)
     optimizer = LARS(
         model.online.parameters(),
         lr=0.0,  # set at every step

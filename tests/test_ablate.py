@@ -59,6 +59,35 @@ def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "x").exists()
 
 
+INTERRUPTED = """
+import os, signal, time
+told = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: told.append(signal.Signals(number).name))
+for process in PROCESSES:
+    os.kill(process, signal.SIGINT)
+time.sleep(1)
+with open("LOG", "a") as log:
+    print("saved", *told, file=log)
+raise SystemExit(130)
+"""
+
+
+@pytest.mark.parametrize("processes", ["os.getpid(), os.getppid()", "os.getppid(),"])
+def test_ctrl_c_lets_train_py_save_and_is_one_line(
+    processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Of the terminal, which signals both; and kill -INT of the tool alone."""
+    train, log = tmp_path / "train.py", tmp_path / "log"
+    train.write_text(INTERRUPTED.replace("PROCESSES", processes).replace("LOG", str(log)))
+    monkeypatch.setattr(ablate, "TRAIN", train)
+    command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--only", "baseline", "no_blur"]
+    assert ablate.main(command) == 130
+    assert capsys.readouterr().err == "ablate: interrupted; the same command continues\n"
+    [said] = log.read_text().splitlines()  # it was not killed, and the next was not started
+    assert said.split()[0] == "saved" and said.split().count("SIGINT") == processes.count("getpid")
+
+
 @pytest.mark.slow
 def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     recipe = tmp_path / "tiny.yaml"

@@ -145,6 +145,15 @@ def test_too_many_undecodable_images_are_one_line(
     assert capsys.readouterr().err == "bench: 101 undecodable images\n"
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "measure", interrupt)
+    assert bench.main([*TINY, "data.backend=torch"]) == 130
+    assert capsys.readouterr().err == "bench: interrupted; nothing was written\n"
+
+
 def test_peers_are_compared_with_ours() -> None:
     summary = [
         {"peer": "slow", "cpu_ms_per_image": 12.0, "wall2": 100.0},

@@ -14,7 +14,6 @@ from model.byol import (
     MLP,
     Predictions,
     byol_loss,
-    make_byol,
     make_encoder,
     regression_loss,
 )
@@ -22,7 +21,7 @@ from model.byol import (
 
 def _small() -> BYOL:
     torch.manual_seed(0)
-    return make_byol("resnet8", "cifar", projector_hidden=16, projector_size=8, predictor_hidden=16)
+    return BYOL(make_encoder("resnet8", "cifar"), projector_hidden=16, projector_size=8, predictor_hidden=16)
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
@@ -191,7 +190,7 @@ def test_the_target_uses_batch_statistics_even_in_eval_mode() -> None:
 
 
 def test_without_predictor_the_projection_is_the_prediction() -> None:
-    model = make_byol("resnet8", "cifar", 16, 8, 16, predictor=False)
+    model = BYOL(make_encoder("resnet8", "cifar"), 16, 8, 16, predictor=False)
     view = torch.rand(4, 3, 16, 16)
     assert torch.equal(
         model.online(view, view).prediction1, model.online.projector(model.online.encoder(view))

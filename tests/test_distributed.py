@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from model import distributed
-from model.byol import BYOL, make_byol
+from model.byol import BYOL, make_encoder
 from model.distributed import World
 from model.optim import LARS
 from model.step import TrainStep
@@ -29,7 +29,9 @@ def _train(world: World, accumulation: int) -> dict[str, Any]:
     """
     # Ranks above 0 start elsewhere: TrainStep has to make them equal.
     torch.manual_seed(world.rank)
-    model = make_byol("resnet8", "cifar", projector_hidden=32, projector_size=16, predictor_hidden=32)
+    model = BYOL(
+        make_encoder("resnet8", "cifar"), projector_hidden=32, projector_size=16, predictor_hidden=32
+    )
     model.double()
     optimizer = LARS(model.online.parameters(), lr=0.0, weight_decay=1e-2, trust_coefficient=0.01)
     step = TrainStep(model, optimizer, world, "fp32", accumulation, channels_last=False)

@@ -60,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "config.yaml").write_text(CONFIG.replace("DATA", str(root)))
     config = schema.load(root / "config.yaml")
     torch.manual_seed(0)
-    model = make_byol(**config.model.model_dump())
+    model = make_byol(config.model)
     state = {"step": 18, "model": model.state_dict(), "config": config.model_dump(mode="json")}
     checkpoint.save(root, 18, state, keep=1)
     settings = {"backbone": "resnet8", "stem": "cifar", "steps": "18", "config": schema.to_yaml(config)}

@@ -32,7 +32,7 @@ def _run(folder: Path, backbone: str, stem: str) -> Path:
     (folder / "config.yaml").write_text(CONFIG)
     config = schema.load(folder / "config.yaml", [f"model.backbone={backbone}", f"model.stem={stem}"])
     torch.manual_seed(0)
-    model = make_byol(**config.model.model_dump())
+    model = make_byol(config.model)
     for name, buffer in model.online.encoder.named_buffers():
         if name.endswith("running_mean"):
             buffer.normal_(std=0.1)

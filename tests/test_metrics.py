@@ -1,13 +1,17 @@
-"""What a row of the log says of the steps since the last one."""
+"""What a row of the log says of the steps since the last one, and which curves of several runs are drawn."""
 
 import contextlib
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from model import metrics
 from model.distributed import World
-from model.metrics import Window
+from model.metrics import Window, save_comparison
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -40,3 +44,34 @@ def test_row_is_the_mean_of_its_steps_and_the_next_begins_anew(monkeypatch: pyte
     assert window.row(14, waited=1.7, corrupt=2, gauges={}, probed=False) == pytest.approx(
         {"loss": 4.0, "images_per_second": 4.0, "data_wait_percent": 50.0, "corrupt_images": 2}
     )
+
+
+def test_comparison_draws_each_run_where_it_has_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def save(figure: Any, path: Path, plain: Any = metrics._save_figure) -> None:
+        figures.append(figure)
+        plain(figure, path)
+
+    monkeypatch.setattr(metrics, "_save_figure", save)
+    first = [
+        {"step": 0, "knn_top1": 20.0},
+        {"step": 1, "loss": 3.5},
+        {"step": 2, "loss": 3.0, "knn_top1": 25.0},
+    ]
+    second = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 12)]
+    third = [{"step": 2, "loss": 2.5}]
+    runs = {"baseline": [first, second], "tau_0": [third]}
+    save_comparison(tmp_path / "a.png", runs, {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)"})
+    loss, knn = figures[0].axes
+    assert (loss.get_ylabel(), knn.get_ylabel()) == ("BYOL loss", "kNN top-1 (%)")
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in (loss, knn)]
+    assert drawn[0] == [[[1, 3.5], [2, 3.0]], [[row["step"], row["loss"]] for row in second], [[2, 2.5]]]
+    assert drawn[1] == [[[0, 20.0], [2, 25.0]], [], []]
+    assert [line.get_color() for line in loss.lines] == ["C0", "C0", "C1"]
+    assert [line.get_marker() for line in loss.lines] == ["o", "None", "o"]  # few points are marked
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height > 300

@@ -93,7 +93,7 @@ eval: {{path: {data if evaluate else "null"}}}
 def _save(folder: Path, config: schema.Config, step: int, exported: bool = False) -> None:
     """A checkpoint as train.py writes it, or the exported encoder."""
     torch.manual_seed(step)
-    model = make_byol(**config.model.model_dump())
+    model = make_byol(config.model)
     if exported:
         about = {"backbone": "resnet8", "stem": "cifar", "steps": str(step), "config": schema.to_yaml(config)}
         checkpoint.export_encoder(folder / "encoder.safetensors", model.online.encoder.state_dict(), about)
@@ -204,7 +204,7 @@ def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None
     run = read_run(folder)
     assert run.encoder_origin == "checkpoint-000000005.pt, step 5"
     torch.manual_seed(5)
-    expected = make_byol(**config.model.model_dump()).online.encoder.state_dict()
+    expected = make_byol(config.model).online.encoder.state_dict()
     assert run.trained is not None
     assert all(torch.equal(value, expected[key]) for key, value in run.trained.encoder.state_dict().items())
     (folder / "encoder.safetensors").write_bytes(b"x" * 100)
@@ -229,7 +229,7 @@ def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None
 def test_odd_checkpoints_are_passed_over(change: dict, sentence: str, folder: Path, tmp_path: Path) -> None:
     config = _config(folder, tmp_path)
     _save(folder, config, 2)
-    model = make_byol(**config.model.model_dump())
+    model = make_byol(config.model)
     state = {"step": 3, "model": model.state_dict(), "config": config.model_dump(mode="json")} | change
     checkpoint.save(folder, 3, {key: value for key, value in state.items() if value != "DROP"}, keep=3)
     (folder / "checkpoint-x1.pt").write_bytes(b"somebody's")
@@ -265,7 +265,7 @@ def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:
     _pictures(tmp_path / "images", ["a", "b"])
     config = _config(folder, tmp_path / "images")
     for value, sentence in ((0.0, "All features are one point"), (torch.nan, "are not finite")):
-        model = make_byol(**config.model.model_dump())
+        model = make_byol(config.model)
         for parameter in model.online.encoder.parameters():
             parameter.data.fill_(value)
         state = {"step": 1, "model": model.state_dict(), "config": config.model_dump(mode="json")}

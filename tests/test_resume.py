@@ -37,18 +37,18 @@ def golden(tmp_path_factory: pytest.TempPathFactory, fixtures: Path) -> Path:
     return path
 
 
-def load_and_restore(path: Path, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_and_restore(path: Path, out: Path, precision: str = "fp32") -> tuple[dict[str, Any], dict[str, Any]]:
     """What train.py does; returns the checkpoint's state and that of the network after it."""
     found, state = find_checkpoint(out, str(path), WORLD)
     assert found == path
     settings = schema.Config.model_validate(state["config"])
     torch.manual_seed(0)
-    model = make_byol(**settings.model.model_dump())
+    model = make_byol(settings.model)
     optimizer = LARS(model.online.parameters(), lr=0.0)
-    step = TrainStep(model, optimizer, WORLD, "fp32")
+    step = TrainStep(model, optimizer, WORLD, precision)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     try:
-        restore(path, state, model, optimizer, step)
+        restore(path, state, step, probe=None)
     except CheckpointError:
         assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
         raise
@@ -117,7 +117,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "no tensor": (_put("model", WEIGHT), "conv1.weight is not there, it should be float32"),
     "shape": (_put("model", WEIGHT, value=torch.ones(3)), r"conv1.weight is float32 \(3,\), it should be float32 \("),
     "dtype": (_put("model", WEIGHT, value=torch.ones(8, 3, 3, 3).double()), "conv1.weight is float64"),
-    "no tensor at all": (_put("model", WEIGHT, value="x"), "conv1.weight is a str"),
+    "no tensor at all": (_put("model", WEIGHT, value="x"), "conv1.weight is of type str"),
     "sparse": (_put("model", WEIGHT, value=torch.eye(3).to_sparse()), "conv1.weight is sparse or empty"),
     "huge by strides": (
         _put("model", WEIGHT, value=torch.zeros(1).expand(2_500_000_000)),
@@ -126,6 +126,7 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "momentum": (_put("momentum", 0, "momentum", value=torch.ones(3)), "momentum of parameter 0 is float32"),
     "momentum too many": (_put("momentum", 99, value={"momentum": torch.ones(3)}), "parameter 99 is float32"),
     "momentum is none": (_put("momentum", 0, value=[1]), "its momentum or scaler is none"),
+    "momentum is a tensor": (_put("momentum", 0, value=torch.ones(3)), "its momentum or scaler is none"),
     "scaler": (_put("train_step", "scaler", "scale", value="x"), "its scaler is"),
     "no scaler": (_put("train_step", "scaler"), "its momentum or scaler is none"),
 }  # fmt: skip
@@ -142,6 +143,45 @@ def test_hostile_state_is_refused_and_nothing_changed(
     with pytest.raises(CheckpointError, match=message) as caught:
         load_and_restore(path, tmp_path)
     assert str(path) in str(caught.value)
+
+
+SCALER = torch.amp.GradScaler("cpu").state_dict()
+
+
+@pytest.mark.parametrize(
+    ("scaler", "message"),
+    [
+        ({"foo": 1.0}, r"scaler\._growth_tracker is not there, it should be of type int"),
+        (SCALER | {"foo": 1.0}, r"scaler\.foo is of type float, it should be not there"),
+        ({key: SCALER[key] for key in SCALER if key != "scale"}, r"scaler\.scale is not there"),
+        (
+            SCALER | {"growth_interval": 2.5},
+            r"scaler\.growth_interval is of type float, it should be of type int",
+        ),
+        (SCALER | {"scale": float("nan")}, r"its scaler is .*nan"),
+        (SCALER | {"scale": float("inf")}, r"its scaler is .*inf"),
+        (SCALER | {"scale": -1.0}, r"its scaler is .*-1\.0"),
+        (SCALER | {"growth_interval": 10**400}, r"its scaler is .*1000"),
+        (SCALER | {"scale": [1.0]}, r"its scaler is "),
+    ],
+)
+def test_hostile_scaler_is_refused_in_fp16_and_nothing_changed(
+    scaler: dict, message: str, golden: Path, tmp_path: Path
+) -> None:
+    checkpoint.write(tmp_path / "hostile.pt", checkpoint.load(golden) | {"train_step": {"scaler": scaler}})
+    with pytest.raises(CheckpointError, match=message):
+        load_and_restore(tmp_path / "hostile.pt", tmp_path, "fp16")
+
+
+def test_scaler_is_restored_in_fp16_and_left_out_elsewhere(golden: Path, tmp_path: Path) -> None:
+    for scaler, precision, expected in (
+        (SCALER | {"scale": 8.0}, "fp16", SCALER | {"scale": 8.0}),
+        (SCALER | {"scale": 8.0}, "bf16", {}),
+        ({}, "fp16", SCALER),
+    ):
+        checkpoint.write(tmp_path / "a.pt", checkpoint.load(golden) | {"train_step": {"scaler": scaler}})
+        _, restored = load_and_restore(tmp_path / "a.pt", tmp_path, precision)
+        assert restored["train_step"] == {"scaler": expected}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.byol import BYOL, byol_loss, make_byol
+from model.byol import BYOL, byol_loss, make_encoder
 from model.distributed import World
 from model.optim import LARS
 from model.step import TrainStep, collapse_gauges
@@ -87,7 +87,9 @@ def test_three_steps_of_the_reference(fixtures: Path) -> None:
 
 def _setup(precision: str = "fp32", accumulation: int = 1, **settings: bool) -> tuple[BYOL, LARS, TrainStep]:
     torch.manual_seed(0)
-    model = make_byol("resnet8", "cifar", projector_hidden=32, projector_size=16, predictor_hidden=32)
+    model = BYOL(
+        make_encoder("resnet8", "cifar"), projector_hidden=32, projector_size=16, predictor_hidden=32
+    )
     optimizer = LARS(model.online.parameters(), lr=0.0, weight_decay=1e-3, trust_coefficient=0.02)
     return model, optimizer, TrainStep(model, optimizer, ALONE, precision, accumulation, **settings)
 
@@ -104,7 +106,9 @@ def _values(model: BYOL) -> list[Tensor]:
 
 def test_loss_is_about_four_at_the_start() -> None:
     torch.manual_seed(0)
-    model = make_byol("resnet8", "cifar", projector_hidden=64, projector_size=256, predictor_hidden=64)
+    model = BYOL(
+        make_encoder("resnet8", "cifar"), projector_hidden=64, projector_size=256, predictor_hidden=64
+    )
     step = TrainStep(model, LARS(model.online.parameters(), lr=0.0), ALONE, "fp32")
     assert step([_views(1)], lr=0.0, tau=1.0).loss.item() == pytest.approx(4.0, abs=0.3)
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
@@ -22,6 +23,8 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 import train
 from configs import schema
@@ -34,6 +37,7 @@ from model.step import TrainStep
 from pipelines.loader import Loader
 from pipelines.order import global_batch
 from pipelines.sources import Source, open_source
+from tools.make_shards import main as make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -344,6 +348,45 @@ def test_killed_before_its_first_checkpoint_it_begins_anew(run: Run) -> None:
     assert [row["step"] for row in run.rows() if "loss" in row] == [2]
 
 
+@pytest.mark.parametrize(("fault", "code"), [("step:3:SIGTERM", 143), ("log:6:EIO", 1)])
+def test_tensorboard_has_every_row_however_the_run_ends(
+    fault: str, code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread that writes is slow here: who does not wait for it reads less."""
+
+    def write(self: RecordWriter, data: bytes, plain: Callable = RecordWriter.write) -> None:
+        time.sleep(0.06)
+        plain(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setenv("BYOLT_FAIL", fault)
+    assert run("eval.path=null").returncode == code
+    events = EventAccumulator(str(run.out / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4] == [row["step"] for row in run.rows()]
+
+
+def test_loss_curve_that_cannot_be_written_does_not_undo_a_finished_run(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BYOLT_FAIL", "rename loss.png:0:ENOSPC")
+    done = run("eval.path=null", "train.stop_at_step=2")
+    assert done.returncode == 0, done.stderr
+    assert "warning: step 2: [Errno 28] No space left on device; going on" in done.stderr
+    assert f"at step 2: {run.out}/encoder.safetensors" in done.stderr
+    assert (run.out / "encoder.safetensors").exists() and not (run.out / "loss.png").exists()
+
+
+@pytest.mark.parametrize(("choice", "code"), [("continue", 0), ("stop", 1)])
+def test_picture_of_views_that_cannot_be_written_is_as_a_row(
+    choice: str, code: int, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BYOLT_FAIL", "rename views.png:0:ENOSPC")
+    done = run("eval.path=null", "train.stop_at_step=2", f"run.on_write_error={choice}")
+    assert done.returncode == code
+    assert ("step 0: [Errno 28] No space left on device; going on" in done.stderr) == (choice == "continue")
+    assert not (run.out / "views.png").exists()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_nan_stops_the_run_and_is_never_saved(precision: str, run: Run) -> None:
     assert run("train.stop_at_step=2", f"train.precision={precision}").returncode == 0
@@ -499,6 +542,20 @@ def test_print_config_derives(run: Run) -> None:
     assert "# peak learning rate: 0.0625" in done.stdout
     assert "# images: 32" in done.stdout and "# steps: 4, of these warm-up: 1" in done.stdout
     assert "# images per rank and micro-batch: 16 on 1 rank(s)" in done.stdout
+
+
+def test_print_config_says_why_the_images_cannot_be_counted(run: Run, images: Path, tmp_path: Path) -> None:
+    done = run("--print-config", "data.path=/nowhere")
+    assert "\n# steps: unknown: data path '/nowhere' does not exist: make it with" in done.stdout
+    assert make_shards([str(images / "train"), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    os.truncate(tmp_path / "shards/shard-000000.tar", 600)
+    path = f"data.path={tmp_path}/shards"
+    why = rf"shard {tmp_path}/shards/shard-000000\.tar has 600 bytes"
+    done = run("--print-config", path)
+    assert done.returncode == 0 and re.search(f"^# steps: unknown: {why}", done.stdout, re.M)
+    done = run("--print-config", path, "data.expected_images=100")
+    assert re.search(rf"^# images: 100 \(data\.expected_images; {why}.*\)$", done.stdout, re.M)
+    assert "\n# steps: 25, of these" in done.stdout
 
 
 def test_trace_shows_the_loop_and_the_loader(run: Run) -> None:

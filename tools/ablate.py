@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import schema
-from model.metrics import read_rows, save_comparison
+from model.rows import read_rows
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PANELS = {
@@ -170,8 +170,42 @@ def _mean(values: list[float | None], digits: int) -> str:
     return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
+def train(arguments: list[str]) -> int:
+    """Runs train.py to its end; returns its exit code.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; train.py has saved and ended then.
+    """
+    process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # Usually the terminal has told it too. A second SIGINT would end it before it has saved; SIGTERM does not.
+        process.terminate()
+        process.wait()
+        raise
+
+
+def save_results(out: Path, curves: dict[str, list[list[dict[str, Any]]]], asked: dict[str, Any]) -> None:
+    """Prints the table; writes it and the curves to OUT/ablation.json, .md and .png.
+
+    Args:
+        out: the folder.
+        curves: rows of metrics of each seed, by ablation.
+        asked: what to keep beside the results in the JSON file.
+    """
+    from model.metrics import save_comparison  # imports torch and matplotlib, which take seconds
+
+    save_comparison(out / "ablation.png", curves, PANELS)
+    results = {name: [result_of(rows) for rows in repeats] for name, repeats in curves.items()}
+    table, markdown = table_of(results)
+    Console().print(table)
+    (out / "ablation.md").write_text(markdown)
+    (out / "ablation.json").write_text(json.dumps(asked | {"results": results}, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 done, 2 a mistake in what was asked for, else that of the run that failed."""
+    """Exit code: 0 done, 2 a mistake in what was asked for, 130 Ctrl-C, else that of the run that failed."""
     parser = argparse.ArgumentParser(prog="ablate", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--config", required=True, help="the recipe; see configs/")
     parser.add_argument("--out", type=Path, required=True, help="folder of all the runs")
@@ -199,23 +233,20 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
-    for (name, seed), (_, overrides) in runs.items():
-        print(f"── {name}, seed {seed}: {' '.join(overrides)}", flush=True)
-        command = [sys.executable, str(TRAIN), "--config", args.config, "--resume", "auto"]
-        code = subprocess.run([*command, *common, *overrides]).returncode
-        if code:
-            print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
-            return code
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
-    for (name, _), (out, _) in runs.items():
-        curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))
-    save_comparison(args.out / "ablation.png", curves, PANELS)
-    results = {name: [result_of(rows) for rows in repeats] for name, repeats in curves.items()}
-    table, markdown = table_of(results)
-    Console().print(table)
-    (args.out / "ablation.md").write_text(markdown)
-    report = {"config": args.config, "overrides": common, "seeds": seeds, "results": results}
-    (args.out / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
+    try:
+        for (name, seed), (_, overrides) in runs.items():
+            print(f"── {name}, seed {seed}: {' '.join(overrides)}", flush=True)
+            code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
+            if code:
+                print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
+                return code
+        curves: dict[str, list[list[dict[str, Any]]]] = {}
+        for (name, _), (out, _) in runs.items():
+            curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))
+        save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds})
+    except KeyboardInterrupt:
+        print("ablate: interrupted; the same command continues", file=sys.stderr)
+        return 130
     return 0
 
 

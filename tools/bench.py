@@ -180,6 +180,9 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, ValueError, UndecodableError, CorruptBudgetError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bench: interrupted; nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

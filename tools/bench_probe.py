@@ -10,6 +10,7 @@ import time
 
 import torch
 
+from configs.schema import ModelConfig
 from model import distributed
 from model.byol import BACKBONES, STEMS, make_byol
 from model.optim import LARS
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     world = distributed.init()
     on_gpu = world.device.type == "cuda"
     torch.manual_seed(0)
-    model = make_byol(args.backbone, args.stem)
+    model = make_byol(ModelConfig(backbone=args.backbone, stem=args.stem))
     step = TrainStep(model, LARS(model.online.parameters(), 0.0), world, "bf16" if on_gpu else "fp32")
     probe = OnlineProbe(int(model.online.encoder.num_features), args.classes, world, 0.9, 1e-6, 1e-3)  # type: ignore[arg-type]
     views = [torch.randn(args.batch, 3, args.size, args.size, device=world.device) for _ in range(2)]

@@ -48,9 +48,8 @@ class Cost:
 
     wall_ms: float
     cpu_ms: float  # of all threads of the process
-    gpu_us: float | None = (
-        None  # between two events on the current stream, waits included; None without a GPU
-    )
+    # Between two events on the current stream, waits included; None without a GPU.
+    gpu_us: float | None = None
 
     def __sub__(self, other: "Cost") -> "Cost":
         gpu = None if self.gpu_us is None or other.gpu_us is None else self.gpu_us - other.gpu_us

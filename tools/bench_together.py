@@ -48,9 +48,8 @@ def measure_together(
 
     def step(batch: list[Batch]) -> StepResult:
         pairs = [(part.view1, part.view2) for part in batch]
-        return train_step(
-            pairs, lr=0.0, tau=config.optimizer.base_tau
-        )  # 0: the weights stay, the work is the same
+        # At 0 the weights stay, and the work is the same.
+        return train_step(pairs, lr=0.0, tau=config.optimizer.base_tau)
 
     def turn(name: str, work: Iterator[object]) -> None:
         clock, begun = Clock(world.device), time.perf_counter()

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs import schema
 from model.checkpoint import CheckpointError, export_encoder
-from model.metrics import read_rows
+from model.rows import read_rows
 from model.trained import Trained, load_trained
 
 Features = Callable[[Tensor], Tensor]  # images (N, 3, H, W), normalised -> (N, F)

@@ -1,6 +1,5 @@
 """What a report reads: the files that a run left, finished or not, and the features of a sample of images."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from configs import schema
 from model import provenance
 from model.checkpoint import CheckpointError
 from model.evaluate import extract_features
-from model.metrics import read_rows
+from model.rows import read_rows
 from model.trained import Trained, load_trained
 from pipelines.loader import plain_images
 from pipelines.sources import Source
@@ -105,7 +104,7 @@ def read_run(folder: Path) -> Run:
             config = schema.Config.model_validate(settings)
         except ValueError as error:
             problems.append(f"The run's settings are not those of this version: {error}")
-    corrupt = list({row["id"]: row for row in _json_lines(folder / "corrupt.jsonl") if "id" in row}.values())
+    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", key="id")}.values())
     return Run(folder, rows, starts, corrupt, config, trained, problems)
 
 
@@ -164,18 +163,3 @@ def _keeping_thumbnails(
             pixels = F.interpolate(pixels, size=_THUMBNAIL, mode="area")
         thumbnails += list((pixels * 255).round().byte().permute(0, 2, 3, 1).numpy())
         yield images, labels
-
-
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; what is none, such as a last line that was cut short, is left out."""
-    if not path.exists():
-        return []
-    found = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            found.append(row)
-    return found

@@ -1,0 +1,27 @@
+"""JSON-lines files: what is read of them, and that reading them imports nothing heavy."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from model.rows import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_objects_with_the_key_are_read_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    assert read_rows(path) == []
+    lines = [b'{"step": 1, "loss": 2.5}', b"", b"null", b'["step"]', b'{"id": 4}', b"\xff\xfe", b'{"step": 2']
+    path.write_bytes(b"\n".join(lines))
+    assert read_rows(path) == [{"step": 1, "loss": 2.5}]
+    assert read_rows(path, key="id") == [{"id": 4}]
+
+
+@pytest.mark.parametrize("module", ["model.rows", "tools.ablate"])
+def test_reading_lines_takes_neither_torch_nor_matplotlib(module: str) -> None:
+    check = f"import sys, {module}; print({{'torch', 'matplotlib', 'tensorboard'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "set()\n", done.stderr
