@@ -38,14 +38,15 @@ class World:
         return self.rank == 0
 
 
-def init(device: str = "auto", timeout: float = 600.0) -> World:
-    """Join the processes that torchrun started, or stand alone without it.
+def init(device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> World:
+    """Join the processes that torchrun started, or stand alone without it; settle how torch computes.
 
     Rank, size and addresses come from torchrun's environment variables only.
 
     Args:
         device: "cuda", "cpu", or "auto": CUDA where there is a GPU.
         timeout: seconds after which a collective that a rank does not join raises.
+        deterministic: only algorithms whose result is the same in every run; torch raises where it has none.
 
     Raises:
         ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
@@ -64,6 +65,7 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         if started_by_torchrun
         else (0, 0, 1)
     )
+    _settle(deterministic)
     place = _place(device, local_rank)
     if size == 1:
         return World(rank, local_rank, size, place, "none")
@@ -82,6 +84,19 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         device_id=place if backend == "nccl" else None,
     )
     return World(rank, local_rank, size, place, backend, store)
+
+
+def _settle(deterministic: bool) -> None:
+    """What torch may choose when it computes; before CUDA starts. Without a GPU only the first line has an effect."""
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # Otherwise cuBLAS may add up in another order where several streams share its workspace; it reads this at its
+        # start.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The fastest algorithm of a convolution is found by trying, and may be another one in the next run.
+    torch.backends.cudnn.benchmark = not deterministic
+    # By default convolutions, and only they, round float32 to TF32's 10 bits. fp32 means fp32; bf16 is the fast way.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -21,7 +21,8 @@ from tools.bench_peers import ROOT, compare, run_harness
 from tools.bench_stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
 from tools.bench_together import bottleneck, median, stall
 
-TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "data.threads=1", "--batches", "1"]
+TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "train.device=cpu", "data.threads=1"]
+TINY += ["--batches", "1"]
 
 
 @pytest.mark.parametrize(

@@ -383,6 +383,33 @@ def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.init("cpu")
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_how_torch_computes_is_settled_before_cuda_starts(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*distributed._TORCHRUN_VARIABLES, "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("benchmark", "allow_tf32"):  # put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    seen: list[Any] = []
+
+    def start(place: torch.device) -> None:
+        seen.append(place)
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", start)
+    try:
+        world = distributed.init("auto", deterministic=deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert world.device == torch.device("cuda", 0)
+    assert seen == [world.device, ":4096:8" if deterministic else None, deterministic]
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert not torch.backends.cudnn.allow_tf32
+
+
 RESTARTED = """
 import os, torch
 from model import distributed
