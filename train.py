@@ -70,7 +70,7 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         config = schema.load(args.config, args.overrides)
-        config.images_per_rank(world_size())
+        config.check_ranks(world_size())
         fixed.check_allowed(config, args.allow_change)
         if args.trace is not None and args.trace < 1:
             raise ValueError(f"--trace {args.trace}: give the number of steps, 1 or more")
@@ -156,7 +156,9 @@ def train(
     out = Path(config.run.out)
     # ----------------------------------------------------------------------------------------------- world
     try:
-        world = distributed.init(config.train.device, config.train.timeout_minutes * 60)
+        world = distributed.init(
+            config.train.device, config.train.timeout_minutes * 60, config.train.deterministic
+        )
     except ValueError as error:
         return fail(error)
     step, begun = 0, False
@@ -168,7 +170,6 @@ def train(
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             if ranks_here > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1 for several ranks
                 torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-        torch.backends.cudnn.benchmark = on_gpu
         torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
         # -------------------------------------------------------------------------------------------- data

@@ -157,7 +157,10 @@ class TrainConfig(Section):
     """auto: bf16 on CUDA, fp32 on the CPU."""
     channels_last: bool = True
     compile: bool = False
-    """torch.compile of the online and target networks."""
+    """torch.compile of the online and target networks; of a single process only (`Config.check_ranks`)."""
+    deterministic: bool = False
+    """The same weights to the bit in every run on the same machine, at some speed: on a GPU torch then takes only
+    algorithms that promise it (not yet run on one). On a CPU that is so anyway."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """End the run in good order after this many steps in all; the schedules still span all epochs."""
@@ -239,6 +242,20 @@ class Config(Section):
     def warmup_steps(self, num_images: int) -> int:
         """Optimizer steps of the linear warm-up."""
         return math.floor(self.optimizer.warmup_epochs * num_images / self.train.batch_size)
+
+    def check_ranks(self, world_size: int) -> None:
+        """Refuses what so many ranks cannot do.
+
+        Raises:
+            ValueError: they cannot share the batch (`images_per_rank`), or are several and train.compile is set.
+        """
+        self.images_per_rank(world_size)
+        if self.train.compile and world_size > 1:
+            raise ValueError(
+                f"train.compile=true does not go with {world_size} ranks: DDP's static graph is not for compiled "
+                "modules, and batch norms that talk to other ranks break the graph. Set train.compile=false, or "
+                "start one process"
+            )
 
     def images_per_rank(self, world_size: int) -> int:
         """Images in one micro-batch of one rank.

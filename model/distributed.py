@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
+# torch 2.14 has renamed it, and warns of the old name.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -36,14 +38,15 @@ class World:
         return self.rank == 0
 
 
-def init(device: str = "auto", timeout: float = 600.0) -> World:
-    """Join the processes that torchrun started, or stand alone without it.
+def init(device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> World:
+    """Join the processes that torchrun started, or stand alone without it; settle how torch computes.
 
     Rank, size and addresses come from torchrun's environment variables only.
 
     Args:
         device: "cuda", "cpu", or "auto": CUDA where there is a GPU.
         timeout: seconds after which a collective that a rank does not join raises.
+        deterministic: only algorithms whose result is the same in every run; torch raises where it has none.
 
     Raises:
         ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
@@ -62,6 +65,7 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         if started_by_torchrun
         else (0, 0, 1)
     )
+    _settle(deterministic)
     place = _place(device, local_rank)
     if size == 1:
         return World(rank, local_rank, size, place, "none")
@@ -80,6 +84,19 @@ def init(device: str = "auto", timeout: float = 600.0) -> World:
         device_id=place if backend == "nccl" else None,
     )
     return World(rank, local_rank, size, place, backend, store)
+
+
+def _settle(deterministic: bool) -> None:
+    """What torch may choose when it computes; before CUDA starts. Without a GPU only the first line has an effect."""
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        # Otherwise cuBLAS may add up in another order where several streams share its workspace; it reads this at its
+        # start.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The fastest algorithm of a convolution is found by trying, and may be another one in the next run.
+    torch.backends.cudnn.benchmark = not deterministic
+    # By default convolutions, and only they, round float32 to TF32's 10 bits. fp32 means fp32; bf16 is the fast way.
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _place(device: str, local_rank: int) -> torch.device:
@@ -212,14 +229,9 @@ def no_sync(module: nn.Module) -> AbstractContextManager[None]:
 
 
 def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
-    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay.
-
-    torch's own on CUDA; under gloo, where torch's refuses CPU tensors, `SyncBatchNorm` below.
-    """
+    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay."""
     if world.size == 1:
         return module
-    if world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
         return SyncBatchNorm(module)
     for name, child in module.named_children():
@@ -228,7 +240,11 @@ def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A batch norm (1-d or 2-d) with statistics over all ranks, for any backend."""
+    """A batch norm (1-d or 2-d) with statistics over all ranks, each of which has at least one image.
+
+    Not torch's own: that one refuses CPU tensors, and on CUDA it looks which ranks have images, for which the host
+    waits for the device about three times a norm.
+    """
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
@@ -245,28 +261,32 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        output, mean, variance, count = _SyncNormalize.apply(input, self.weight, self.bias, self.eps)
-        self._track(mean, variance * count / (count - 1))  # running variance is unbiased, as torch's
-        return output
-
-    @torch.no_grad()
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
         assert self.num_batches_tracked is not None
-        assert self.running_mean is not None
-        assert self.running_var is not None
         self.num_batches_tracked += 1
+        # None, a cumulative average, is for calibration alone: the host waits for the counter, as in torch's own.
         momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean, momentum)
-        self.running_var.lerp_(variance, momentum)
+        normalize = _FusedSyncNormalize if input.is_cuda else _SyncNormalize
+        running = self.running_mean, self.running_var
+        return normalize.apply(input, self.weight, self.bias, *running, momentum, self.eps)
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """weight * (x - mean) / sqrt(variance + eps) + bias, mean and variance over the batches of all ranks."""
+    """weight * (x - mean) / sqrt(variance + eps) + bias, mean and variance over the batches of all ranks.
+
+    Running statistics move by momentum towards those of the batch; their variance is unbiased, as torch's.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
         axes, shape = _axes(x), _channel_shape(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         size = x.numel() // x.shape[1]
@@ -278,13 +298,14 @@ class _SyncNormalize(torch.autograd.Function):
         variance = (square - mean * mean).clamp_min(0)
         scale = (variance + eps).rsqrt()
         mean, variance, scale, count = (s.to(wide.dtype) for s in (mean, variance, scale, sums[-1]))
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(variance * count / (count - 1), momentum)
         normalised = (wide - mean.view(shape)) * scale.view(shape)
         ctx.save_for_backward(normalised, weight, scale, count)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return (normalised * weight.view(shape) + bias.view(shape)).to(x.dtype), mean, variance, count
+        return (normalised * weight.view(shape) + bias.view(shape)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         normalised, weight, scale, count = ctx.saved_tensors
         axes, shape = _axes(normalised), _channel_shape(normalised)
         gradient = gradients[0].to(normalised.dtype)
@@ -294,7 +315,58 @@ class _SyncNormalize(torch.autograd.Function):
         dist.all_reduce(means)
         gradient_mean, product_mean = (m.view(shape) for m in (means / count).chunk(2))
         input_gradient = (gradient - gradient_mean - normalised * product_mean) * (weight * scale).view(shape)
-        return input_gradient.to(gradients[0].dtype), weight_gradient, bias_gradient, None
+        return input_gradient.to(gradients[0].dtype), weight_gradient, bias_gradient, None, None, None, None
+
+
+class _FusedSyncNormalize(torch.autograd.Function):
+    """What _SyncNormalize computes, by torch's kernels for CUDA; the host waits for nothing.
+
+    They take x of lower precision than weights and statistics, and know two layouts, contiguous and channels_last.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        x, channels = x.contiguous(memory_format=_layout(x)), x.shape[1]
+        mean, scale = torch.batch_norm_stats(x, eps)  # scale: 1 / sqrt(variance + eps)
+        mine = torch.cat([mean, scale, mean.new_full((1,), x.numel() // channels)])
+        everyones = mine.new_empty(dist.get_world_size() * len(mine))
+        _all_gather_single(everyones, mine)
+        means, scales, counts = everyones.view(-1, len(mine)).split([channels, channels, 1], dim=1)
+        counts = counts.flatten()
+        mean, scale = torch.batch_norm_gather_stats_with_counts(
+            x, means, scales, running_mean, running_var, momentum, eps, counts
+        )
+        ctx.save_for_backward(x, weight, mean, scale, counts.int())
+        return torch.batch_norm_elemt(x, weight, bias, mean, scale, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, scale, counts = ctx.saved_tensors
+        gradient = gradients[0].contiguous(memory_format=_layout(x))
+        *sums, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
+            gradient, x, mean, scale, weight, True, True, True
+        )
+        total = torch.cat(sums)  # of the gradient, and of the gradient times (x - mean)
+        dist.all_reduce(total)
+        of_gradient, of_product = total.chunk(2)
+        input_gradient = torch.batch_norm_backward_elemt(
+            gradient, x, mean, scale, weight, of_gradient, of_product, counts
+        )
+        return input_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    is_last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if is_last else torch.contiguous_format
 
 
 def _axes(x: Tensor) -> list[int]:

@@ -234,6 +234,7 @@ def test_gpu_graph_is_well_formed() -> None:
     graph = dali_backend._graph(on="gpu", batch_size=4, num_threads=1, device_id=None)
     text = graph.serialize()
     assert b"mixed" in text and b"jpeg_fancy_upsampling" in text and b"encoded" in text
+    assert b"hw_decoder_load" in text  # an image's pixels do not depend on its place in the batch
 
 
 def _pngs(count: int, height: int = 60, width: int = 80) -> list[bytes]:
@@ -263,7 +264,9 @@ def test_gpu_pixels_equal_cpu_pixels(profile: Profile) -> None:
     on_cpu, on_gpu = (_on(device, profile=profile)(images, *params) for device in ("cpu", "cuda"))
     for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert gpu.device.type == "cuda" and gpu.is_contiguous(memory_format=torch.channels_last)
-        assert (cpu - gpu.cpu()).abs().max() * 255 < 2e-3
+        # Four times what Triton's interpreter is held to: a GPU's float32 division is within 2 ulp, and it fuses
+        # multiplications with additions.
+        assert (cpu - gpu.cpu()).abs().max() * 255 < 8e-3
 
 
 @pytest.mark.gpu
@@ -294,7 +297,7 @@ def test_gpu_result_is_the_same_in_every_run_and_stays(dtype: torch.dtype, encod
 @pytest.mark.gpu
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_host_does_not_wait_for_the_gpu(own_stream: bool, encoded: list[bytes]) -> None:
-    backend, params = _on("cuda"), _both(encoded)
+    backend, params, others = _on("cuda"), _both(encoded), _both(encoded[::-1])
     expected = backend(encoded, *params)[0].cpu()  # builds the graph, compiles the kernels
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode(
@@ -303,7 +306,7 @@ def test_host_does_not_wait_for_the_gpu(own_stream: bool, encoded: list[bytes]) 
     try:
         with torch.cuda.stream(torch.cuda.Stream() if own_stream else None):
             view = backend(encoded, *params)[0]
-            backend(encoded[::-1], *params)
+            backend(encoded[::-1], *others)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()

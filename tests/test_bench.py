@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,13 @@ from configs.schema import ViewConfig
 from model import provenance
 from pipelines.loader import CorruptBudgetError
 from pipelines.views import draw
-from tools import bench
+from tools import bench, bench_together
 from tools.bench_peers import ROOT, compare, run_harness
 from tools.bench_stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
-from tools.bench_together import bottleneck, median, stall
+from tools.bench_together import LONGEST_WAIT, bottleneck, median, stall, wait_until_idle
 
-TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "data.threads=1", "--batches", "1"]
+TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "train.device=cpu", "data.threads=1"]
+TINY += ["--batches", "1"]
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,22 @@ def test_clock_counts_cpu_time_and_waiting_apart() -> None:
         pass
     cost = clock.cost()
     assert cost.wall_ms >= 90 / 4 and cost.cpu_ms < cost.wall_ms / 2 and cost.gpu_us is None
+
+
+@pytest.mark.parametrize(("busy", "expected"), [(0.0, 0.1), (0.7, 0.8), (1e9, LONGEST_WAIT)])
+def test_waiting_for_idle_threads_ends(busy: float, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a made-up clock: a thread of the process works for so many seconds."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        assert now < 20
+
+    clock = SimpleNamespace(monotonic=lambda: now, process_time=lambda: min(now, busy), sleep=sleep)
+    monkeypatch.setattr(bench_together, "time", clock)
+    wait_until_idle()
+    assert now == pytest.approx(expected, abs=0.11)
 
 
 def test_only_switches_off_the_other_operations() -> None:

@@ -1,11 +1,13 @@
 """Two CPU ranks against one rank with the whole batch; torchrun's environment; the helpers."""
 
+import inspect
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -69,8 +71,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "world": (world.rank, world.local_rank, world.size, str(world.device), world.backend, world.is_main),
         "plain": _train(world, accumulation=1),
         "accumulated": _train(world, accumulation=2),
-        "float32": _one_norm(world, torch.float32),
-        "bfloat16": _one_norm(world, torch.bfloat16),
+        "norms": {name: _one_norm(world, *case) for name, case in NORMS.items()},
         "mean": distributed.all_reduce_mean(row, world),
         "row": row,
         "any": [distributed.any_rank(flag, world) for flag in (False, rank == 1, True)],
@@ -79,23 +80,135 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "labels": distributed.gather_rows(torch.arange(3 - rank), world),
         "eval": (distributed.convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
     }
+    for kernel in (stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt):
+        setattr(torch, f"batch_norm_{kernel.__name__}", kernel)
+    distributed._SyncNormalize = distributed._FusedSyncNormalize  # type: ignore[misc]
+    out["fused norms"] = {name: _one_norm(world, *case) for name, case in NORMS.items()}
     distributed.barrier(world)
     torch.save(out, Path(folder) / f"{rank}.pt")
     distributed.shutdown(world)
 
 
-def _one_norm(world: World, dtype: torch.dtype) -> dict[str, Tensor]:
-    """One batch norm forward and backward on uneven shares: rank 0 holds three images, rank 1 one."""
+def _one_norm(
+    world: World, shape: list[int], layout: torch.memory_format, dtype: torch.dtype, momentum: float | None
+) -> dict[str, Tensor]:
+    """One batch norm forward and backward on uneven shares: rank 1 holds the last image, rank 0 the others."""
     generator = torch.Generator().manual_seed(3)
-    images, slopes = (torch.randn(4, 2, 3, 3, generator=generator).to(dtype) for _ in range(2))
-    share = slice(0, 4) if world.size == 1 else slice(0, 3) if world.rank == 0 else slice(3, 4)
-    norm: Any = distributed.convert_sync_batchnorm(nn.BatchNorm2d(2, momentum=None), world)
-    mine = (5 + images[share]).contiguous(memory_format=torch.channels_last).requires_grad_()
+    images, slopes = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    share = slice(None) if world.size == 1 else slice(-1) if world.rank == 0 else slice(-1, None)
+    plain = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
+    norm: Any = distributed.convert_sync_batchnorm(plain(shape[1], momentum=momentum), world)
+    norm.double() if dtype == torch.float64 else norm.float()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
+        norm.bias.copy_(torch.linspace(-1, 1, shape[1]))
+    mine = (5 + images[share]).contiguous(memory_format=layout).requires_grad_()
     output = norm(mine)
+    assert output.is_contiguous(memory_format=layout)
     (output * slopes[share]).sum().backward()
     assert mine.grad is not None
     statistics = torch.stack([norm.running_mean, norm.running_var])
-    return {"output": output.detach(), "gradient": mine.grad, "statistics": statistics}
+    parameters = torch.stack([norm.weight.grad, norm.bias.grad])
+    return {
+        "output": output.detach(),
+        "gradient": mine.grad,
+        "parameters": parameters,
+        "statistics": statistics,
+    }
+
+
+IMAGES, ROWS = [4, 2, 3, 3], [16, 5]
+PLAIN, LAST = torch.contiguous_format, torch.channels_last
+NORMS = {
+    "images": (IMAGES, PLAIN, torch.float32, 0.1),
+    "images, channels last": (IMAGES, LAST, torch.float32, 0.1),
+    "images, channels last, cumulative": (IMAGES, LAST, torch.float32, None),
+    "images, channels last, bfloat16": (IMAGES, LAST, torch.bfloat16, 0.1),
+    "images, float64": (IMAGES, PLAIN, torch.float64, 0.1),
+    "rows": (ROWS, PLAIN, torch.float32, 0.1),
+    "rows, bfloat16": (ROWS, PLAIN, torch.bfloat16, 0.1),
+}
+
+
+# What torch's kernels for CUDA, which the CPU has not, compute, in plain arithmetic; named and called as they are. What
+# they ask of their arguments is asserted.
+
+
+def _wide(x: Tensor) -> Tensor:
+    """(C, n) of at least float32."""
+    assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    return x.transpose(0, 1).reshape(x.shape[1], -1).to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _narrow(wide: Tensor, x: Tensor) -> Tensor:
+    """(C, n) in the shape, dtype and layout of x."""
+    out = wide.view(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1).to(x.dtype)
+    return torch.empty_like(x).copy_(out)
+
+
+def stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    variance, mean = torch.var_mean(_wide(input), 1, correction=0)
+    return mean, (variance + eps).rsqrt()
+
+
+def gather_stats_with_counts(
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+    counts: Tensor,
+) -> tuple[Tensor, Tensor]:
+    assert mean.shape == invstd.shape == (len(counts), input.shape[1]) and counts.ndim == 1
+    assert counts.dtype == running_mean.dtype == mean.dtype
+    total, column = counts.sum(), counts[:, None]
+    overall = (column * mean).sum(0) / total
+    variance = (column * (invstd**-2 - eps + (mean - overall) ** 2)).sum(0) / total
+    running_mean += momentum * (overall - running_mean)
+    running_var += momentum * (variance * total / (total - 1) - running_var)
+    return overall, (variance + eps).rsqrt()
+
+
+def elemt(input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    column = ((_wide(input) - mean[:, None]) * (invstd * weight)[:, None]) + bias[:, None]
+    return _narrow(column, input)
+
+
+def backward_reduce(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    input_g: bool,
+    weight_g: bool,
+    bias_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert grad_out.stride() == input.stride() and grad_out.dtype == input.dtype
+    assert input_g and weight_g and bias_g
+    slopes = _wide(grad_out)
+    sum_dy, sum_dy_xmu = slopes.sum(1), (slopes * (_wide(input) - mean[:, None])).sum(1)
+    return sum_dy, sum_dy_xmu, (sum_dy_xmu * invstd).to(weight.dtype), sum_dy.to(weight.dtype)
+
+
+def backward_elemt(
+    grad_out: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: Tensor,
+) -> Tensor:
+    assert grad_out.stride() == input.stride() and weight.dtype == mean.dtype
+    assert count.dtype == torch.int32 and count.is_contiguous() and len(count) == 2
+    centred = _wide(input) - mean[:, None]
+    mean_dy, mean_dy_xmu = sum_dy / count.sum(), sum_dy_xmu / count.sum()
+    column = _wide(grad_out) - mean_dy[:, None] - centred * (invstd**2 * mean_dy_xmu)[:, None]
+    return _narrow(column * (invstd * weight)[:, None], input)
 
 
 def _free_port() -> int:
@@ -147,18 +260,77 @@ def test_two_ranks_equal_one_with_the_whole_batch(
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 0.03)])
-def test_uneven_shares_low_precision_and_a_cumulative_average(
-    ranks: list[dict[str, Any]], dtype: torch.dtype, tolerance: float
+@pytest.mark.parametrize("kind", ["norms", "fused norms"])
+@pytest.mark.parametrize("name", NORMS)
+def test_batch_norm_over_uneven_shares_equals_one_of_the_whole(
+    ranks: list[dict[str, Any]], kind: str, name: str
 ) -> None:
-    name = str(dtype).removeprefix("torch.")
-    whole = _one_norm(ALONE, dtype)
+    """By our own arithmetic, and by the calls that a GPU gets, their kernels replaced by the arithmetic above."""
+    whole, dtype = _one_norm(ALONE, *NORMS[name]), NORMS[name][2]
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 0.03, torch.float64: 1e-10}[dtype]
+    found = [rank[kind][name] for rank in ranks]
     for what in ("output", "gradient"):
-        both = torch.cat([rank[name][what] for rank in ranks])
+        both = torch.cat([rank[what] for rank in found])
         assert both.dtype == dtype
         torch.testing.assert_close(both, whole[what], rtol=tolerance, atol=tolerance)
-    for rank in ranks:
-        torch.testing.assert_close(rank[name]["statistics"], whole["statistics"], rtol=2e-6, atol=0)
+    added = found[0]["parameters"] + found[1]["parameters"]
+    torch.testing.assert_close(added, whole["parameters"], rtol=tolerance, atol=tolerance)
+    for rank in found:
+        torch.testing.assert_close(rank["statistics"], whole["statistics"], rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt],
+    ids=lambda f: f.__name__,
+)
+def test_kernels_for_cuda_are_called_as_torch_declares_them(kernel: Callable) -> None:
+    """The stand-ins above, which the calls fit, have torch's arguments and results."""
+    schema = getattr(torch.ops.aten, f"batch_norm_{kernel.__name__}").default._schema
+    assert list(inspect.signature(kernel).parameters) == [argument.name for argument in schema.arguments]
+    results = get_type_hints(kernel)["return"]
+    assert len(get_args(results) or [results]) == len(schema.returns)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", [PLAIN, LAST])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_on_a_gpu_it_equals_torchs_batch_norm_and_the_host_does_not_wait(
+    layout: torch.memory_format, dtype: torch.dtype, tolerance: float
+) -> None:
+    place = torch.device("cuda", 0)
+    torch.distributed.init_process_group(
+        "nccl", store=torch.distributed.HashStore(), rank=0, world_size=1, device_id=place
+    )
+    try:
+        plain = nn.BatchNorm2d(16).to(place)
+        ours = distributed.SyncBatchNorm(nn.BatchNorm2d(16).to(place))
+        generator = torch.Generator(place).manual_seed(0)
+        x, slopes = (
+            torch.randn(8, 16, 9, 9, device=place, generator=generator).to(dtype, memory_format=layout)
+            for _ in range(2)
+        )
+        inputs = [(3 + x).requires_grad_() for _ in range(3)]
+        ours(inputs[2]).backward(slopes)  # NCCL connects
+        ours.reset_running_stats()
+        ours.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            output = ours(inputs[0])
+            output.backward(slopes)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        expected = plain(inputs[1])
+        expected.backward(slopes)
+        assert output.is_contiguous(memory_format=layout) and output.dtype == dtype
+        pairs = [(output, expected), (inputs[0].grad, inputs[1].grad)]
+        pairs += [(getattr(ours, name).grad, getattr(plain, name).grad) for name in ("weight", "bias")]
+        pairs += [(getattr(ours, name), getattr(plain, name)) for name in ("running_mean", "running_var")]
+        for found, wanted in pairs:
+            torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_in_eval_mode_ranks_do_not_talk(ranks: list[dict[str, Any]]) -> None:
@@ -211,6 +383,33 @@ def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"):
         distributed.init("cpu")
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_how_torch_computes_is_settled_before_cuda_starts(
+    deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*distributed._TORCHRUN_VARIABLES, "CUBLAS_WORKSPACE_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("benchmark", "allow_tf32"):  # put back afterwards
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    seen: list[Any] = []
+
+    def start(place: torch.device) -> None:
+        seen.append(place)
+        seen.append(os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+        seen.append(torch.are_deterministic_algorithms_enabled())
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", start)
+    try:
+        world = distributed.init("auto", deterministic=deterministic)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert world.device == torch.device("cuda", 0)
+    assert seen == [world.device, ":4096:8" if deterministic else None, deterministic]
+    assert torch.backends.cudnn.benchmark is not deterministic
+    assert not torch.backends.cudnn.allow_tf32
 
 
 RESTARTED = """

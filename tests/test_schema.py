@@ -147,6 +147,15 @@ def test_batch_that_does_not_divide(minimal: Path) -> None:
         load(minimal).images_per_rank(64)
 
 
+def test_several_ranks_do_not_compile(minimal: Path) -> None:
+    load(minimal, ["train.compile=true"]).check_ranks(1)
+    load(minimal).check_ranks(2)
+    with pytest.raises(ValueError, match=r"train\.compile=true .* 2 ranks.*Set train\.compile=false"):
+        load(minimal, ["train.compile=true"]).check_ranks(2)
+    with pytest.raises(ValueError, match="not divisible by 3 ranks"):
+        load(minimal).check_ranks(3)
+
+
 def test_every_setting_is_documented() -> None:
     undocumented = [
         f"{name}.{key}"

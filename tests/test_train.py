@@ -49,7 +49,7 @@ augment:
   view2: {blur: 0.1, solarize: 0.2}
 model: {backbone: resnet8, stem: cifar, projector_hidden: 16, projector_size: 8, predictor_hidden: 16}
 optimizer: {base_lr: 1.0, warmup_epochs: 0.5, weight_decay: 1.0e-6, base_tau: 0.9}
-train: {epochs: 2, batch_size: 8}
+train: {epochs: 2, batch_size: 8, device: cpu}
 eval: {path: DATA/val, every_epochs: 1, k: 5}
 """
 
@@ -495,13 +495,34 @@ def test_mistake_is_one_line(arguments: list[str], part: str, run: Run) -> None:
     assert part in done.stderr
 
 
-def test_batch_that_ranks_cannot_share(run: Run) -> None:
+def test_what_ranks_cannot_do_is_refused(run: Run) -> None:
     with patch.dict(os.environ, WORLD_SIZE="3"):
         done = run()
     assert done.returncode == 2
     assert "train.batch_size=8 is not divisible by 3 ranks" in done.stderr
+    with patch.dict(os.environ, WORLD_SIZE="2"):
+        done = run("train.compile=true")
+    assert done.returncode == 2
+    assert "train.compile=true does not go with 2 ranks" in done.stderr
     with patch.dict(os.environ, WORLD_SIZE="many"):
         assert "WORLD_SIZE=many is no number of ranks" in run().stderr
+
+
+def test_deterministic_run_is_the_same_run(run: Run, finished: tuple[Run, SimpleNamespace]) -> None:
+    """On a CPU to the bit; and it may be asked for from a resume on."""
+    last = finished[1].stdout.splitlines()[-1]
+    assert last.startswith("digest: step 8 sha256 ")
+    asked = "train.deterministic=true", "data.backend=auto"
+    try:
+        with patch.dict(os.environ):
+            assert run(*asked, "train.stop_at_step=4").returncode == 0
+            assert torch.are_deterministic_algorithms_enabled()
+            on = run("--resume", "auto", "data.backend=auto")
+        assert on.returncode == 0, on.stderr
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert on.stdout.splitlines()[-1] == last
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_existing_run_is_not_overwritten(finished: tuple[Run, SimpleNamespace]) -> None:

@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
+# Of the ceilings that Triton's interpreter is held to, on a GPU, where float32 division is within 2 units in the last
+# place and multiplications are fused with additions. The others have that room already.
+ROOM = 4 if ON_GPU else 1
 EVERYTHING = ViewConfig(flip=0.5, jitter=1.0, gray=0.2, blur=0.8, solarize=0.5)
 
 
@@ -142,7 +145,7 @@ def test_antialias_over_many_taps(height: int, width: int) -> None:
     images, augment = pictures(1, height, width), augment_of(24, "torchvision")
     params = params_of(1, height, width, flip=True)
     ours = run(images, params, augment=augment)
-    assert np.abs(ours - expected(images, params, augment)).max() < 2e-6
+    assert np.abs(ours - expected(images, params, augment)).max() < 2e-6 * ROOM
 
 
 @both_profiles
@@ -159,7 +162,7 @@ def test_windows_at_the_borders_and_thin_ones(profile: Profile) -> None:
     params = replace(params, **dict(zip(names, rows.T, strict=True)))
     augment = augment_of(32, profile)
     ours = run([image] * len(rows), params, augment=augment)
-    assert np.abs(ours - expected([image] * len(rows), params, augment)).max() < 1e-6
+    assert np.abs(ours - expected([image] * len(rows), params, augment)).max() < 1e-6 * ROOM
     others = []
     for top, left, height, width in windows:
         other = 255 - image
@@ -309,16 +312,17 @@ taps, weight = triton_torchvision.taps, triton_torchvision.weight
 
 @triton.jit
 def _antialias(
-    firsts, counts, weights, length, place, size: tl.constexpr, some: tl.constexpr, block: tl.constexpr
+    firsts, counts, weights, length, place, most, size: tl.constexpr, some: tl.constexpr, block: tl.constexpr
 ):
-    """Of `some` places from `place` on: the first tap, how many there are at most, and weights (some, block)."""
+    """Of `some` places from `place` on: the first tap, how many there are at most, and weights (some, most)."""
     places = place + tl.arange(0, some)
     first, count = taps(places, length, size)
-    tap = tl.arange(0, block)
     tl.store(firsts + tl.arange(0, some), first)
     tl.store(counts, count)
-    at = weights + tl.arange(0, some)[:, None] * block + tap[None, :]
-    tl.store(at, weight(places[:, None], first[:, None] + tap[None, :], length, size))
+    for begin in range(0, most, block):
+        tap = begin + tl.arange(0, block)
+        at = weights + tl.arange(0, some)[:, None] * most + tap[None, :]
+        tl.store(at, weight(places[:, None], first[:, None] + tap[None, :], length, size))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 15, 16, 17, 333, 500, 65535, 1_000_000])
@@ -326,21 +330,22 @@ def _antialias(
 def test_antialias_weights_are_those_in_float64(size: int, length: int) -> None:
     """At both ends of a view and in its middle; as far as a job's sides go, where float32 has no place for the half."""
     stretch, some = max(length / size, 1), 4
-    block = triton.next_power_of_2(int(4 * stretch) + 2)
+    most = triton.next_power_of_2(int(4 * stretch) + 2)
+    block = min(most, 2048 if ON_GPU else 1 << 14)  # compiling for a million numbers would take minutes
     for start in (0, size // 2, size - some):
         firsts, counts = (torch.empty(some, dtype=torch.int32, device=DEVICE) for _ in range(2))
-        weights = torch.empty(some, block, device=DEVICE)
-        _antialias[(1,)](firsts, counts, weights, length, start, size, some, block)
+        weights = torch.empty(some, most, device=DEVICE)
+        _antialias[(1,)](firsts, counts, weights, length, start, most, size, some, block)
         ours, count = weights.cpu().numpy().astype(float), int(counts[0])
         centre = (start + np.arange(some) + 0.5) * length / size
         first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0)
         assert np.array_equal(firsts.cpu().numpy(), first)
-        tap = first[:, None] + np.arange(block)
+        tap = first[:, None] + np.arange(most)
         d = np.abs(tap + 0.5 - centre[:, None]) / stretch
         near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
         wanted = np.where(tap < length, np.where(d < 1, near, np.where(d < 2, far, 0)), 0)
-        assert np.abs(ours - wanted).max() < 1e-6
-        assert count <= block and not ours[:, count:].any() and not wanted[:, count:].any()
+        assert np.abs(ours - wanted).max() < 1e-6 * ROOM
+        assert count <= most and not ours[:, count:].any() and not wanted[:, count:].any()
 
 
 COMPILE = """

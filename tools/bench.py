@@ -52,7 +52,7 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
         ValueError: a setting is wrong, or DALI is not installed.
     """
     config = schema.load(path, overrides)
-    world = distributed.init(config.train.device)
+    world = distributed.init(config.train.device, deterministic=config.train.deterministic)
     if world.size > 1:
         raise ValueError("the benchmark is of one process: start it without torchrun")
     first = [] if world.device.type == "cuda" else SMALL_STEP
