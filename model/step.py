@@ -9,8 +9,9 @@ from torch import Tensor
 
 from configs.schema import Config
 from model.byol import BYOL, Predictions, byol_loss, l2_normalize, make_byol
-from model.distributed import World, broadcast_module, convert_sync_batchnorm, no_sync, wrap
+from model.distributed import World, broadcast_module, no_sync, wrap
 from model.optim import LARS, ema_update_
+from model.sync_norm import convert_sync_batchnorm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

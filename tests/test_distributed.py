@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import distributed
+from model import distributed, sync_norm
 from model.byol import BYOL, make_encoder
 from model.distributed import World
 from model.optim import LARS
@@ -78,11 +78,11 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "object": distributed.broadcast_object({"step": 10 + rank}, world),
         "rows": distributed.gather_rows(row.repeat(rank + 1, 1), world),
         "labels": distributed.gather_rows(torch.arange(3 - rank), world),
-        "eval": (distributed.convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
+        "eval": (sync_norm.convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
     }
     for kernel in (stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt):
         setattr(torch, f"batch_norm_{kernel.__name__}", kernel)
-    distributed._SyncNormalize = distributed._FusedSyncNormalize  # type: ignore[misc]
+    sync_norm._SyncNormalize = sync_norm._FusedSyncNormalize  # type: ignore[misc]
     out["fused norms"] = {name: _one_norm(world, *case) for name, case in NORMS.items()}
     distributed.barrier(world)
     torch.save(out, Path(folder) / f"{rank}.pt")
@@ -97,7 +97,7 @@ def _one_norm(
     images, slopes = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     share = slice(None) if world.size == 1 else slice(-1) if world.rank == 0 else slice(-1, None)
     plain = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
-    norm: Any = distributed.convert_sync_batchnorm(plain(shape[1], momentum=momentum), world)
+    norm: Any = sync_norm.convert_sync_batchnorm(plain(shape[1], momentum=momentum), world)
     norm.double() if dtype == torch.float64 else norm.float()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
@@ -304,7 +304,7 @@ def test_on_a_gpu_it_equals_torchs_batch_norm_and_the_host_does_not_wait(
     )
     try:
         plain = nn.BatchNorm2d(16).to(place)
-        ours = distributed.SyncBatchNorm(nn.BatchNorm2d(16).to(place))
+        ours = sync_norm.SyncBatchNorm(nn.BatchNorm2d(16).to(place))
         generator = torch.Generator(place).manual_seed(0)
         x, slopes = (
             torch.randn(8, 16, 9, 9, device=place, generator=generator).to(dtype, memory_format=layout)
@@ -359,7 +359,7 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert world.is_main
     module, x = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(3, 2)
     assert distributed.wrap(module, world) is module
-    assert distributed.convert_sync_batchnorm(module, world) is module
+    assert sync_norm.convert_sync_batchnorm(module, world) is module
     assert type(module[1]) is nn.BatchNorm1d
     with distributed.no_sync(module):
         assert torch.equal(distributed.all_reduce_mean(x, world), x)
@@ -414,7 +414,7 @@ def test_how_torch_computes_is_settled_before_cuda_starts(
 
 RESTARTED = """
 import os, torch
-from model import distributed
+from model import distributed, sync_norm
 world = distributed.init("cpu", timeout=60)
 total = distributed.all_reduce_mean(torch.tensor([float(world.rank)]), world)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and world.rank == 1:

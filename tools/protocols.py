@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from configs.schema import Config, ViewConfig
 from model import distributed, evaluate, probe, schedules
+from model.sync_norm import convert_sync_batchnorm
 from pipelines.loader import Batch, Loader, make_backend
 from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
@@ -236,7 +237,7 @@ def _train_all(
     device = bench.world.device
     encoder = copy.deepcopy(bench.encoder)
     head = probe.make_head(bench.width, bench.classes, bench.seed).to(device)
-    whole = distributed.convert_sync_batchnorm(nn.Sequential(encoder, head), bench.world).train()
+    whole = convert_sync_batchnorm(nn.Sequential(encoder, head), bench.world).train()
     wrapped = distributed.wrap(whole, bench.world)
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=probe.MOMENTUM, nesterov=True)
     steps = max(1, int(epochs * len(source) / batch_size))
