@@ -361,6 +361,9 @@ def train(
                     else f"stopped as train.stop_at_step says, {total_steps} are planned,"
                 )
                 display.say(f"{done} at step {step}: {out}/encoder.safetensors")
+            if log:
+                with writing():
+                    log.close()
         code = 0
         if stopping:
             number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM

@@ -1,11 +1,11 @@
 """What a run shows: metrics.jsonl, TensorBoard, a console line or bar, and pictures."""
 
 import json
+import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import matplotlib
@@ -50,17 +50,33 @@ class MetricLog:
             self._board.add_scalar(name, value, step)
 
     def __enter__(self) -> "MetricLog":
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_thread_error
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Writes what TensorBoard's thread still holds; an error in that does not hide the one that ended the block."""
-        with suppress(OSError) if error else nullcontext():
-            try:
-                self._file.close()
-            finally:
-                self._board.close()
+    def __exit__(self, *_: object) -> None:
+        """Closes what an error in the block has left open; that error is the one to tell."""
+        with suppress(OSError):
+            self.close()
+        threading.excepthook = self._hook
+
+    def close(self) -> None:
+        """Writes what TensorBoard's thread still holds.
+
+        Raises:
+            OSError: that, or something before, could not be written.
+        """
+        try:
+            self._file.close()
+        finally:
+            self._board.close()
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """Without a traceback where TensorBoard's thread cannot write: `add` or `close` raises that error."""
+        if not (
+            isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
+        ):
+            self._hook(args)
 
 
 class Window:

@@ -1,6 +1,8 @@
 """What a row of the log says of the steps since the last one, and which curves of several runs are drawn."""
 
 import contextlib
+import errno
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from model import metrics
 from model.distributed import World
-from model.metrics import Window, save_comparison
+from model.metrics import MetricLog, Window, save_comparison
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -44,6 +47,36 @@ def test_row_is_the_mean_of_its_steps_and_the_next_begins_anew(monkeypatch: pyte
     assert window.row(14, waited=1.7, corrupt=2, gauges={}, probed=False) == pytest.approx(
         {"loss": 4.0, "images_per_second": 4.0, "data_wait_percent": 50.0, "corrupt_images": 2}
     )
+
+
+@pytest.mark.parametrize("error", [None, FloatingPointError("not finite")])
+def test_disk_that_fails_under_tensorboard_is_told_once_and_hides_no_other_error(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def log_one() -> None:
+        with monkeypatch.context() as disk, MetricLog(tmp_path, 0) as log:
+            disk.setattr(RecordWriter, "write", fail)
+            with contextlib.suppress(OSError):
+                log.add(1, {"loss": 1.0})
+            if error:
+                raise error
+            log.close()
+
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    expected, said = (type(error), "not finite") if error else (OSError, "No space left")
+    with pytest.raises(expected, match=said):
+        log_one()
+    assert printed == [] and threading.excepthook == printed.append
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    with MetricLog(tmp_path, 0):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert [args.thread for args in printed] == [thread]  # another's is told as ever
 
 
 def test_comparison_draws_each_run_where_it_has_the_key(

@@ -1,5 +1,6 @@
 """train.py as its users run it: whole runs in processes of their own, on a few tiny images."""
 
+import errno
 import gc
 import io
 import json
@@ -374,6 +375,21 @@ def test_loss_curve_that_cannot_be_written_does_not_undo_a_finished_run(
     assert "warning: step 2: [Errno 28] No space left on device; going on" in done.stderr
     assert f"at step 2: {run.out}/encoder.safetensors" in done.stderr
     assert (run.out / "encoder.safetensors").exists() and not (run.out / "loss.png").exists()
+
+
+def test_tensorboard_that_cannot_be_written_ends_no_run_that_goes_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(self: RecordWriter, data: bytes, plain: Callable = RecordWriter.write) -> None:
+        if b"gradient_norm" in data:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    done = run("eval.path=null", "train.stop_at_step=4", "run.on_write_error=continue")
+    assert done.returncode == 0 and "digest: step 4" in done.stdout
+    assert "warning: step 4: [Errno 28] No space left on device; going on" in done.stderr
+    assert [row["step"] for row in run.rows()] == [2, 4]
 
 
 @pytest.mark.parametrize(("choice", "code"), [("continue", 0), ("stop", 1)])
