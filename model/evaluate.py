@@ -76,9 +76,8 @@ def knn_votes(
     for part, peak in zip(queries.split(chunk), votes.split(chunk), strict=True):
         similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
         classes = bank_labels[neighbours]
-        weights = (
-            similarity - similarity[:, :1]
-        ).double() / temperature  # in double, where no temperature is 0
+        # In double: float32 would round a small temperature to 0.
+        weights = (similarity - similarity[:, :1]).double() / temperature
         weights = weights.clamp_min(torch.finfo(torch.float32).min).float()
         peak.scatter_reduce_(1, classes, weights, "amax")
         weights = (weights - peak.gather(1, classes)).exp()
