@@ -196,8 +196,8 @@ def train(
         found, step, knn_untrained = begin(
             resume, config, source.fingerprint, allowed, train_step, probe, world
         )
-        if world.is_main and not found:
-            (out / "corrupt.jsonl").unlink(missing_ok=True)  # the list of bad images is an earlier attempt's
+        if not found:  # the list of bad images is an earlier attempt's; it goes before any rank begins a new one
+            distributed.on_main(lambda: (out / "corrupt.jsonl").unlink(missing_ok=True), world)
         trace.check_length(trace_steps, last_step - step)
         loader = Loader(
             config,
