@@ -102,8 +102,8 @@ class CorruptBudgetError(Exception):
 class Loader:
     """Iterates over the micro-batches of one rank from a given step on, without an end.
 
-    Step k of the run consists of `accumulation` consecutive micro-batches. Close it to stop its thread; it is a
-    context manager.
+    Step k of the run consists of `accumulation` consecutive micro-batches. It is a context manager: its thread begins
+    to make batches when it is entered, and ends when it is left.
 
     `waited` is the time for which the step's thread found no batch in the queue. On a GPU that is not all: a batch is
     handed over as soon as its work is queued, and if the loader's stream is not done with it, the step's stream waits
@@ -156,7 +156,6 @@ class Loader:
         )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
-        self._thread.start()
 
     @property
     def corrupt_count(self) -> int:
@@ -164,7 +163,13 @@ class Loader:
         return len(self._corrupt)
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        """Yields one list of `accumulation` micro-batches per training step."""
+        """Yields one list of `accumulation` micro-batches per training step.
+
+        Raises:
+            RuntimeError: the loader was not entered: no batch would ever come.
+        """
+        if self._thread.ident is None:
+            raise RuntimeError("a Loader makes batches only inside its with statement")
         while True:
             yield [self._take() for _ in range(self._config.train.accumulation)]
 
@@ -182,19 +187,17 @@ class Loader:
             batch.view2.record_stream(stream)
         return batch
 
-    def close(self) -> None:
+    def __enter__(self) -> "Loader":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Stops the thread; batches made ahead are dropped."""
         self._stop.set()
         while self._thread.is_alive():
             with suppress(queue.Empty):
                 self._queue.get(timeout=0.05)
         self._reader.close()
-
-    def __enter__(self) -> "Loader":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _produce(self) -> None:
         try:

@@ -6,6 +6,7 @@ import resource
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -268,12 +269,11 @@ def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) ->
             Loader(config, source, backend, rank=rank, world_size=size, first_step=steps[0])
             for rank in range(size)
         ]
-        batches = [iter(loader) for loader in loaders]
-        for _ in steps:
-            for rank in batches:
-                seen += next(rank)[0].id.tolist()
-        for loader in loaders:
-            loader.close()
+        with ExitStack() as stack:
+            batches = [iter(stack.enter_context(loader)) for loader in loaders]
+            for _ in steps:
+                for rank in batches:
+                    seen += next(rank)[0].id.tolist()
     assert seen == [
         i for epoch in range(3) for step in range(5) for i in global_batch(5, epoch, step, 83, 16).tolist()
     ]
@@ -329,14 +329,20 @@ def test_batch_larger_than_the_data_set() -> None:
         take(make_config(train={"batch_size": 48}), 1)
 
 
-def test_close_ends_the_thread_and_waiting_is_counted() -> None:
+def test_thread_lives_from_entering_to_leaving_and_waiting_is_counted() -> None:
+    def threads() -> int:
+        return [thread.name for thread in threading.enumerate()].count("loader")
+
     config = make_config()
     backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
     loader = Loader(config, Damaged({}), backend)
-    next(iter(loader))
-    assert loader.waited > 0
-    loader.close()
-    assert "loader" not in [thread.name for thread in threading.enumerate()]
+    assert threads() == 0  # whatever fails before it is entered leaves none behind
+    with pytest.raises(RuntimeError, match="only inside its with statement"):
+        next(iter(loader))
+    with loader:
+        next(iter(loader))
+        assert loader.waited > 0 and threads() == 1
+    assert threads() == 0
 
 
 def test_plain_images_are_the_centre() -> None:
