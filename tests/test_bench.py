@@ -15,7 +15,8 @@ from PIL import Image
 
 from configs.schema import ViewConfig
 from model import provenance
-from pipelines.loader import CorruptBudgetError, Loader, make_backend
+from pipelines.backends import make_backend
+from pipelines.loader import CorruptBudgetError, Loader
 from pipelines.sources import open_source
 from pipelines.views import draw
 from tools import bench

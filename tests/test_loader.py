@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from configs.schema import Config
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident, plain_images
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Batch, CorruptBudgetError, Loader
 from pipelines.order import global_batch
+from pipelines.plain import plain_images
 from pipelines.reading import Reader
 from pipelines.sources import SyntheticSource
 from pipelines.torch_backend import UndecodableError, decode
@@ -201,14 +203,20 @@ def test_budget_goes_on_over_a_resume(tmp_path: Path) -> None:
     assert take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
 
 
-@pytest.mark.parametrize(("listed", "max_corrupt"), [(3, 2), (N, 1000)])
-def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("listed", "max_corrupt", "said"),
+    [
+        (3, 2, r"3 undecodable images, more than data\.max_corrupt=2 allows"),
+        (N, 1000, f"all {N} images are undecodable: none is left to train on"),
+    ],
+)
+def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, said: str, tmp_path: Path) -> None:
     """Though no new image is undecodable; and with every image listed there is none to take instead."""
     log = tmp_path / "corrupt.jsonl"
     rows = [{"id": i, "where": "", "reason": "empty", "rank": 0} for i in range(listed)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(data={"max_corrupt": max_corrupt})
-    with pytest.raises(CorruptBudgetError, match=f"{listed} undecodable images") as caught:
+    with pytest.raises(CorruptBudgetError, match=said) as caught:
         take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
     assert f"if they have been repaired, remove {log} to go on" in str(caught.value)
     log.unlink()
@@ -281,7 +289,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) ->
 
 def test_evaluation_refuses_a_bomb_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "pipelines.loader.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
+        "pipelines.plain.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
     )
     bomb = _bad_images()["400 Mpx"]
     (batch,) = plain_images(Damaged({2: lambda _: bomb}), np.array([0, 2, 1]), make_config())
@@ -311,8 +319,9 @@ def test_budget_for_bad_images() -> None:
 
 def test_wholly_bad_data_ends_instead_of_looping() -> None:
     config = make_config(data={"max_corrupt": 1000}, train={"batch_size": N})
-    with pytest.raises(CorruptBudgetError):
+    with pytest.raises(CorruptBudgetError, match=f"all {N} images are undecodable") as caught:
         take(config, 1, Damaged({i: lambda _: b"" for i in range(N)}))
+    assert "data.max_corrupt" not in str(caught.value)  # raising it would not help
 
 
 def test_error_while_reading_reaches_the_step() -> None:

@@ -9,7 +9,8 @@ import torch
 from test_loader import Damaged, N, make_config
 
 from configs.schema import Profile
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Batch, CorruptBudgetError, Loader
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
 from pipelines.resident import Resident, is_wanted

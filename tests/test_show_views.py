@@ -16,7 +16,8 @@ from PIL import Image
 
 from configs.schema import Config, load
 from pipelines import torch_backend
-from pipelines.loader import Backend, Loader, make_backend
+from pipelines.backends import Backend, make_backend
+from pipelines.loader import Loader
 from pipelines.order import global_batch
 from pipelines.sources import open_source
 from pipelines.torch_backend import TorchBackend

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from configs import schema
-from pipelines.loader import Loader, make_backend, make_resident
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Loader
 from pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "byolt"
-CONFIG = "BYOLT_PEERS_CONFIG"  # environment variable: the run's settings, a YAML file, for the harness's process
+CONFIG = (
+    "BYOLT_PEERS_CONFIG"  # environment variable: the run's settings, a YAML file, for the harness's process
+)
 
 
 class Job(Protocol):

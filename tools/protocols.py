@@ -20,7 +20,9 @@ from torch.nn import functional as F
 from configs.schema import Config, ViewConfig
 from model import distributed, evaluate, probe, schedules
 from model.distributed import World
-from pipelines.loader import Batch, Loader, make_backend, plain_images
+from pipelines.backends import make_backend
+from pipelines.loader import Batch, Loader
+from pipelines.plain import plain_images
 from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
 

@@ -17,7 +17,7 @@ from model import checkpoint, provenance
 from model.byol import make_encoder
 from model.evaluate import extract_features
 from model.metrics import read_rows
-from pipelines.loader import plain_images
+from pipelines.plain import plain_images
 from pipelines.sources import Source
 
 _THUMBNAIL = 96  # pixels; larger images are shrunk, so that 2,000 take 55 MB

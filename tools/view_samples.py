@@ -13,8 +13,8 @@ import torch
 
 from configs.schema import Config, ViewConfig
 from pipelines import order
+from pipelines.backends import Backend
 from pipelines.encoded import inspect
-from pipelines.loader import Backend
 from pipelines.sources import Source
 from pipelines.torch_backend import UndecodableError
 from pipelines.views import ViewParams, draw

@@ -14,7 +14,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from configs.schema import Config
-from pipelines.loader import Backend
+from pipelines.backends import Backend
 from pipelines.torch_backend import TorchBackend, decode
 from pipelines.views import ViewParams
 from tools.view_samples import Row, Samples, make_views, neutral_jitter, operations, table, to_pixels
