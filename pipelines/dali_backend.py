@@ -29,7 +29,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from configs.schema import AugmentConfig
-from pipelines.encoded import inspect
+from pipelines.encoded import inspect, ppm_pixels
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
 from pipelines.torch_backend import UndecodableError, decode
@@ -62,9 +62,8 @@ class DaliBackend:
         # The one that is needed: triton comes with torch for CUDA only, and the GPU can do without numba.
         kernels = "pipelines.triton_kernels" if on_gpu else "pipelines.kernels"
         self._make_views = importlib.import_module(kernels).make_views
-        self.pool = (
-            ThreadPoolExecutor(threads) if threads > 1 else None
-        )  # makes views; None: the caller's thread
+        # Makes views; None: the caller's thread.
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 else None
         self._decoded: Any = None
         self._raw: list[npt.NDArray[np.uint8]] = []
         self._memory = Memory()
@@ -164,11 +163,12 @@ class DaliBackend:
             inputs = {"start": start, "shape": shape}
             (self._decoded,) = self._run([encoded[i] for i in compressed], inputs)
             address[compressed] = [self._decoded[k].data_ptr() for k in range(len(compressed))]
-        self._raw = [np.frombuffer(encoded[i], np.uint8) for i in raw]  # keeps the bytes where they are
-        for i, data in zip(raw, self._raw, strict=True):
+        self._raw = []  # keeps the bytes where they are
+        for i in raw:
             header = inspect(encoded[i])
+            self._raw.append(np.frombuffer(ppm_pixels(encoded[i], header), np.uint8))
             box[i] = 0, 0, header.height, header.width
-            address[i] = data[-3 * header.height * header.width :].ctypes.data
+            address[i] = self._raw[-1].ctypes.data
         return Pixels(address, box)
 
     def _run(
