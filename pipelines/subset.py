@@ -1,7 +1,6 @@
 """Parts of a labelled data set: class-balanced by seed, or from a list of ids or names. A part is a Source itself."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -121,12 +120,10 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
     """Of every sample: its key, the name of its image in the tar, and of the original that its .json keeps."""
     manifest = Manifest.load(folder)
     names: list[set[str]] = [set() for _ in manifest.samples]
-    bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
-    for shard, first, end in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True):
-        number = {int(manifest.samples["offset"][i]): i for i in range(first, end)}
+    for shard, first, records in manifest.by_shard():
+        number = {offset: i for i, offset in enumerate(records["offset"].tolist(), first)}
         path = folder / shard.name
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with tar.opened(path) as descriptor:
             by_key: dict[str, set[str]] = {}
             for member in tar.walk(path, descriptor):
                 stem, _, extension = member.name.rpartition("/")[2].partition(".")
@@ -137,8 +134,6 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
                     names[number[member.offset]] = aliases
                 elif extension == "json":
                     aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset))
-        finally:
-            os.close(descriptor)
     return names
 
 

@@ -167,10 +167,9 @@ def _verify_manifest(
 ) -> tuple[int, list[str], list[Path]]:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
-    bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
     tasks = [
-        Task(folder / shard.name, shard, np.array(manifest.samples[start:stop]), int(start), decode)
-        for shard, start, stop in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True)
+        Task(folder / shard.name, shard, np.array(records), first, decode)
+        for shard, first, records in manifest.by_shard()
         if names is None or shard.name in names
     ]
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
