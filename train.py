@@ -150,7 +150,8 @@ def train(
     from model.rows import read_rows
     from model.step import PRECISIONS, make_step
     from model.trained import export_trained
-    from pipelines.loader import CorruptBudgetError, Loader, make_backend, make_resident
+    from pipelines.backends import make_backend, make_resident
+    from pipelines.loader import CorruptBudgetError, Loader
     from pipelines.order import steps_per_epoch
 
     out = Path(config.run.out)
@@ -199,8 +200,10 @@ def train(
         found, step, knn_untrained = begin(
             resume, config, source.fingerprint, allowed, train_step, probe, world
         )
-        if world.is_main and not found:
-            (out / "corrupt.jsonl").unlink(missing_ok=True)  # the list of bad images is an earlier attempt's
+        if (
+            not found
+        ):  # the list of bad images is an earlier attempt's; it goes before any rank begins a new one
+            distributed.on_main(lambda: (out / "corrupt.jsonl").unlink(missing_ok=True), world)
         trace.check_length(trace_steps, last_step - step)
         loader = Loader(
             config,
@@ -435,7 +438,7 @@ def knn_top1(
             encoder has none, and the comparison with it would flatter the trained one.
     """
     from model import evaluate
-    from pipelines.loader import plain_images
+    from pipelines.plain import plain_images
 
     if calibrate:
         encoder = copy.deepcopy(encoder)

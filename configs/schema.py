@@ -48,7 +48,8 @@ class DataConfig(Section):
     backend: Literal["auto", "dali", "torch"] = "auto"
     """What decodes and augments: DALI, or plain torch; auto takes DALI where it is installed."""
     resident: Literal["auto", "always", "never"] = "auto"
-    """Keep the whole set decoded in memory; auto: when no image is larger than 96 px and all are below 4 GiB."""
+    """Keep the whole set decoded in memory; auto: when no image is larger than 96 px and all are below 4 GiB. Not with
+    data.backend=torch, which makes every view from the bytes."""
     order: Literal["full", "block"] = "full"
     """full: a permutation of all samples; block: long consecutive reads, shuffled in a window (pipelines/order.py)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 4
@@ -134,12 +135,14 @@ class OptimizerConfig(Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 10
     """Linear warm-up from 0 (paper, section 3.3), then cosine to 0."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of LARS, heavy ball (reference: 0.9)."""
     weight_decay: Annotated[float, Field(ge=0)]
     """Not applied to biases and batch-norm parameters."""
     trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
     """eta of LARS: the step of a weight matrix is eta * |p| / |g + wd p| of its gradient (reference: 1e-3)."""
     backend: Literal["auto", "foreach", "apex"] = "auto"
-    """Kernels of the update: torch's multi-tensor ones (auto, foreach). apex is refused with the reason."""
+    """Kernels of the update. auto and foreach are the same today: torch's multi-tensor ones. apex is refused with the
+    reason."""
     base_tau: Annotated[float, Field(ge=0, le=1)]
     """tau of the target's moving average at step 0."""
     tau_schedule: Literal["cosine", "constant"] = "cosine"
@@ -156,12 +159,14 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
     channels_last: bool = True
+    """Weights and activations in NHWC order, for which tensor cores have the faster convolutions."""
     compile: bool = False
     """torch.compile of the online and target networks; of a single process only (`Config.check_ranks`)."""
     deterministic: bool = False
     """The same weights to the bit in every run on the same machine, at some speed: on a GPU torch then takes only
     algorithms that promise it (not yet run on one). On a CPU that is so anyway."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: each rank's own GPU where there is one, else the CPU."""
     stop_at_step: Annotated[int, Field(ge=1)] | None = None
     """End the run in good order after this many steps in all; the schedules still span all epochs."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 10
@@ -227,6 +232,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} leaves nothing of "
                 f"train.epochs={self.train.epochs:g}: lower the warm-up"
+            )
+        if self.data.backend == "torch" and self.data.resident == "always":
+            raise ValueError(
+                "data.resident=always: data.backend=torch keeps no images in memory: set data.backend=auto, or "
+                "data.resident=auto"
             )
         return self
 

@@ -26,6 +26,7 @@ FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 B
 REGION = np.dtype([("pointer", "<u8"), ("size", "<u8")])
 ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+LARGEST_SIDE = 0xFFFF  # pixels: IMAGE has 16 bits for each
 JPEG, RAW = 0, 1  # IMAGE's mode; raw: height x width x RGB, uint8
 INT_TYPE, IMAGE_TYPE, JSON_TYPE = 1, 2, 5
 TYPES: dict[int, tuple[str, np.dtype]] = {

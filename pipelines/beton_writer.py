@@ -20,11 +20,12 @@ from pipelines.beton import (
     INT_TYPE,
     JPEG,
     JSON_TYPE,
+    LARGEST_SIDE,
     RAW,
     TYPES,
     VERSION,
 )
-from pipelines.encoded import inspect
+from pipelines.encoded import inspect, ppm_pixels
 
 PAGE_SIZE = 1 << 23  # bytes: ffcv's default
 _LARGEST_PAGE = 1 << 31  # the header has 32 bits for it
@@ -90,13 +91,17 @@ class BetonWriter:
 
         Raises:
             PageTooSmallError: The sample is larger than a page.
-            ValueError: It is neither JPEG nor PPM, or larger than any page.
+            ValueError: It is neither JPEG nor PPM, wider or higher than LARGEST_SIDE, or larger than any page.
         """
         image = inspect(data)
         if image.format not in ("jpeg", "ppm"):
             raise ValueError(f"a .beton holds no {image.format}")
+        if max(image.height, image.width) > LARGEST_SIDE:
+            raise ValueError(
+                f"{image.height} x {image.width}: a .beton's side has at most {LARGEST_SIDE} pixels"
+            )
         mode = RAW if image.format == "ppm" else JPEG
-        body = data[-3 * image.height * image.width :] if mode == RAW else data
+        body = ppm_pixels(data, image) if mode == RAW else data
         note = json.dumps({"key": key, **info}).encode() + b"\0"
         size = len(body) + len(note)
         if size > self._page_size:

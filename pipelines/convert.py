@@ -7,7 +7,8 @@
     16 bits a channel                      the high byte, then as above
     anything else, damaged, too large      refused with the reason
 
-Into a .beton, raw pixels of another .beton stay raw, and --raw-fraction of the images become raw.
+Into a .beton a colour PPM (P6) goes as raw pixels, whatever --raw-fraction is: those of another .beton come in as one,
+and stay raw. Of all other images --raw-fraction become raw.
 
 What an image is, its bytes say, never its name.
 """
@@ -21,10 +22,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from pipelines.beton import LARGEST_SIDE
 from pipelines.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_SIDE = 65500  # pixels: JPEG_MAX_DIMENSION of libjpeg
+MAX_SIDE = 65500  # pixels of what is re-encoded, as JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
 _GREY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -57,13 +59,13 @@ def to_jpeg(
 
 
 def to_raw(data: bytes, *, max_size: int = 0, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
-    """The same as RGB pixels behind a PPM header, in the one form that `encoded.inspect` takes."""
+    """The same as RGB pixels behind a PPM header, in the one form that `encoded.inspect` takes, for a .beton."""
 
     def encode(image: Image.Image) -> bytes:
         return ppm_header(image.height, image.width) + image.convert("RGB").tobytes()
 
     header = _checked(data, max_pixels, decode)
-    if header and header.format == "ppm" and _fits(header, max_size):
+    if header and header.format == "ppm" and _fits(header, max_size or LARGEST_SIDE):
         return data
     return _reencode(data, max_size, max_pixels, encode)
 
@@ -118,7 +120,7 @@ def _reencode(data: bytes, max_size: int, max_pixels: int, encode: Callable[[Ima
             raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
         if not max_size and max(image.size) > MAX_SIDE:
             raise ValueError(
-                f"{image.height} x {image.width}: a JPEG side has at most {MAX_SIDE} pixels (--max-size)"
+                f"{image.height} x {image.width}: a side has at most {MAX_SIDE} pixels (set --max-size)"
             )
         image.load()
         plain = _eight_bits(image)

@@ -29,7 +29,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from configs.schema import AugmentConfig
-from pipelines.encoded import inspect
+from pipelines.encoded import inspect, ppm_pixels
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
 from pipelines.torch_backend import UndecodableError, decode
@@ -164,11 +164,12 @@ class DaliBackend:
             inputs = {"start": start, "shape": shape}
             (self._decoded,) = self._run([encoded[i] for i in compressed], inputs)
             address[compressed] = [self._decoded[k].data_ptr() for k in range(len(compressed))]
-        self._raw = [np.frombuffer(encoded[i], np.uint8) for i in raw]  # keeps the bytes where they are
-        for i, data in zip(raw, self._raw, strict=True):
+        self._raw = []  # keeps the bytes where they are
+        for i in raw:
             header = inspect(encoded[i])
+            self._raw.append(np.frombuffer(ppm_pixels(encoded[i], header), np.uint8))
             box[i] = 0, 0, header.height, header.width
-            address[i] = data[-3 * header.height * header.width :].ctypes.data
+            address[i] = self._raw[-1].ctypes.data
         return Pixels(address, box)
 
     def _run(

@@ -105,14 +105,11 @@ def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
     manifest = Manifest.load(folder)
     notes: list[_Note] = []
     extensions: set[str] = set()
-    for number, shard in enumerate(manifest.shards):
-        offsets = manifest.samples["offset"][manifest.samples["shard"] == number].tolist()
+    for shard, _, records in manifest.by_shard():
+        offsets = records["offset"].tolist()
         path = folder / shard.name
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with tar.opened(path) as descriptor:
             found = dict(_notes_by_offset(path, descriptor, extensions))
-        finally:
-            os.close(descriptor)
         if not found.keys() >= set(offsets):
             raise ValueError(
                 f"SRC {path} is not as its manifest says: tools/verify_shards.py {folder} tells where"

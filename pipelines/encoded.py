@@ -12,9 +12,8 @@ MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PPM = b"P6"
-_PPM_HEADER = re.compile(
-    rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n"
-)  # width, height; as ppm_header writes it
+# Width, height; as ppm_header writes it.
+_PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
 _EOI = b"\xff\xd9"
 _IEND = b"IEND\xaeB`\x82"
 _TAIL = 65536  # bytes at the end that are searched for the end marker before the whole file is
@@ -64,11 +63,16 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     return header
 
 
-def check(data: bytes, height: int, width: int) -> None:
-    """Raises ValueError with the reason where the bytes are no whole image (see `inspect`) of the indexed size."""
+def check(data: bytes, height: int, width: int) -> ImageHeader:
+    """The header of an image of the indexed size.
+
+    Raises:
+        ValueError: The bytes are no whole image (see `inspect`), or one of another size; the message is the reason.
+    """
     header = inspect(data)
     if (header.height, header.width) != (height, width):
         raise ValueError(f"is {header.height} x {header.width} pixels, and {height} x {width} by the index")
+    return header
 
 
 def _inspect_jpeg(data: bytes) -> ImageHeader:
@@ -142,6 +146,11 @@ def _inspect_png(data: bytes) -> ImageHeader:
 def ppm_header(height: int, width: int) -> bytes:
     """What stands before raw pixels (height x width x RGB, uint8) so that every decoder reads them."""
     return b"P6\n%d %d\n255\n" % (width, height)
+
+
+def ppm_pixels(data: bytes, header: ImageHeader) -> memoryview:
+    """The raw pixels of a whole PPM whose header was read, height x width x RGB, uint8: no copy, they keep `data`."""
+    return memoryview(data)[-3 * header.height * header.width :]
 
 
 def _inspect_ppm(data: bytes) -> ImageHeader:

@@ -22,7 +22,7 @@ IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
 
 
 class Index(NamedTuple):
-    """What one tar holds.
+    """What one tar holds; a .beton's samples, all of which can be used, are its records alone (`index_beton`).
 
     Attributes:
         records: SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
@@ -50,8 +50,7 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
     refused = []
     imageless = 0
     seen: set[str] = set()
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with tar.opened(path) as descriptor:
         for key, group in groupby(keyed_members(path, descriptor), lambda item: item[0]):
             members = list(group)
             try:
@@ -64,8 +63,6 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
                 records += [record] if record else []
                 imageless += record is None
             seen.add(key)
-    finally:
-        os.close(descriptor)
     return Index(np.array(records, SAMPLE), refused, imageless)
 
 

@@ -21,6 +21,8 @@ ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 
 RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
 TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 
+# Each function needs a name of its own, those that a function makes as well: of two with one name that different
+# processes compiled, a third that loads both from numba's cache would call one for the other.
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
@@ -211,7 +213,6 @@ def compile_color(brightness: Any, saturation: Any) -> Any:
         saturation: likewise.
     """
 
-    @compiled
     def color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
         for operation in operations:
             if operation == BRIGHTNESS:
@@ -221,7 +222,8 @@ def compile_color(brightness: Any, saturation: Any) -> Any:
             elif operation == HUE:
                 _hue(r, g, b, values[HUE])
 
-    return color
+    color.__qualname__ = f"color of {brightness.__module__}"
+    return compiled(color)
 
 
 def compile_view(resize: Any, color: Any, mirror: bool) -> Any:
@@ -237,7 +239,6 @@ def compile_view(resize: Any, color: Any, mirror: bool) -> Any:
         A compiled function: view i of `recipe`: image uint8 (height, 3 * width), out float32 (size, 3 * size).
     """
 
-    @compiled
     def view(image: Any, recipe: Recipe, i: int, taps: int, work: Work, out: Floats) -> None:
         size, pad = len(out), len(work.blur_weights) - 1
         order, values, solarize = recipe.order[i], recipe.value[i], recipe.solarize[i]
@@ -278,4 +279,5 @@ def compile_view(resize: Any, color: Any, mirror: bool) -> Any:
                     )
                 _deliver(red, second, third, solarize, work.scale, work.shift, out[y])
 
-    return view
+    view.__qualname__ = f"view of {resize.__module__}"
+    return compiled(view)

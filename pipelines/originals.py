@@ -162,8 +162,7 @@ def _list_tar(path: Path, source: Path) -> tuple[Places, list[Refused]]:
     places: Places = {}
     refused = []
     modified = source.stat().st_mtime_ns
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
+    with tar.opened(path) as descriptor:
         for member in tar.walk(source, descriptor):
             name = _plain(member.name)
             if member.kind == "folder" or _hidden(name):
@@ -176,8 +175,6 @@ def _list_tar(path: Path, source: Path) -> tuple[Places, list[Refused]]:
                 places[name] = places[_plain(member.link)]
             else:
                 refused.append(Refused(name, f"a {member.kind}, not a file"))
-    finally:
-        os.close(descriptor)
     return places, refused
 
 

@@ -8,7 +8,7 @@ offset and length of every image a shard is as random-access as an array, so one
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +39,7 @@ TEMPORARY = ".byolt-tmp"  # suffix of files that are not whole yet
 
 
 class Shard(NamedTuple):
-    """One tar of the data set."""
+    """One tar or .beton of the data set."""
 
     name: str
     size: int
@@ -131,6 +131,13 @@ class Manifest:
         }
         with Temporary(folder / MANIFEST) as file:
             file.write(json.dumps(content, indent=1).encode() + b"\n")
+
+    def by_shard(self) -> Iterator[tuple[Shard, int, np.ndarray]]:
+        """Each shard with the number of its first sample and its records, in the order of the samples."""
+        first = 0
+        for shard in self.shards:
+            yield shard, first, self.samples[first : first + shard.samples]
+            first += shard.samples
 
     def validate(self, path: Path) -> None:
         """Raises ValueError, naming `path`, where records and shards do not fit together."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -153,12 +152,10 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
     """Of every sample: its key, the name of its image in the tar, and of the original that its .json keeps."""
     manifest = Manifest.load(folder)
     names: list[set[str]] = [set() for _ in manifest.samples]
-    bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
-    for shard, first, end in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True):
-        number = {int(manifest.samples["offset"][i]): i for i in range(first, end)}
+    for shard, first, records in manifest.by_shard():
+        number = {offset: i for i, offset in enumerate(records["offset"].tolist(), first)}
         path = folder / shard.name
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
+        with tar.opened(path) as descriptor:
             by_key: dict[str, set[str]] = {}
             for member in tar.walk(path, descriptor):
                 stem, _, extension = member.name.rpartition("/")[2].partition(".")
@@ -169,8 +166,6 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
                     names[number[member.offset]] = aliases
                 elif extension == "json":
                     aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset))
-        finally:
-            os.close(descriptor)
     return names
 
 

@@ -15,7 +15,7 @@ class SyntheticSource:
     def __init__(self, num_samples: int, height: int, width: int, classes: int = 10) -> None:
         for name, value in (("NUM", num_samples), ("H", height), ("W", width), ("classes", classes)):
             if not 0 < value < 1 << 31:
-                raise ValueError(f"synthetic:NUM:HxW has {name} = {value}: it must be at least 1")
+                raise ValueError(f"synthetic:NUM:HxW has {name} = {value}: it must be 1 to {(1 << 31) - 1:,}")
         if max(height, width) > 65500:
             raise ValueError(f"synthetic:NUM:HxW has {height}x{width}: a JPEG side is at most 65500")
         self._length = num_samples

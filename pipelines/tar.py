@@ -6,6 +6,7 @@ silently lose the rest. This walk does not: every problem is a ValueError with t
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,16 @@ class Member(NamedTuple):
     offset: int
     length: int
     link: str = ""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[int]:
+    """A descriptor to `walk` with and to read by."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def read_at(path: Path, descriptor: int, length: int, offset: int) -> bytes:

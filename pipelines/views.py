@@ -32,13 +32,11 @@ class ViewParams:
     width: npt.NDArray[np.int32]
     flip: npt.NDArray[np.bool_]
     jitter: npt.NDArray[np.bool_]  # whether the next five fields apply
-    order: npt.NDArray[
-        np.uint8
-    ]  # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
+    # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
+    order: npt.NDArray[np.uint8]
     brightness: npt.NDArray[np.float32]  # added, range [0, 1]; torchvision: a factor
-    contrast: npt.NDArray[
-        np.float32
-    ]  # factor about the per-channel mean; torchvision: about the mean of grey
+    # Factor about the per-channel mean; torchvision: about the mean of grey.
+    contrast: npt.NDArray[np.float32]
     saturation: npt.NDArray[np.float32]  # factor in HSV; torchvision: about the grey image
     hue: npt.NDArray[np.float32]  # turns in HSV
     gray: npt.NDArray[np.bool_]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from pipelines import datasets, ffcv_engine, philox
 from pipelines.beton_writer import PAGE_SIZE, BetonWriter, PageTooSmallError, page_size_for
 from pipelines.convert import to_jpeg, to_raw
-from pipelines.encoded import inspect
+from pipelines.encoded import inspect, ppm_pixels
 from pipelines.index import index_beton, index_tar
 from pipelines.originals import Entry, Reader
 from pipelines.shards import SAMPLE, Shard, Temporary, file_sha256
@@ -173,8 +173,7 @@ def _write_with_ffcv(job: Job, path: Path, samples: _Samples) -> int:
     def pixels(i: int) -> npt.NDArray[np.uint8]:
         data = to_raw(_reader(job.source).read(entries[i]), max_pixels=job.rules["max_pixels"], decode=False)
         header = inspect(data)
-        shape = header.height, header.width, 3
-        return np.frombuffer(data, np.uint8)[-header.height * header.width * 3 :].reshape(shape)
+        return np.frombuffer(ppm_pixels(data, header), np.uint8).reshape(header.height, header.width, 3)
 
     if rows:
         ffcv_engine.write(

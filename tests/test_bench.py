@@ -15,10 +15,12 @@ from PIL import Image
 
 from configs.schema import ViewConfig
 from model import provenance
-from pipelines.loader import CorruptBudgetError
+from pipelines.backends import make_backend
+from pipelines.loader import CorruptBudgetError, Loader
+from pipelines.sources import open_source
 from pipelines.views import draw
 from tools import bench, bench_together
-from tools.bench_peers import ROOT, compare, run_harness
+from tools.bench_peers import CONFIG, ROOT, compare, loader, run_harness
 from tools.bench_stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
 from tools.bench_together import LONGEST_WAIT, bottleneck, median, stall, wait_until_idle
 
@@ -229,6 +231,31 @@ def test_harness_runs_our_loader(tmp_path: Path) -> None:
     harness.write_text("raise SystemExit(3)")
     with pytest.raises(ValueError, match="ended with 3"):
         run_harness(harness, ["pil"], config, workers=1, batches=5, repeats=2)
+
+
+def test_harness_is_given_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours follows all of the run's settings there: profile, views, seed and back end are not the default file's."""
+    images, harness, kept = tmp_path / "images", tmp_path / "harness.py", tmp_path / "kept.yaml"
+    images.mkdir()
+    for i in range(6):
+        Image.effect_noise((40, 30), 10 * i).convert("RGB").save(images / f"{i}.jpg")
+    harness.write_text(
+        "import json, os, shutil, sys\n"
+        f"shutil.copy(os.environ[{CONFIG!r}], {str(kept)!r})\n"
+        "summary = [{'peer': 'byolt', 'cpu_ms_per_image': 1.0, 'wall1': 1.0}]\n"
+        "json.dump({'throughput': {'summary': summary}}, open(sys.argv[sys.argv.index('--out') + 1], 'w'))\n"
+    )
+    overrides = [f"data.path={images}", "data.backend=torch", "run.seed=3", "train.batch_size=4"]
+    overrides += ["augment.size=16", "augment.profile=torchvision", "augment.view1.blur=0.0"]
+    config = bench.schema.load(ROOT / "configs" / "throughput.yaml", overrides)
+    run_harness(harness, ["pil"], config, workers=1, batches=1, repeats=1)
+    monkeypatch.setenv(CONFIG, str(kept))
+    job = SimpleNamespace(data=str(images), batch_size=4, size=16, workers=1)
+    first, second = next(loader(job))
+    source, where = open_source(images), (torch.device("cpu"), torch.float32)
+    with Loader(config, source, make_backend(config, *where)[0]) as batches:
+        (expected,) = next(iter(batches))
+    assert torch.equal(first, expected.view1) and torch.equal(second, expected.view2)
 
 
 def test_missing_harness_is_named() -> None:

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from configs.schema import AugmentConfig, Config, ViewConfig
+from pipelines.backends import make_backend
 from pipelines.beton import ALLOCATION, FIELD, HEADER, IMAGE, IMAGE_TYPE, INT_TYPE, TYPES, BetonSource
 from pipelines.encoded import inspect
-from pipelines.loader import Batch, Loader, make_backend
+from pipelines.loader import Batch, Loader
 from pipelines.sources import Source, open_source
 from pipelines.torch_backend import decode
 from pipelines.views import draw

@@ -181,6 +181,21 @@ def test_writer_refuses_a_png(tmp_path: Path) -> None:
         BetonWriter(file, 1).add("0", (tmp_path / "a.png").read_bytes(), 0, {})
 
 
+def test_image_wider_than_a_beton_can_say_goes_to_quarantine(source: Path, tmp_path: Path) -> None:
+    """16 bits hold a side; a PPM's header says more. The largest that they hold goes through."""
+    for width in (65_535, 65_536, 99_999):
+        (source / f"c0/{width}.ppm").write_bytes(ppm_header(1, width) + bytes(3 * width))
+    assert run(source, tmp_path / "dst", "--format", "beton") == 0
+    refused = quarantine(tmp_path / "dst")
+    assert refused.keys() == {"c0/65536.ppm", "c0/99999.ppm"}
+    assert "1 x 65536: a side has at most 65500 pixels (set --max-size)" in refused["c0/65536.ppm"]
+    kept, _ = by_file(tmp_path / "dst")["c0/65535.ppm"]
+    assert kept == (source / "c0/65535.ppm").read_bytes()
+    assert verify([str(tmp_path / "dst"), "--workers", "1"]) == 0
+    with open(tmp_path / "a.beton", "wb") as file, pytest.raises(ValueError, match="at most 65535 pixels"):
+        BetonWriter(file, 1).add("0", ppm_header(1, 65_536) + bytes(3 * 65_536), 0, {})
+
+
 def test_stopped_and_started_again_is_byte_identical(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipelines.convert import prove, to_jpeg
-from pipelines.encoded import ImageHeader, inspect
+from pipelines.encoded import ImageHeader, check, inspect, ppm_header, ppm_pixels
 
 
 def encode(
@@ -139,6 +139,16 @@ def test_proof_finds_damage_that_pil_does_not() -> None:
             to_jpeg(damaged)
 
 
+def test_check_gives_the_header_and_pixels_lie_behind_it() -> None:
+    pixels = bytes(range(24))
+    data = ppm_header(2, 4) + pixels
+    header = check(data, 2, 4)
+    assert header == ("ppm", 2, 4, 3, 8)
+    assert ppm_pixels(data, header) == pixels and ppm_pixels(data, header).obj is data
+    with pytest.raises(ValueError, match="is 2 x 4 pixels, and 4 x 2 by the index"):
+        check(data, 4, 2)
+
+
 def test_max_pixels_is_the_only_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)  # PIL would refuse twice as many
     for data in (WHOLE, encode(kind="PNG"), encode(kind="BMP")):
@@ -151,7 +161,7 @@ def test_max_pixels_is_the_only_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_sides_that_no_jpeg_has_are_refused_before_decoding() -> None:
     buffer = io.BytesIO()
     Image.new("1", (65501, 2)).save(buffer, "PNG")
-    with pytest.raises(ValueError, match=r"^2 x 65501: a JPEG side has at most 65500 pixels"):
+    with pytest.raises(ValueError, match=r"^2 x 65501: a side has at most 65500 pixels"):
         to_jpeg(buffer.getvalue())
     assert inspect(to_jpeg(buffer.getvalue(), max_size=100))[1:3] == (1, 100)
 

@@ -20,6 +20,7 @@ from model import checkpoint, probe
 from model.byol import Online
 from pipelines.loader import Loader
 from pipelines.order import global_batch, position
+from pipelines.sources import FolderSource
 
 pytestmark = pytest.mark.faults
 
@@ -255,6 +256,32 @@ def _list_ids() -> None:
         return batch
 
     Loader._take = take  # type: ignore[method-assign,assignment]
+
+
+def _break_an_image_and_unlink_late() -> None:
+    """An image of rank 1's first batch reads as empty; corrupt.jsonl goes three seconds late."""
+    number = int(global_batch(0, 0, 0, 32, 8)[4])
+
+    def read(self: FolderSource, i: int, plain: Callable = FolderSource.read) -> bytes:
+        return b"" if i == number else plain(self, i)
+
+    def unlink(self: Path, missing_ok: bool = False, plain: Callable = Path.unlink) -> None:
+        if self.name == "corrupt.jsonl":
+            time.sleep(3)
+        plain(self, missing_ok)
+
+    FolderSource.read = read  # type: ignore[method-assign,assignment]
+    Path.unlink = unlink  # type: ignore[method-assign,assignment]
+
+
+def test_no_rank_lists_a_bad_image_before_the_old_list_is_gone(run: Run) -> None:
+    run.out.mkdir()
+    (run.out / "corrupt.jsonl").write_text('{"id": 7, "where": "an earlier attempt", "rank": 0}\n')
+    options = ("data.resident=never", "train.stop_at_step=1")
+    ranks = run.start_ranks(2, *options, before=_break_an_image_and_unlink_late)
+    assert all_end(ranks) == [0, 0], ranks[0].text + ranks[1].text
+    (row,) = (json.loads(line) for line in (run.out / "corrupt.jsonl").read_text().splitlines())
+    assert (row["rank"], row["id"], row["reason"]) == (1, int(global_batch(0, 0, 0, 32, 8)[4]), "empty")
 
 
 # 20 steps. Rounding stays rounding at this learning rate; at three times as much some ReLU's input, within rounding of 0,

@@ -19,9 +19,17 @@ import numpy as np
 import pytest
 import torch
 from numba.core import caching
+from numba.core.dispatcher import Dispatcher
 
 from configs.schema import AugmentConfig, Profile, ViewConfig
-from pipelines import kernels, torch_backend, torchvision_profile
+from pipelines import (
+    kernel_byol,
+    kernel_rows,
+    kernel_torchvision,
+    kernels,
+    torch_backend,
+    torchvision_profile,
+)
 from pipelines.kernels import Pixels, make_views
 from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
 
@@ -262,6 +270,20 @@ def test_each_function_has_cache_files_of_its_own() -> None:
     """numba numbers the functions in a file; two processes at once could give one number to two of them."""
     functions = [kernels.compiled(profile, views) for profile in get_args(Profile) for views in (1, 2)]
     assert len({function.py_func.__qualname__ for function in functions}) == 4
+
+
+def test_no_two_functions_share_a_name() -> None:
+    """Where both are loaded from the cache, which different processes filled, one would be called for the other: the
+    views of profile torchvision were byol's in a third process, after one had compiled byol and the next torchvision.
+    """
+    names: dict[tuple[str, str], set[int]] = {}
+    for module in (kernel_rows, kernel_byol, kernel_torchvision):
+        for function in vars(module).values():
+            if isinstance(function, Dispatcher):
+                plain = function.py_func
+                names.setdefault((plain.__module__, plain.__qualname__), set()).add(id(plain))
+    assert len(names) > 20
+    assert [name for name, functions in names.items() if len(functions) > 1] == []
 
 
 @pytest.mark.slow

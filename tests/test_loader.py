@@ -6,6 +6,7 @@ import resource
 import struct
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ import torch
 from PIL import Image
 
 from configs.schema import Config
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident, plain_images
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Batch, CorruptBudgetError, Loader
 from pipelines.order import global_batch
+from pipelines.plain import plain_images
 from pipelines.reading import Reader
 from pipelines.sources import SyntheticSource
 from pipelines.torch_backend import UndecodableError, decode
@@ -200,14 +203,20 @@ def test_budget_goes_on_over_a_resume(tmp_path: Path) -> None:
     assert take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
 
 
-@pytest.mark.parametrize(("listed", "max_corrupt"), [(3, 2), (N, 1000)])
-def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("listed", "max_corrupt", "said"),
+    [
+        (3, 2, r"3 undecodable images, more than data\.max_corrupt=2 allows"),
+        (N, 1000, f"all {N} images are undecodable: none is left to train on"),
+    ],
+)
+def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, said: str, tmp_path: Path) -> None:
     """Though no new image is undecodable; and with every image listed there is none to take instead."""
     log = tmp_path / "corrupt.jsonl"
     rows = [{"id": i, "where": "", "reason": "empty", "rank": 0} for i in range(listed)]
     log.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = make_config(data={"max_corrupt": max_corrupt})
-    with pytest.raises(CorruptBudgetError, match=f"{listed} undecodable images") as caught:
+    with pytest.raises(CorruptBudgetError, match=said) as caught:
         take(config, 1, Damaged({}), corrupt_log=log, first_step=1)
     assert f"if they have been repaired, remove {log} to go on" in str(caught.value)
     log.unlink()
@@ -268,12 +277,11 @@ def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) ->
             Loader(config, source, backend, rank=rank, world_size=size, first_step=steps[0])
             for rank in range(size)
         ]
-        batches = [iter(loader) for loader in loaders]
-        for _ in steps:
-            for rank in batches:
-                seen += next(rank)[0].id.tolist()
-        for loader in loaders:
-            loader.close()
+        with ExitStack() as stack:
+            batches = [iter(stack.enter_context(loader)) for loader in loaders]
+            for _ in steps:
+                for rank in batches:
+                    seen += next(rank)[0].id.tolist()
     assert seen == [
         i for epoch in range(3) for step in range(5) for i in global_batch(5, epoch, step, 83, 16).tolist()
     ]
@@ -281,7 +289,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) ->
 
 def test_evaluation_refuses_a_bomb_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "pipelines.loader.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
+        "pipelines.plain.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
     )
     bomb = _bad_images()["400 Mpx"]
     (batch,) = plain_images(Damaged({2: lambda _: bomb}), np.array([0, 2, 1]), make_config())
@@ -311,8 +319,9 @@ def test_budget_for_bad_images() -> None:
 
 def test_wholly_bad_data_ends_instead_of_looping() -> None:
     config = make_config(data={"max_corrupt": 1000}, train={"batch_size": N})
-    with pytest.raises(CorruptBudgetError):
+    with pytest.raises(CorruptBudgetError, match=f"all {N} images are undecodable") as caught:
         take(config, 1, Damaged({i: lambda _: b"" for i in range(N)}))
+    assert "data.max_corrupt" not in str(caught.value)  # raising it would not help
 
 
 def test_error_while_reading_reaches_the_step() -> None:
@@ -329,14 +338,20 @@ def test_batch_larger_than_the_data_set() -> None:
         take(make_config(train={"batch_size": 48}), 1)
 
 
-def test_close_ends_the_thread_and_waiting_is_counted() -> None:
+def test_thread_lives_from_entering_to_leaving_and_waiting_is_counted() -> None:
+    def threads() -> int:
+        return [thread.name for thread in threading.enumerate()].count("loader")
+
     config = make_config()
     backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
     loader = Loader(config, Damaged({}), backend)
-    next(iter(loader))
-    assert loader.waited > 0
-    loader.close()
-    assert "loader" not in [thread.name for thread in threading.enumerate()]
+    assert threads() == 0  # whatever fails before it is entered leaves none behind
+    with pytest.raises(RuntimeError, match="only inside its with statement"):
+        next(iter(loader))
+    with loader:
+        next(iter(loader))
+        assert loader.waited > 0 and threads() == 1
+    assert threads() == 0
 
 
 def test_plain_images_are_the_centre() -> None:

@@ -9,7 +9,8 @@ import torch
 from test_loader import Damaged, N, make_config
 
 from configs.schema import Profile
-from pipelines.loader import Batch, CorruptBudgetError, Loader, make_backend, make_resident
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Batch, CorruptBudgetError, Loader
 from pipelines.memory import Memory
 from pipelines.recipe import Pixels
 from pipelines.resident import Resident, is_wanted
@@ -66,7 +67,7 @@ def test_broken_images_are_replaced_and_listed_as_from_bytes(tmp_path: Path) -> 
 def test_ranks_share_what_is_broken(tmp_path: Path) -> None:
     """Each has decoded the whole set, and lists its part: all ranks together list every image once."""
     source = Damaged({i: lambda _: b"" for i in (3, 4, 9, 12, 15)})
-    config = make_config(data={"resident": "always", "max_corrupt": 3})
+    config = make_config(data={"backend": "auto", "resident": "always", "max_corrupt": 3})
     kept = Resident(source, config.augment, CPU, torch.float32, threads=1)
     for rank, expected in enumerate(([4, 12], [3, 9, 15])):
         log = tmp_path / f"{rank}.jsonl"
@@ -140,12 +141,13 @@ def test_auto_keeps_small_images_below_the_limit(count: int, height: int, width:
         count, height, width
     )  # 155,344 times 96 x 96 x 3 bytes are 4 GiB but 1,536 bytes
     assert is_wanted(make_config().data, source) == wanted
-    assert is_wanted(make_config(data={"resident": "always"}).data, source)
+    assert is_wanted(make_config(data={"backend": "auto", "resident": "always"}).data, source)
     assert not is_wanted(make_config(data={"resident": "never"}).data, source)
 
 
 def test_images_stay_encoded_for_the_torch_back_end() -> None:
-    config = make_config(data={"backend": "torch", "resident": "always"})
+    config = make_config(data={"backend": "torch", "resident": "auto"})
+    assert is_wanted(config.data, Damaged({}))
     assert make_resident(config, Damaged({}), CPU, torch.float32) is None
 
 

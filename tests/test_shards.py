@@ -379,4 +379,8 @@ def test_any_manifest_comes_back(
         Manifest(shards, samples, classes, made_with).save(folder)
         again = Manifest.load(folder)
         assert np.array_equal(again.samples, samples)
+        for number, (shard, first, part) in enumerate(again.by_shard()):
+            assert shard is again.shards[number] and first == sum(counts[:number])
+            assert np.array_equal(part, records[number])
+        assert number == len(counts) - 1
     assert (again.shards, again.classes, again.settings) == (shards, classes, made_with)

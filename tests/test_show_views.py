@@ -1,5 +1,6 @@
 """The pictures of tools/show_views.py: what they show is what training sees, where it stands, and what is refused."""
 
+import errno
 import io
 import sys
 from dataclasses import fields
@@ -16,7 +17,8 @@ from PIL import Image
 
 from configs.schema import Config, load
 from pipelines import torch_backend
-from pipelines.loader import Backend, Loader, make_backend
+from pipelines.backends import Backend, make_backend
+from pipelines.loader import Loader
 from pipelines.order import global_batch
 from pipelines.sources import open_source
 from pipelines.torch_backend import TorchBackend
@@ -192,6 +194,25 @@ def test_a_box_is_painted_around_its_pixels(folder: Path) -> None:
         assert np.allclose(found, np.array(window) * scale, atol=1.5)
         extent = np.array([xs.max() - xs.min(), ys.max() - ys.min()]) / scale
         assert np.allclose(extent, [params.width[0], params.height[0]], atol=5 / scale)
+
+
+def test_picture_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the picture of an earlier call stays as it was."""
+    path = tmp_path / "views.png"
+    path.write_bytes(b"earlier")
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    page = Page(400, 100, "title", [])
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            page.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["views.png"] and path.read_bytes() == b"earlier"
+    page.save(path)
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.size == (page.width, page.height)
 
 
 def _page(kind: str, folder: Path) -> Page:

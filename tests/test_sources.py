@@ -184,6 +184,7 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
         (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
         ("synthetic:10:5", "synthetic:NUM:HxW"),
         ("synthetic:0:5x5", "NUM = 0"),
+        ("synthetic:2147483648:5x5", "NUM = 2147483648: it must be 1 to 2,147,483,647"),
     ]
     for path, message in cases:
         with pytest.raises(ValueError, match=message):

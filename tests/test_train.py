@@ -174,7 +174,7 @@ def test_calibration_has_two_images_a_batch_on_however_many_ranks(run: Run, imag
         sizes: list[int] = []
         with (
             patch(
-                "pipelines.loader.plain_images", lambda *arguments, sizes=sizes: sizes.extend(arguments[3:])
+                "pipelines.plain.plain_images", lambda *arguments, sizes=sizes: sizes.extend(arguments[3:])
             ),
             patch("model.evaluate.calibrate_batch_norm"),
             patch("model.evaluate.knn_of_run", return_value=1.0),

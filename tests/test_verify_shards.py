@@ -81,7 +81,7 @@ def test_damaged_image_with_right_hashes_is_found_by_decoding(
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ("height", "is 40 x 30, the manifest states 41 x 30"),
+        ("height", "is 40 x 30 pixels, and 41 x 30 by the index"),
         ("label", "label is 0 in the file, the manifest states -1"),
         ("crc32", "crc32"),
         ("offset", "crc32"),

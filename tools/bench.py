@@ -27,7 +27,8 @@ import torch
 from configs import schema
 from model import distributed, provenance
 from model.step import PRECISIONS
-from pipelines.loader import CorruptBudgetError, make_backend
+from pipelines.backends import make_backend
+from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
 from pipelines.torch_backend import UndecodableError
 from tools.bench_peers import run_harness

@@ -24,11 +24,15 @@ import torch
 from torch import Tensor
 
 from configs import schema
-from pipelines.loader import Loader, make_backend
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Loader
 from pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = "byolt"
+CONFIG = (
+    "BYOLT_PEERS_CONFIG"  # environment variable: the run's settings, a YAML file, for the harness's process
+)
 
 
 class Job(Protocol):
@@ -41,19 +45,21 @@ class Job(Protocol):
 
 
 def loader(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
-    """The recipe of configs/throughput.yaml (the paper's) on the harness's images; float32 on the CPU."""
+    """The run's own recipe, kept in memory or not as train.py would, on the harness's images; float32 on the CPU."""
     config = schema.load(
-        ROOT / "configs" / "throughput.yaml",
+        os.environ[CONFIG],
         [
             f"data.path={job.data}",
             f"data.threads={job.workers}",
-            "data.backend=dali",
             f"augment.size={job.size}",
             f"train.batch_size={job.batch_size}",
+            "train.accumulation=1",
         ],
     )
-    backend, _ = make_backend(config, torch.device("cpu"), torch.float32)
-    with Loader(config, open_source(job.data), backend) as batches:
+    source, where = open_source(config.data.path), (torch.device("cpu"), torch.float32)
+    kept = make_resident(config, source, *where)
+    backend, _ = kept or make_backend(config, *where)
+    with Loader(config, source, backend) as batches:
         for (batch,) in batches:
             yield batch.view1, batch.view2
 
@@ -66,7 +72,7 @@ def run_harness(
     Args:
         harness: the program.
         peers: its pipelines by name; empty for all.
-        config: the run.
+        config: the run: ours follows all of it, the peers the path, the batch and the size of a view.
         workers: processes of the peers, threads of ours.
         batches: timed ones of each turn.
         repeats: turns.
@@ -81,7 +87,8 @@ def run_harness(
     if not harness.is_file():
         raise ValueError(f"--peers {harness}: no such file; give the peers' harness, a Python program")
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "peers.json"
+        out, settings = Path(scratch) / "peers.json", Path(scratch) / "config.yaml"
+        settings.write_text(schema.to_yaml(config))
         command = [sys.executable, str(harness), "--data", config.data.path, "--out", str(out)]
         command += [
             "--extra",
@@ -102,7 +109,8 @@ def run_harness(
         }
         command += [text for name, value in numbers.items() for text in (f"--{name}", str(value))]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": path}, stdout=subprocess.DEVNULL)
+        environment = os.environ | {"PYTHONPATH": path, CONFIG: str(settings)}
+        done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
         if done.returncode or not out.exists():
             raise ValueError(
                 f"--peers {harness} ended with {done.returncode} (its message is above); it needs a folder of JPEGs "

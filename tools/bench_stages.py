@@ -25,8 +25,8 @@ import torch
 
 from configs.schema import Config
 from pipelines import order
+from pipelines.backends import make_backend
 from pipelines.encoded import inspect
-from pipelines.loader import make_backend
 from pipelines.reading import Reader
 from pipelines.sources import Source
 from pipelines.views import ViewParams, draw_both

@@ -19,7 +19,8 @@ from torch import Tensor
 from configs.schema import Config, ViewConfig
 from model.distributed import World
 from model.step import StepResult, make_step
-from pipelines.loader import Batch, Loader, make_backend, make_resident
+from pipelines.backends import make_backend, make_resident
+from pipelines.loader import Batch, Loader
 from pipelines.sources import Source
 from tools.bench_stages import STAGES, Clock, Cost, rate
 

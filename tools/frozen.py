@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from configs.schema import Config
 from model import distributed, evaluate
 from model.distributed import World
-from pipelines.loader import plain_images
+from pipelines.plain import plain_images
 from pipelines.sources import Source
 
 # Images of one forward pass of a frozen encoder: so that its rounding does not depend on the ranks.

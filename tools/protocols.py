@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from configs.schema import Config, ViewConfig
 from model import distributed, evaluate, probe, schedules
 from model.sync_norm import convert_sync_batchnorm
-from pipelines.loader import Batch, Loader, make_backend
+from pipelines.backends import make_backend
+from pipelines.loader import Batch, Loader
 from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
 from tools import frozen

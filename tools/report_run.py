@@ -16,7 +16,7 @@ from model.checkpoint import CheckpointError
 from model.evaluate import extract_features
 from model.rows import read_rows
 from model.trained import Trained, load_trained
-from pipelines.loader import plain_images
+from pipelines.plain import plain_images
 from pipelines.sources import Source
 from pipelines.subset import spaced
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from configs import schema
-from pipelines.loader import make_backend
+from pipelines.backends import make_backend
 from pipelines.sources import open_source
 from pipelines.torch_backend import TorchBackend
 from tools.view_samples import choose, read

@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pipelines import encoded
 from pipelines.beton import BetonSource, split_path
 from pipelines.convert import prove
-from pipelines.encoded import inspect, ppm_header
 from pipelines.index import index_beton, index_tar
 from pipelines.plan import SUFFIXES
 from pipelines.shards import MANIFEST, Manifest, Shard, file_sha256
@@ -83,7 +83,8 @@ def check_shard(task: Task) -> list[str]:
     try:
         for number, record in enumerate(records):
             data = os.pread(descriptor, int(record["length"]), int(record["offset"]))
-            header = ppm_header(int(record["height"]), int(record["width"])) if raw[number] else b""
+            sides = int(record["height"]), int(record["width"])
+            header = encoded.ppm_header(*sides) if raw[number] else b""
             reason = check_sample(data, record, task.decode, header)
             if not reason and found is not None:
                 reason = _compare(found[number], record)
@@ -100,10 +101,7 @@ def _check_part(part: Part) -> list[str]:
     for i in range(part.start, part.stop):
         try:
             data = source.read(i)
-            header = inspect(data)
-            if (header.height, header.width) != (source.heights[i], source.widths[i]):
-                stated = f"{source.heights[i]} x {source.widths[i]}"
-                raise ValueError(f"is {header.height} x {header.width}, the file states {stated}")
+            header = encoded.check(data, int(source.heights[i]), int(source.widths[i]))
             if part.decode:
                 prove(data, header)
         except ValueError as error:
@@ -120,10 +118,7 @@ def check_sample(data: bytes, record: np.ndarray, decode: bool, before: bytes = 
     if zlib.crc32(data) != record["crc32"]:
         return "its bytes are not those that the manifest describes (crc32)"
     try:
-        header = inspect(before + data)
-        if (header.height, header.width) != (record["height"], record["width"]):
-            stated = f"{record['height']} x {record['width']}"
-            return f"is {header.height} x {header.width}, the manifest states {stated}"
+        header = encoded.check(before + data, int(record["height"]), int(record["width"]))
         if decode:
             prove(data, header)
     except ValueError as error:
@@ -172,10 +167,9 @@ def _verify_manifest(
 ) -> tuple[int, list[str], list[Path]]:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
-    bounds = np.searchsorted(manifest.samples["shard"], np.arange(len(manifest.shards) + 1))
     tasks = [
-        Task(folder / shard.name, shard, np.array(manifest.samples[start:stop]), int(start), decode)
-        for shard, start, stop in zip(manifest.shards, bounds[:-1], bounds[1:], strict=True)
+        Task(folder / shard.name, shard, np.array(records), first, decode)
+        for shard, first, records in manifest.by_shard()
         if names is None or shard.name in names
     ]
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}

@@ -13,8 +13,8 @@ import torch
 
 from configs.schema import Config, ViewConfig
 from pipelines import order
-from pipelines.encoded import inspect
-from pipelines.loader import Backend
+from pipelines.backends import Backend
+from pipelines.encoded import check
 from pipelines.sources import Source
 from pipelines.torch_backend import UndecodableError
 from pipelines.views import ViewParams, draw
@@ -57,15 +57,11 @@ def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64])
     for number in ids.tolist():
         data = source.read(number)
         try:
-            header = inspect(data)
+            check(data, int(source.heights[number]), int(source.widths[number]))
         except ValueError as error:
-            raise ValueError(f"{source.describe(number)}: {error}: show others with --ids") from None
-        expected = int(source.heights[number]), int(source.widths[number])
-        if (header.height, header.width) != expected:
             raise ValueError(
-                f"{source.describe(number)}: is {header.height} x {header.width} pixels, and {expected[0]} x "
-                f"{expected[1]} by the index: run tools/verify_shards.py on the data set"
-            )
+                f"{source.describe(number)}: {error}: show others with --ids, and run tools/verify_shards.py"
+            ) from None
         encoded.append(data)
     sides = source.heights[ids], source.widths[ids]
     views = config.augment.view1, config.augment.view2

@@ -1,6 +1,5 @@
 """The three pictures of tools/show_views.py: the contact sheet, a strip per operation, two back ends side by side."""
 
-import io
 import textwrap
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from configs.schema import Config
-from pipelines.loader import Backend
+from model.checkpoint import replacing
+from pipelines.backends import Backend
 from pipelines.torch_backend import TorchBackend, decode
 from pipelines.views import ViewParams
 from tools.view_samples import Row, Samples, make_views, neutral_jitter, operations, table, to_pixels
@@ -83,9 +83,8 @@ class Page:
 
     def save(self, path: Path) -> None:
         """Writes a PNG file, whole or not at all."""
-        buffer = io.BytesIO()
-        self.figure.savefig(buffer, format="png", dpi=DPI)
-        path.write_bytes(buffer.getvalue())
+        with replacing(path) as temporary:
+            self.figure.savefig(temporary, format="png", dpi=DPI)
 
 
 def contact_sheet(config: Config, samples: Samples, backend: Backend, notes: list[str]) -> Page:

@@ -1,0 +1,60 @@
+"""Images without augmentation, for evaluation: the centre square, resized and normalised."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from configs.schema import Config
+from pipelines.encoded import inspect
+from pipelines.sources import Source
+from pipelines.torch_backend import decode, resize_bicubic
+
+
+def plain_images(
+    source: Source, ids: npt.NDArray[np.int64], config: Config, batch_size: int = 256
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Unaugmented images for evaluation: the centre square, resized and normalised.
+
+    The square is the central 7/8 of the short side, rounded and placed as the reference does
+    (byol/utils/dataset.py); of an image no larger than a view it is the whole short side.
+
+    Args:
+        source: labelled images; an undecodable one is left out.
+        ids: which of them.
+        config: size, mean and std of the run; data.threads work at a time.
+        batch_size: images per batch.
+
+    Yields:
+        Images (n, 3, size, size) float32 on the CPU, channels_last, and labels (n,) int64.
+    """
+    mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
+
+    def load(number: int) -> Tensor | None:
+        data = source.read(number)
+        try:
+            inspect(data)  # refuses what would take gigabytes to decode
+            return _centre(decode(data), config.augment.size)
+        except ValueError:
+            return None
+
+    with ThreadPoolExecutor(config.data.threads) as pool:
+        for start in range(0, len(ids), batch_size):
+            part = ids[start : start + batch_size]
+            loaded = list(pool.map(load, part.tolist()))
+            images = [image for image in loaded if image is not None]
+            kept = [image is not None for image in loaded]
+            if images:
+                batch = (torch.stack(images) - mean) / std
+                yield batch.permute(0, 3, 1, 2), torch.from_numpy(source.labels[part[kept]])
+
+
+def _centre(image: Tensor, size: int) -> Tensor:
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if side > size:
+        side = int(side * 7 / 8)
+    return resize_bicubic(image, (height - side + 1) // 2, (width - side + 1) // 2, side, side, size)
