@@ -49,6 +49,14 @@ def spaced(total: int, count: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
 
 
+def drawn(total: int, count: int) -> npt.NDArray[np.int64]:
+    """Sorted ids, drawn from 0 .. total - 1, always the same: `count` of them, or all where there are fewer.
+
+    Evenly spaced ones can miss classes: labels of period C at a stride that is a multiple of C are all one.
+    """
+    return np.sort(global_batch(0, 0, 0, total, min(count, total)))
+
+
 def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
     """A share of every class, drawn by seed: its count times share, rounded, and at least one.
 

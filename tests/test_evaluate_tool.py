@@ -17,6 +17,7 @@ from model import checkpoint, distributed
 from model.byol import make_byol
 from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
+from pipelines.loader import plain_images
 from pipelines.sources import Source, open_source
 from tools import evaluate, frozen, protocols
 from tools.frozen import Bench
@@ -358,3 +359,46 @@ def test_two_ranks_measure_what_one_measures(
         assert one["results"] == two["results"]
         wrong.append(one["results"][0]["top1"] < 100)
     assert any(wrong)
+
+
+def test_untrained_is_the_same_network_with_fresh_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--protocol", "knn", "--k", "5", "--untrained"]
+    documents = [_measure(run, tmp_path / seed, *options, "--seed", seed) for seed in "001"]
+    documents.append(_measure(run, tmp_path / "trained", *options[:-1]))
+    scores = [document["results"] for document in documents]
+    assert scores[0] == scores[1]
+    assert [document["untrained"] for document in documents] == [True, True, True, False]
+    assert documents[0]["encoder_sha256"] is None and documents[0]["step"] == 0
+    assert (tmp_path / "0" / "evaluate-knn-untrained.json").exists()
+    assert "knn: resnet8 (cifar stem), untrained" in capsys.readouterr().out
+    first, again, other = (
+        evaluate.untrained(load_trained(run / "encoder.safetensors"), s) for s in (0, 0, 1)
+    )
+    weights = [trained.encoder.conv1.weight for trained in (first, again, other)]  # type: ignore[union-attr]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])  # type: ignore[arg-type]
+
+
+def test_batch_norms_of_an_untrained_encoder_fit_the_training_images(run: Path) -> None:
+    train = open_source(run / "train")
+    bench = _bench(run, train, train)
+    bench.encoder = evaluate.untrained(load_trained(run / "encoder.safetensors"), 0).encoder
+    frozen.calibrate(bench)
+    inside: list[torch.Tensor] = []
+    norm = bench.encoder.bn1
+    norm.register_forward_hook(lambda module, inputs, output: inside.append(output.clone()))  # type: ignore[operator,union-attr]
+    images = torch.cat([images for images, _ in plain_images(train, np.arange(72), bench.config)])
+    with torch.no_grad():
+        bench.encoder(images)
+    [normalised] = inside  # of the very batch that was averaged over: mean 0 and deviation 1 in each channel
+    deviation, mean = torch.std_mean(normalised, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(deviation, torch.ones(32), atol=1e-2, rtol=0)
+
+
+def test_the_supervised_ceiling_learns_from_fresh_weights(run: Path, tmp_path: Path) -> None:
+    options = ["--epochs", "8", "--lr", "0.2", "--batch-size", "16", "--untrained"]
+    document = _measure(run, tmp_path, "--protocol", "finetune", "--labels", "1.0", *options)
+    assert document["results"][0]["top1"] == 100.0 and document["untrained"]
+    assert (tmp_path / "evaluate-finetune-1-untrained.json").exists()

@@ -3,14 +3,14 @@
 python tools/evaluate.py runs/quickstart/encoder.safetensors --protocol knn
 torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train SHARDS --protocol linear
 
-CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured. --data is what is tested
-on, --train what is learned from; without them the run's own eval.path and data.path. Prints a table; writes
-evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured, or with --untrained the
+same network with fresh weights: the baseline, and with --protocol finetune --labels 1.0 the supervised ceiling.
+--data is what is tested on, --train what is learned from; without them the run's own eval.path and data.path. Prints a
+table; writes evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
 """
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from configs.schema import Config
-from model import distributed, evaluate, metrics, probe
-from model.checkpoint import CheckpointError, replacing
+from model import distributed, evaluate, probe
+from model.byol import make_encoder
+from model.checkpoint import CheckpointError
 from model.step import PRECISIONS
 from model.trained import Trained, load_trained
 from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
 from pipelines.subset import Subset, listed_ids, spaced
-from tools import protocols
+from tools import frozen, protocols, result
 from tools.frozen import Bench
 from tools.protocols import Outcome
 
@@ -53,6 +53,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
     parser.add_argument("--protocol", required=True, choices=tuple(OPTIONS))
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="measure the same network with fresh weights by --seed; frozen batch norms are calibrated first",
+    )
     parser.add_argument("--data", help="labelled images to test on (default: the run's eval.path)")
     parser.add_argument("--train", help="labelled images to learn from (default: the run's data.path)")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's)")
@@ -151,10 +156,21 @@ def run(
     with Progress(console=console, disable=not world.is_main) as progress:
         encoder = trained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         bench = Bench(config, encoder, world, train, test, args.seed, PRECISIONS[args.precision], progress)
+        if args.untrained and args.protocol != "finetune":
+            frozen.calibrate(bench)
         outcomes, labels = measure(args, bench)
     if world.is_main:
         seconds = time.monotonic() - started
-        report(args, trained, bench, outcomes, labels, seconds)
+        result.report(args, trained, bench, outcomes, labels, seconds)
+
+
+def untrained(trained: Trained, seed: int) -> Trained:
+    """The same network before any training; its weights are no run's and have no digest."""
+    model = trained.config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = make_encoder(model.backbone, model.stem)
+    return trained._replace(encoder=encoder.eval(), step=0, digest="")
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tensor]:
@@ -171,86 +187,6 @@ def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tens
     return protocols.transfer(bench, probe.l2_values(args.l2 or 45), args.max_iterations or 1000)
 
 
-def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
-    """Accuracies in per cent with their 95 % intervals, and the settings."""
-    row: dict[str, Any] = {"name": outcome.name, "images": len(labels)}
-    for k in (1, 5):
-        if k < classes:  # among five of five classes the true one always is
-            right = int(evaluate.topk_correct(outcome.scores, labels, k).sum())
-            low, high = evaluate.wilson_interval(right, len(labels))
-            row |= {f"top{k}": 100 * right / len(labels), f"top{k}_interval": [100 * low, 100 * high]}
-    return row | {"settings": outcome.settings}
-
-
-def report(
-    args: argparse.Namespace,
-    trained: Trained,
-    bench: Bench,
-    outcomes: list[Outcome],
-    labels: Tensor,
-    seconds: float,
-) -> None:
-    """The table, the JSON file and the picture."""
-    rows = [summary(outcome, labels, bench.classes) for outcome in outcomes]
-    model = trained.config.model
-    title = f"{args.protocol}: {model.backbone} ({model.stem} stem), step {trained.step}"
-    table = Table(
-        "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
-    )
-    for row in rows:
-        cells = [
-            cell
-            for k in (1, 5)
-            for cell in (
-                (f"{row[f'top{k}']:.2f}", "{:.2f} - {:.2f}".format(*row[f"top{k}_interval"]))
-                if f"top{k}" in row
-                else ("-", "-")
-            )
-        ]
-        table.add_row(row["name"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
-    settings = {
-        key: value
-        for key, value in outcomes[0].settings.items()
-        if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
-    }
-    console.print(", ".join(f"{key} {value}" for key, value in settings.items()), markup=False)
-    console.print(
-        f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
-        f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
-    )
-    protocol = args.protocol + "-fast" * bool(args.fast)
-    name = f"evaluate-{protocol}"
-    if args.protocol == "finetune":
-        name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
-    out = args.out or trained.path.parent
-    document = {
-        "protocol": protocol,
-        "checkpoint": trained.path.name,
-        "encoder_sha256": trained.digest,
-        "step": trained.step,
-        "results": rows,
-        "test": {"path": args.data, "fingerprint": bench.test.fingerprint, "images": len(bench.test)},
-        "train": {"path": args.train, "fingerprint": bench.train.fingerprint, "images": len(bench.train)},
-        "classes": bench.classes,
-        "seed": args.seed,
-        "machine": {
-            "ranks": bench.world.size, "device": bench.world.device.type, "precision": args.precision,
-            "torch": torch.__version__, "seconds": round(seconds, 1),
-        },
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-    predicted = outcomes[0].scores.argmax(dim=1)
-    counts = evaluate.confusion_matrix(predicted, labels, bench.classes)
-    names = bench.test.classes or [str(label) for label in range(bench.classes)]
-    caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
-    metrics.save_confusion(out / f"{name}.png", counts, names, caption)
-    console.print(f"{out / name}.json, {name}.png", markup=False, soft_wrap=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 failed on the way, 2 it cannot be done as asked, 130 interrupted."""
     args = make_parser().parse_args(argv)
@@ -265,6 +201,8 @@ def _main(args: argparse.Namespace) -> int:
     try:
         check(args)
         trained = load_trained(args.checkpoint)
+        if args.untrained:
+            trained = untrained(trained, args.seed)
         args.data = args.data or trained.config.eval.path
         args.train = args.train or trained.config.data.path
         test = open_labelled("--data", args.data, args.max_images)
