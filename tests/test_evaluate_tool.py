@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -402,3 +403,45 @@ def test_the_supervised_ceiling_learns_from_fresh_weights(run: Path, tmp_path: P
     document = _measure(run, tmp_path, "--protocol", "finetune", "--labels", "1.0", *options)
     assert document["results"][0]["top1"] == 100.0 and document["untrained"]
     assert (tmp_path / "evaluate-finetune-1-untrained.json").exists()
+
+
+@pytest.fixture
+def fourth(run: Path, tmp_path: Path) -> list[str]:
+    """--data and --train with a fourth class that sorts last and has but few images: white."""
+    options = []
+    for split in ("train", "val"):
+        root = tmp_path / "four" / split
+        shutil.copytree(run / split, root)
+        (root / "white").mkdir()
+        Image.new("RGB", (20, 18), (250, 250, 250)).save(root / "white" / "0.png")
+        options += [{"train": "--train", "val": "--data"}[split], str(root)]
+    return options
+
+
+def test_a_class_that_has_a_name_and_no_image_is_drawn(
+    run: Path, fourth: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "drawn", lambda total, count: np.arange(0, total - 1, 2))  # no white
+    options = ["--protocol", "knn", "--k", "5", "--max-images", "20"]
+    document = _measure(run, tmp_path / "out", *options, *fourth)
+    assert document["classes"] == 4 and document["results"][0]["top1"] == 100.0
+
+
+def test_a_picture_that_fails_is_a_warning(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such font")
+
+    options = ["--protocol", "knn", "--k", "5"]
+    _measure(run, tmp_path, *options)
+    monkeypatch.setattr("model.metrics.save_confusion", fail)
+    assert _main(run, tmp_path, *options) == 0
+    assert "cannot be drawn: no such font" in capsys.readouterr().err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone
+
+
+def test_thinned_images_are_of_all_classes(run: Path) -> None:
+    source = evaluate.open_labelled("--data", "synthetic:1000:8x8", 100)  # labels are i mod 10
+    counts = np.bincount(source.labels, minlength=10)
+    assert counts.sum() == 100 and counts.min() >= 3

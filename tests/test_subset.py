@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.sources import open_source
-from pipelines.subset import Subset, balanced_ids, listed_ids, spaced
+from pipelines.subset import Subset, balanced_ids, drawn, listed_ids, spaced
 from tools import make_shards
 
 
@@ -74,6 +74,19 @@ def test_spaced_numbers(total: int, count: int) -> None:
     gaps = np.diff(numbers)
     assert len(gaps) == min(count, total)
     assert count == 0 or (numbers[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5)])
+def test_drawn_numbers(total: int, count: int) -> None:
+    numbers = drawn(total, count)
+    assert len(numbers) == min(count, total) and (np.diff(numbers) > 0).all()
+    assert numbers[0] >= 0 and numbers[-1] < total and (numbers == drawn(total, count)).all()
+
+
+def test_drawn_numbers_have_no_period() -> None:
+    """Evenly spaced, all 100 would be of one residue."""
+    counts = np.bincount(drawn(1000, 100) % 10, minlength=10)
+    assert ((counts - 10) ** 2 / 10).sum() < 21.7  # chi squared of 9 degrees of freedom: 99 %
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])

@@ -31,7 +31,7 @@ from model.step import PRECISIONS
 from model.trained import Trained, load_trained
 from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
-from pipelines.subset import Subset, listed_ids, spaced
+from pipelines.subset import Subset, drawn, listed_ids
 from tools import frozen, protocols, result
 from tools.frozen import Bench
 from tools.protocols import Outcome
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", help="labelled images to test on (default: the run's eval.path)")
     parser.add_argument("--train", help="labelled images to learn from (default: the run's data.path)")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="at most N of each split, evenly spaced")
+    parser.add_argument("--max-images", type=int, metavar="N", help="at most N of each split, drawn")
     parser.add_argument("--seed", type=int, default=0, help="of classifiers, held-out part, subset and crops")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder")
@@ -137,7 +137,7 @@ def open_labelled(option: str, path: str | None, limit: int | None) -> Source:
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabelled images: give a data set with classes")
     if limit and limit < len(source):
-        return Subset(source, spaced(len(source), limit))
+        return Subset(source, drawn(len(source), limit))
     return source
 
 

@@ -40,8 +40,9 @@ class Bench:
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
-        return evaluate.num_classes(self.train.labels, self.test.labels)
+        """Number of classes: those that have a name, or more if there are larger labels."""
+        named = self.test.classes or self.train.classes or []
+        return max(len(named), evaluate.num_classes(self.train.labels, self.test.labels))
 
     @property
     def width(self) -> int:

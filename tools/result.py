@@ -95,7 +95,13 @@ def report(
         temporary.write_text(json.dumps(document, indent=1) + "\n")
     predicted = outcomes[0].scores.argmax(dim=1)
     counts = evaluate.confusion_matrix(predicted, labels, bench.classes)
-    names = bench.test.classes or [str(label) for label in range(bench.classes)]
+    names = list(bench.test.classes or bench.train.classes or [])
+    names += [str(label) for label in range(len(names), bench.classes)]
     caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
-    metrics.save_confusion(out / f"{name}.png", counts, names, caption)
+    picture = out / f"{name}.png"
+    try:
+        metrics.save_confusion(picture, counts, names, caption)
+    except Exception as error:  # the numbers are written; what a library cannot draw ends nothing
+        picture.unlink(missing_ok=True)  # an earlier one is of other numbers
+        print(f"warning: {picture} cannot be drawn: {error}", file=sys.stderr)
     console.print(f"{out / name}.json, {name}.png", markup=False, soft_wrap=True)
