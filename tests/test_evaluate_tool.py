@@ -20,7 +20,7 @@ from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
 from pipelines.loader import plain_images
 from pipelines.sources import Source, open_source
-from tools import evaluate, frozen, protocols
+from tools import evaluate, export, frozen, protocols
 from tools.frozen import Bench
 
 CONFIG = """
@@ -108,7 +108,7 @@ def test_every_protocol_finds_the_colours(
     assert result["top1_interval"] == pytest.approx([100 * 21 / (21 + z2), 100])
     assert document["encoder_sha256"] == load_trained(run / "encoder.safetensors").digest
     shown = capsys.readouterr().out
-    assert "100.00" in shown and f"evaluate-{protocol}" in shown
+    assert "100.00" in shown and f"evaluate-{protocol}" in " ".join(shown.split())
     settings = result["settings"]
     if protocol == "linear":
         assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
@@ -123,7 +123,7 @@ def test_every_protocol_finds_the_colours(
 def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
     document = _measure(run, tmp_path, "--protocol", "linear", "--fast", *FAST["linear"])
     assert document["results"][0]["top1"] == 100.0 and document["protocol"] == "linear-fast"
-    assert (tmp_path / "evaluate-linear-fast.json").exists()  # beside the other's, not over it
+    assert (tmp_path / "evaluate-linear-fast-step18.json").exists()  # beside the other's, not over it
 
 
 def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
@@ -132,7 +132,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     options = ["--subset", str(listing), *FAST["finetune"][2:-2], "--batch-size", "8"]
     document = _measure(run, tmp_path / "out", "--protocol", "finetune", *options)
     assert document["results"][0]["settings"]["labelled_images"] == 24
-    assert (tmp_path / "out" / "evaluate-finetune-some.json").exists()
+    assert (tmp_path / "out" / "evaluate-finetune-some-step18.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_trial_that_diverges_is_not_the_answer(
     assert result["top1"] == 100.0 and result["settings"]["lr"] == 0.2
     assert result["settings"]["held_out_top1"] == {"lr 1e+30, 8 epochs": None, "lr 0.2, 8 epochs": 100.0}
     assert _main(run, tmp_path / "all", *options, "1e30", "1e31") == 1
-    assert "all 2 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert "all 2 settings diverged" in capsys.readouterr().err and not list((tmp_path / "all").iterdir())
 
 
 def test_a_head_that_diverges_is_not_the_answer(
@@ -225,7 +225,7 @@ def test_a_head_that_diverges_is_not_the_answer(
     [result] = _measure(run, tmp_path / "one", *options, "5e39", "0.5")["results"]
     assert result["top1"] == 100.0 and result["settings"]["held_out_top1"] == {"5e+39": None, "0.5": 100.0}
     assert _main(run, tmp_path / "all", *options, "5e39") == 1
-    assert "all 1 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert "all 1 settings diverged" in capsys.readouterr().err and not list((tmp_path / "all").iterdir())
 
 
 def test_a_fit_that_diverges_is_not_the_answer(
@@ -445,3 +445,47 @@ def test_thinned_images_are_of_all_classes(run: Path) -> None:
     source = evaluate.open_labelled("--data", "synthetic:1000:8x8", 100)  # labels are i mod 10
     counts = np.bincount(source.labels, minlength=10)
     assert counts.sum() == 100 and counts.min() >= 3
+
+
+def test_results_of_other_settings_lie_side_by_side(run: Path, tmp_path: Path) -> None:
+    knn, other = ["--protocol", "knn", "--k", "5"], str(tmp_path / "pets" / "val")
+    shutil.copytree(run / "val", other)
+    Image.new("RGB", (20, 18), (250, 30, 30)).save(Path(other) / "red" / "x.png")
+    for more in (
+        [],
+        ["--max-images", "20"],
+        ["--data", other],
+        ["--data", str(run / "val")],
+        ["--seed", "3"],
+    ):
+        assert _main(run, tmp_path / "out", *knn, *more) == 0
+    names = sorted(path.stem for path in (tmp_path / "out").glob("*.json"))
+    assert names == [
+        "evaluate-knn-step18", "evaluate-knn-step18-max20", "evaluate-knn-step18-pets-val", "evaluate-knn-step18-seed3",
+    ]  # fmt: skip
+
+
+def test_export_finds_every_result_of_its_weights(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "encoder.safetensors", tmp_path)
+    trained = load_trained(tmp_path / "encoder.safetensors")
+    for more in ([], ["--max-images", "20"], ["--untrained"]):
+        assert _main(run, tmp_path, "--protocol", "knn", "--k", "5", *more) == 0
+    lines = export.measured(trained)
+    assert [line.split(" images of ")[0][-2:] for line in lines] == ["20", "21"]  # not the untrained one's
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluate, "run", None)
+    (tmp_path / "file").write_text("")
+    assert _main(run, tmp_path / "file" / "below", "--protocol", "knn") == 2
+    assert "(Not a directory): give another folder by --out" in capsys.readouterr().err
+
+
+def test_images_that_were_learned_are_no_test(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for more in ([], ["--max-images", "9"]):
+        assert _main(run, tmp_path, "--protocol", "knn", "--train", str(run / "val"), *more) == 2
+        assert "hold the same images" in capsys.readouterr().err

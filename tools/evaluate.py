@@ -6,7 +6,7 @@ torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train S
 CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured, or with --untrained the
 same network with fresh weights: the baseline, and with --protocol finetune --labels 1.0 the supervised ceiling.
 --data is what is tested on, --train what is learned from; without them the run's own eval.path and data.path. Prints a
-table; writes evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+table; writes evaluate-PROTOCOL-STEP.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
 """
 
 import argparse
@@ -212,7 +212,13 @@ def _main(args: argparse.Namespace) -> int:
                 f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
             )
         evaluate.num_classes(train.labels, test.labels)
+        if train.fingerprint == test.fingerprint:
+            raise ValueError(
+                f"--train {args.train} and --data {args.data} hold the same images, and an encoder would be tested on "
+                "what it has learned: name another data set (tools/make_shards.py --split train=.9,val=.1 makes two)"
+            )
         world = distributed.init(args.device)
+        distributed.on_main(lambda: result.check_writable(result.folder(args, trained)), world)
     except (CheckpointError, ValueError, OSError) as error:
         print(f"evaluate: {error}", file=sys.stderr)
         return 2

@@ -2,7 +2,10 @@
 
 import argparse
 import json
+import re
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,53 @@ def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
             low, high = evaluate.wilson_interval(right, len(labels))
             row |= {f"top{k}": 100 * right / len(labels), f"top{k}_interval": [100 * low, 100 * high]}
     return row | {"settings": outcome.settings}
+
+
+def folder(args: argparse.Namespace, trained: Trained) -> Path:
+    """Where the files go."""
+    return args.out or trained.path.parent
+
+
+def check_writable(path: Path) -> None:
+    """Makes the folder and a file in it, before hours of work.
+
+    Raises:
+        ValueError: it cannot be.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"nothing can be written to {path} ({error.strerror}): give another folder by --out"
+        ) from None
+
+
+def file_name(args: argparse.Namespace, trained: Trained) -> str:
+    """Of JSON and picture, without ending; it tells apart what else would overwrite one another.
+
+    evaluate-PROTOCOL-STEP, and what is not as the run has it: data sets, --max-images, --seed.
+    """
+    config = trained.config
+    parts = ["evaluate", args.protocol + "-fast" * bool(args.fast)]
+    if args.protocol == "finetune":
+        parts.append(args.subset.stem if args.subset else format(args.labels, "g"))
+    parts.append("untrained" if args.untrained else f"step{trained.step}")
+    if args.data != config.eval.path:
+        parts.append(_short(args.data))
+    if args.train != config.data.path:
+        parts.append("from-" + _short(args.train))
+    if args.max_images:
+        parts.append(f"max{args.max_images}")
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    return "-".join(parts)
+
+
+def _short(path: str) -> str:
+    """A data set's name: the last two parts of its path, 'val' alone says little."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(path).parts[-2:])).strip("-.")[-40:]
 
 
 def report(
@@ -67,15 +117,9 @@ def report(
         f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
         f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
     )
-    protocol = args.protocol + "-fast" * bool(args.fast)
-    name = f"evaluate-{protocol}"
-    if args.protocol == "finetune":
-        name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
-    if args.untrained:
-        name += "-untrained"
-    out = args.out or trained.path.parent
+    name, out = file_name(args, trained), folder(args, trained)
     document = {
-        "protocol": protocol,
+        "protocol": args.protocol + "-fast" * bool(args.fast),
         "checkpoint": trained.path.name,
         "untrained": args.untrained,
         "encoder_sha256": trained.digest or None,
@@ -90,7 +134,6 @@ def report(
             "torch": torch.__version__, "seconds": round(seconds, 1),
         },
     }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
     with replacing(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
     predicted = outcomes[0].scores.argmax(dim=1)
