@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_every_protocol_finds_the_colours(
 ) -> None:
     document = _measure(run, tmp_path, "--protocol", protocol, *FAST[protocol])
     [result] = document["results"]
-    assert result["top1"] == 100.0 and result["images"] == 21
+    assert result["top1"] == result["mean_per_class"] == 100.0 and result["images"] == 21
     assert "top5" not in result  # of three classes
     z2 = 1.959964**2
     assert result["top1_interval"] == pytest.approx([100 * 21 / (21 + z2), 100])
@@ -489,3 +490,63 @@ def test_images_that_were_learned_are_no_test(
     for more in ([], ["--max-images", "9"]):
         assert _main(run, tmp_path, "--protocol", "knn", "--train", str(run / "val"), *more) == 2
         assert "hold the same images" in capsys.readouterr().err
+
+
+def test_equal_settings_give_the_gentlest() -> None:
+    assert protocols._best([50.0, 90.0, None, 90.0, 80.0], [1, 2, 9, 4, 5]) == 3
+    assert protocols._best([90.0, 90.0, 90.0], [(-0.1, -50), (-0.1, -30), (-0.2, -30)]) == 1
+    assert protocols._best([None, 1.0], [5, 1]) == 1
+
+
+def test_a_lost_rank_is_told_in_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer; gloo/")
+
+    monkeypatch.setattr(evaluate, "run", fail)
+    assert _main(run, tmp_path, "--protocol", "knn") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(
+        "model.distributed.is_lost_peer", lambda error: False
+    )  # what nobody foresaw is shown whole
+    assert _main(run, tmp_path, "--protocol", "knn") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
+    whole = evaluate.measure
+
+    def measure(args: Any, bench: Bench) -> Any:
+        if rank == 1:
+            raise FloatingPointError("a feature is not finite")
+        return whole(args, bench)
+
+    evaluate.measure = measure
+    sys.stderr = (Path(out) / f"{rank}.err").open("w")
+    code = _main(Path(run), Path(out) / "out", "--protocol", "knn")
+    sys.stderr.close()
+    os._exit(code + 10)
+
+
+@pytest.mark.slow
+def test_every_rank_tells_what_failed_first(run: Path, tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    start = torch.multiprocessing.get_context("spawn").Process
+    processes = [start(target=_failing_worker, args=(r, port, str(run), str(tmp_path))) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [11, 11]
+    for rank in range(2):
+        error = (tmp_path / f"{rank}.err").read_text()
+        assert "evaluate: rank 1: a feature is not finite" in error and "Traceback" not in error
+
+
+def test_a_folder_that_is_not_utf8(run: Path, tmp_path: Path) -> None:
+    _measure(run, tmp_path / "caf\udce9", "--protocol", "knn", "--data", str(run / "val"))

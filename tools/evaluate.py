@@ -5,8 +5,9 @@ torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train S
 
 CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured, or with --untrained the
 same network with fresh weights: the baseline, and with --protocol finetune --labels 1.0 the supervised ceiling.
---data is what is tested on, --train what is learned from; without them the run's own eval.path and data.path. Prints a
-table; writes evaluate-PROTOCOL-STEP.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+--data is what is tested on, --train what is learned from; without them the run's own eval.path and data.path. Images
+are their central square, 7/8 of the short side, as the reference's. Prints top-1, top-5 and the mean per class; writes
+evaluate-PROTOCOL-STEP.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from configs.schema import Config
-from model import distributed, evaluate, probe
+from model import distributed, evaluate, failure, probe
 from model.byol import make_encoder
 from model.checkpoint import CheckpointError
 from model.step import PRECISIONS
@@ -224,12 +226,12 @@ def _main(args: argparse.Namespace) -> int:
         return 2
     try:
         run(args, trained, train, test, world)
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except (CorruptBudgetError, FloatingPointError, OSError) as error:
-        print(f"evaluate: rank {world.rank}: {error}", file=sys.stderr)
-        return 1
+    except Exception as error:
+        foreseen = (ValueError, CorruptBudgetError, FloatingPointError, OSError)
+        if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+            traceback.print_exc()
+        print(f"evaluate: {failure.explain(error, None, world)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     distributed.shutdown(world)  # only now: after a failure NCCL would wait for the ranks that failed
     return 0
 

@@ -99,7 +99,7 @@ def linear(
             sweep.step(features, distributed.gather_rows(batch.label.to(device), bench.world))
     held_features, held_labels = plain_features(bench, held, "held-out features")
     tried = [_top1(scores, held_labels) for scores in sweep.scores(held_features)]
-    best = _best(tried)
+    best = _best(tried, [-lr for lr in lrs])
     features, labels = plain_features(bench, bench.test, "test features")
     settings = {
         "epochs": epochs, "steps": steps, "batch_size": batch_size, "momentum": probe.MOMENTUM, "lr": lrs[best],
@@ -143,14 +143,15 @@ def finetune(
         held = Subset(bench.train, others[_held(bench.train.labels[others], bench.seed)])
     batch_size = _batch_size(bench, batch_size, len(fit))
     trials = list(itertools.product(lrs, epochs))
+    gentle = [(-lr, -length) for lr, length in trials]
     tried: list[float | None] = []
     best: tuple[Bench, nn.Linear] | None = None
     for lr, length in trials:
         tuned, head = _train_all(bench, fit, lr, length, batch_size)
         tried.append(_held_out_top1(tuned, head, held))
-        if tried[-1] is not None and _best(tried) == len(tried) - 1:
+        if tried[-1] is not None and _best(tried, gentle) == len(tried) - 1:
             best = tuned, head
-    lr, length = trials[_best(tried)]
+    lr, length = trials[_best(tried, gentle)]
     assert best is not None
     tuned, head = best
     with torch.no_grad():
@@ -185,7 +186,7 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
         bench.progress.update(task, advance=bench.world.size)
     table = in_order(parts, bench.world, features.new_zeros(0, 3, dtype=torch.float64)).tolist()
     tried = [None if math.isnan(row[0]) else row[0] for row in table]
-    best = _best(tried)
+    best = _best(tried, l2_values)
     everything, all_labels = torch.cat([features, held_features]), torch.cat([labels, held_labels])
     final = probe.fit_logistic(everything, all_labels, bench.classes, l2_values[best], max_iterations)
     test, test_labels = plain_features(bench, bench.test, "test features")
@@ -307,15 +308,22 @@ def _top1(scores: Tensor, labels: Tensor) -> float | None:
     return 100 * evaluate.topk_correct(scores, labels, 1).double().mean().item()
 
 
-def _best(tried: Sequence[float | None]) -> int:
-    """The place of the highest accuracy, the first of equal ones.
+def _best(tried: Sequence[float | None], gentle: Sequence[Any]) -> int:
+    """The place of the highest accuracy; among equal ones, of the gentlest setting.
+
+    Of few held-out images many settings are equally right, and of those the one that follows the training images least
+    is expected to do best on others: the largest penalty, the smallest learning rate, the shortest training.
+
+    Args:
+        tried: accuracy of each setting, None where it diverged.
+        gentle: how gentle each is, in any order that compares.
 
     Raises:
-        FloatingPointError: there is none.
+        FloatingPointError: all diverged.
     """
     accuracies = [-math.inf if top1 is None else top1 for top1 in tried]
     if max(accuracies) == -math.inf:
         raise FloatingPointError(
             f"all {len(tried)} settings diverged (scores of held-out images are not finite): give others, of --lr lower"
         )
-    return accuracies.index(max(accuracies))
+    return max(range(len(tried)), key=lambda i: (accuracies[i], gentle[i]))

@@ -21,13 +21,15 @@ from tools.protocols import Outcome
 
 
 def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
-    """Accuracies in per cent with their 95 % intervals, and the settings."""
+    """Accuracies in per cent, top-1 and top-5 with their 95 % intervals, and the settings."""
     row: dict[str, Any] = {"name": outcome.name, "images": len(labels)}
     for k in (1, 5):
         if k < classes:  # among five of five classes the true one always is
             right = int(evaluate.topk_correct(outcome.scores, labels, k).sum())
             low, high = evaluate.wilson_interval(right, len(labels))
             row |= {f"top{k}": 100 * right / len(labels), f"top{k}_interval": [100 * low, 100 * high]}
+    if classes > 1:
+        row["mean_per_class"] = 100 * evaluate.mean_per_class(confusions(outcome, labels, classes))
     return row | {"settings": outcome.settings}
 
 
@@ -78,6 +80,11 @@ def _short(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(path).parts[-2:])).strip("-.")[-40:]
 
 
+def confusions(outcome: Outcome, labels: Tensor, classes: int) -> Tensor:
+    """How many images of each class (row) were taken for each class (column): (C, C) int64."""
+    return evaluate.confusion_matrix(outcome.scores.argmax(dim=1), labels, classes)
+
+
 def report(
     args: argparse.Namespace,
     trained: Trained,
@@ -91,9 +98,8 @@ def report(
     model = trained.config.model
     state = "untrained" if args.untrained else f"step {trained.step}"
     title = f"{args.protocol}: {model.backbone} ({model.stem} stem), {state}"
-    table = Table(
-        "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
-    )
+    columns = ("", "top-1 %", "95 % interval", "mean per class %", "top-5 %", "95 % interval")
+    table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         cells = [
             cell
@@ -104,7 +110,8 @@ def report(
                 else ("-", "-")
             )
         ]
-        table.add_row(row["name"], *cells)
+        mean = f"{row['mean_per_class']:.2f}" if "mean_per_class" in row else "-"
+        table.add_row(row["name"], *cells[:2], mean, *cells[2:])
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table)
     settings = {
@@ -136,8 +143,7 @@ def report(
     }  # fmt: skip
     with replacing(out / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
-    predicted = outcomes[0].scores.argmax(dim=1)
-    counts = evaluate.confusion_matrix(predicted, labels, bench.classes)
+    counts = confusions(outcomes[0], labels, bench.classes)
     names = list(bench.test.classes or bench.train.classes or [])
     names += [str(label) for label in range(len(names), bench.classes)]
     caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
@@ -147,4 +153,5 @@ def report(
     except Exception as error:  # the numbers are written; what a library cannot draw ends nothing
         picture.unlink(missing_ok=True)  # an earlier one is of other numbers
         print(f"warning: {picture} cannot be drawn: {error}", file=sys.stderr)
-    console.print(f"{out / name}.json, {name}.png", markup=False, soft_wrap=True)
+    where = f"{out / name}.json, {name}.png".encode(errors="replace").decode()  # a folder need not be UTF-8
+    console.print(where, markup=False, soft_wrap=True)
