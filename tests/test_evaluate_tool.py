@@ -1,5 +1,6 @@
 """tools/evaluate.py as its users run it: every protocol on images whose class is their colour, on one and two ranks."""
 
+import io
 import json
 import os
 import shutil
@@ -115,7 +116,7 @@ def test_every_protocol_finds_the_colours(
         assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
         assert settings["held_out_top1"].keys() == {"0.5", "1.0"}
     if protocol == "finetune":
-        assert settings["labelled_images"] == 36 and settings["held_out_images"] == 3
+        assert settings["train_images"] == 36 and settings["held_out_images"] == 3
         assert settings["lr"] == 0.2  # not the useless one
     if protocol == "transfer":
         assert len(settings["held_out_top1"]) == 5 and settings["l2"] in settings["l2_values"]
@@ -132,7 +133,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     listing.write_text("".join(f"{name}/{i}.png\n" for name in COLOURS for i in range(8)))
     options = ["--subset", str(listing), *FAST["finetune"][2:-2], "--batch-size", "8"]
     document = _measure(run, tmp_path / "out", "--protocol", "finetune", *options)
-    assert document["results"][0]["settings"]["labelled_images"] == 24
+    assert document["results"][0]["settings"]["train_images"] == 24
     assert (tmp_path / "out" / "evaluate-finetune-some-step18.json").exists()
 
 
@@ -142,6 +143,16 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "finetune"], "needs --labels 0.01, 0.1 or 1.0, or --subset FILE"),
         (["--protocol", "finetune", "--labels", "2"], "share of 2 of the labels"),
         (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
+        (
+            ["--protocol", "knn", "--seed", str(2**63)],
+            "--seed 9223372036854775808: it must be 0 or more, and below 2**63",
+        ),
+        (["--protocol", "knn", "--threads", str(2**31)], "--threads 2147483648: it must be 1024 or less"),
+        (["--protocol", "transfer", "--l2", "99999"], "--l2 99999: it must be 10000 or less"),
+        (
+            ["--protocol", "knn", "--device", "cuda"],
+            "--device cuda, but process 0 of this machine finds 0 GPUs; set --device cpu",
+        ),
         (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be a number more than 0"),
         (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0: it must be a number more than 0"),
         (["--protocol", "linear", "--epochs", "inf"], "--epochs inf: it must be a number more than 0"),
@@ -165,11 +176,22 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    options: list[str], part: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    options: list[str],
+    part: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     flat = str(run / "val" / "red")
     command = [str(run / "encoder.safetensors"), *(flat if o == "FLAT" else o for o in options)]
-    assert evaluate.main([*command, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]) == 2
+    assert (
+        evaluate.main(
+            [*command[:1], "--device", "cpu", "--threads", "1", "--out", str(tmp_path), *command[1:]]
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("evaluate: ") and part in error
     assert list(tmp_path.iterdir()) == []
@@ -548,5 +570,84 @@ def test_every_rank_tells_what_failed_first(run: Path, tmp_path: Path) -> None:
         assert "evaluate: rank 1: a feature is not finite" in error and "Traceback" not in error
 
 
-def test_a_folder_that_is_not_utf8(run: Path, tmp_path: Path) -> None:
+def test_a_folder_that_is_not_utf8(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict"))
     _measure(run, tmp_path / "caf\udce9", "--protocol", "knn", "--data", str(run / "val"))
+
+
+def _damage(path: Path) -> None:
+    """The pixels of a PNG; its header and end stay."""
+    data = path.read_bytes()
+    path.write_bytes(data[:60] + bytes(len(data) - 80) + data[-20:])
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear --fast", "finetune", "transfer"])
+def test_images_that_do_not_decode_are_counted(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = []
+    for option, split, cut in (("--train", "train", range(24)), ("--data", "val", range(2))):
+        root = tmp_path / "cut" / split
+        shutil.copytree(run / split, root)
+        for i in cut:
+            path = root / "red" / f"{i}.png"
+            _damage(path)
+        options += [option, str(root)]
+    name = protocol.split()[0]
+    labels = ["--labels", "1"] if name == "finetune" else []
+    document = _measure(run, tmp_path, "--protocol", *protocol.split(), *FAST[name], *labels, *options)
+    test, train = document["test"], document["train"]
+    assert (test["images"], test["of"], train["images"], train["of"]) == (19, 21, 48, 72)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "19 test images (2 of 21 do not decode and are left out) of 3 classes; 48 training images" in shown
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_where_nothing_decodes_the_data_set_is_named(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(run / "train", tmp_path / "cut")
+    for path in (tmp_path / "cut").rglob("*.png"):
+        _damage(path)
+    options = ["--protocol", protocol, *FAST[protocol], "--train", str(tmp_path / "cut")]
+    assert _main(run, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        error == f"evaluate: --train {tmp_path / 'cut'}: no image decodes; run tools/verify_shards.py on it"
+    )
+
+
+def test_rows_are_named_by_the_neighbours_that_voted(run: Path, tmp_path: Path) -> None:
+    document = _measure(run, tmp_path, "--protocol", "knn", "--k", "200", "20", "100")
+    assert [(row["name"], row["settings"]["k"]) for row in document["results"]] == [
+        ("k = 72", 72),
+        ("k = 20", 20),
+    ]
+
+
+def test_a_class_of_one_image_is_learned(run: Path, fourth: list[str]) -> None:
+    train = open_source(fourth[1])
+    fit, held = protocols._hold_out(_bench(run, train, train))
+    assert np.bincount(fit.labels).tolist() == [22, 22, 22, 1] and np.bincount(held.labels).tolist() == [
+        2,
+        2,
+        2,
+    ]
+
+
+def test_one_class_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(run / split / "red", tmp_path / split / "red")
+    options = ["--train", str(tmp_path / "train"), "--data", str(tmp_path / "val")]
+    assert _main(run, tmp_path / "out", "--protocol", "knn", *options) == 2
+    assert "all 24 images are of one class: needs two classes or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "images", "size"), [(1, 5000, 1024), (3, 5000, 1023), (3, 90, 63), (6, 13, 12)]
+)
+def test_default_batches_fit_the_ranks(ranks: int, images: int, size: int, run: Path) -> None:
+    train = open_source(run / "train")
+    bench = _bench(run, train, train)
+    bench.world = distributed.World(0, 0, ranks, torch.device("cpu"), "gloo")
+    assert protocols._batch_size(bench, None, images) == size

@@ -44,6 +44,14 @@ def test_every_class_gives_its_share(share: float) -> None:
     assert (np.diff(ids) > 0).all()
 
 
+def test_an_image_of_every_class_can_be_left() -> None:
+    labels = np.repeat(np.arange(4), [100, 40, 2, 1])
+    counts = np.bincount(labels[balanced_ids(labels, 0.1, 3, leave=1)], minlength=4)
+    assert counts.tolist() == [10, 4, 1, 0]
+    assert np.bincount(labels[balanced_ids(labels, 1, 3, leave=1)]).tolist() == [99, 39, 1]
+    assert not len(balanced_ids(labels, 1, 3, leave=100))
+
+
 def test_seeds_differ_and_shares_are_nested() -> None:
     labels = np.arange(1000) % 10
     small, large = balanced_ids(labels, 0.01, 0), balanced_ids(labels, 0.1, 0)

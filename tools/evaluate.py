@@ -116,8 +116,11 @@ def check(args: argparse.Namespace) -> None:
         for value in values or []:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{option} {value}: it must be a number more than 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: it must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: it must be 0 or more, and below 2**63")
+    for option, value, most in (("--threads", args.threads, 1024), ("--l2", args.l2, 10_000)):
+        if value and value > most:
+            raise ValueError(f"{option} {value}: it must be {most} or less")
     if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
         raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
     if args.protocol == "linear" and len(args.epochs or [80]) > 1:
@@ -151,7 +154,10 @@ def run(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    data = trained.config.data.model_copy(update={"threads": min(threads, 256)})
+    # What does not decode is left out and counted, as by every protocol: the run's budget is not for this.
+    data = trained.config.data.model_copy(
+        update={"threads": min(threads, 256), "path": args.train, "max_corrupt": len(train)}
+    )
     config: Config = trained.config.model_copy(update={"data": data})
     console = Console(stderr=True)
     started = time.monotonic()
@@ -214,6 +220,11 @@ def _main(args: argparse.Namespace) -> int:
                 f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
             )
         evaluate.num_classes(train.labels, test.labels)
+        if train.labels.min() == train.labels.max():
+            raise ValueError(
+                f"--train {args.train}: all {len(train)} images are of one class: needs two classes or more"
+                + " (raise --max-images)" * bool(args.max_images)
+            )
         if train.fingerprint == test.fingerprint:
             raise ValueError(
                 f"--train {args.train} and --data {args.data} hold the same images, and an encoder would be tested on "
@@ -222,12 +233,15 @@ def _main(args: argparse.Namespace) -> int:
         world = distributed.init(args.device)
         distributed.on_main(lambda: result.check_writable(result.folder(args, trained)), world)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(f"evaluate: {error}".replace("train.device=", "--device "), file=sys.stderr)
         return 2
     try:
         run(args, trained, train, test, world)
-    except Exception as error:
-        foreseen = (ValueError, CorruptBudgetError, FloatingPointError, OSError)
+    except Exception as raised:
+        error = raised
+        if isinstance(error, CorruptBudgetError):
+            error = ValueError(f"--train {args.train}: no image decodes; run tools/verify_shards.py on it")
+        foreseen = (ValueError, FloatingPointError, OSError)
         if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
             traceback.print_exc()
         print(f"evaluate: {failure.explain(error, None, world)}", file=sys.stderr)

@@ -16,6 +16,7 @@ from torch import Tensor
 from model import evaluate, metrics
 from model.checkpoint import replacing
 from model.trained import Trained
+from pipelines.sources import Source
 from tools.frozen import Bench
 from tools.protocols import Outcome
 
@@ -80,6 +81,11 @@ def _short(path: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(path).parts[-2:])).strip("-.")[-40:]
 
 
+def describe(path: str, source: Source, used: int) -> dict[str, Any]:
+    """A data set, and how many of its images were used: the others do not decode, or were not chosen."""
+    return {"path": path, "fingerprint": source.fingerprint, "images": used, "of": len(source)}
+
+
 def confusions(outcome: Outcome, labels: Tensor, classes: int) -> Tensor:
     """How many images of each class (row) were taken for each class (column): (C, C) int64."""
     return evaluate.confusion_matrix(outcome.scores.argmax(dim=1), labels, classes)
@@ -120,8 +126,11 @@ def report(
         if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
     }
     console.print(", ".join(f"{key} {value}" for key, value in settings.items()), markup=False)
+    used = sum(outcomes[0].settings.get(key, 0) for key in ("train_images", "held_out_images"))
+    lost = len(bench.test) - len(labels)
+    left_out = f" ({lost} of {len(bench.test)} do not decode and are left out)" if lost else ""
     console.print(
-        f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
+        f"{len(labels)} test images{left_out} of {bench.classes} classes; {used} training images; "
         f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
     )
     name, out = file_name(args, trained), folder(args, trained)
@@ -132,8 +141,8 @@ def report(
         "encoder_sha256": trained.digest or None,
         "step": trained.step,
         "results": rows,
-        "test": {"path": args.data, "fingerprint": bench.test.fingerprint, "images": len(bench.test)},
-        "train": {"path": args.train, "fingerprint": bench.train.fingerprint, "images": len(bench.train)},
+        "test": describe(args.data, bench.test, len(labels)),
+        "train": describe(args.train, bench.train, used),
         "classes": bench.classes,
         "seed": args.seed,
         "machine": {
