@@ -199,6 +199,19 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
+def mean_per_class(counts: Tensor) -> float:
+    """Accuracy within each class, averaged over the classes that have images: 0 .. 1.
+
+    What the paper gives for Aircraft, Caltech-101, Flowers and Pets (table 3), whose classes are of unequal sizes.
+
+    Args:
+        counts: (C, C) of `confusion_matrix`, at least one image.
+    """
+    images = counts.sum(dim=1)
+    present = images > 0
+    return (counts.diagonal()[present].double() / images[present]).mean().item()
+
+
 @torch.no_grad()
 def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """Features of every image in eval mode; the encoder's mode is restored.

@@ -274,10 +274,12 @@ def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> 
     figure.colorbar(image, label="% of the true class", fraction=0.046)
     axis.set_xlabel("predicted")
     axis.set_ylabel("true")
-    axis.set_title(title, fontsize=10)
+    # A name is a folder's: its $ are no mathematics, and it need not be UTF-8.
+    axis.set_title(_drawable(title), fontsize=10, parse_math=False)
     if classes <= 50:
-        axis.set_xticks(range(classes), names, rotation=90)
-        axis.set_yticks(range(classes), names)
+        drawable = [_drawable(name) for name in names]
+        axis.set_xticks(range(classes), drawable, rotation=90, parse_math=False)
+        axis.set_yticks(range(classes), drawable, parse_math=False)
     if classes <= 20:
         for row in range(classes):
             for column in range(classes):
@@ -286,6 +288,10 @@ def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> 
                     text = f"{percent[row, column]:.0f}"
                     axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     _save_figure(figure, path)
+
+
+def _drawable(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def _save_figure(figure: Any, path: Path) -> None:

@@ -48,7 +48,17 @@ def spaced(total: int, count: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
 
 
-def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.NDArray[np.int64]:
+def drawn(total: int, count: int) -> npt.NDArray[np.int64]:
+    """Sorted ids, drawn from 0 .. total - 1, always the same: `count` of them, or all where there are fewer.
+
+    Evenly spaced ones can miss classes: labels of period C at a stride that is a multiple of C are all one.
+    """
+    return np.sort(global_batch(0, 0, 0, total, min(count, total)))
+
+
+def balanced_ids(
+    labels: npt.NDArray[np.int64], share: float, seed: int, leave: int = 0
+) -> npt.NDArray[np.int64]:
     """A share of every class, drawn by seed: its count times share, rounded, and at least one.
 
     With one seed the smaller share is part of the larger.
@@ -57,6 +67,7 @@ def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.
         labels: (N,) class of each sample.
         share: above 0, up to 1.
         seed: 0 <= seed < 2**63.
+        leave: so many of every class are left, though less than the share or none be taken.
 
     Returns:
         Sorted ids, int64.
@@ -70,7 +81,7 @@ def balanced_ids(labels: npt.NDArray[np.int64], share: float, seed: int) -> npt.
     chosen = []
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
-        chosen.append(members[: max(1, round(share * len(members)))])
+        chosen.append(members[: max(0, min(max(1, round(share * len(members))), len(members) - leave))])
     return np.sort(np.concatenate(chosen))
 
 

@@ -21,6 +21,7 @@ from model.evaluate import (
     knn_accuracy,
     knn_of_run,
     knn_votes,
+    mean_per_class,
     num_classes,
     share,
     topk_correct,
@@ -78,6 +79,11 @@ def test_no_temperature_is_too_low(temperature: float) -> None:
             [1, 2, 0, 3],
             [0, 1, 2, 4],
         ]
+
+
+def test_mean_per_class_weighs_classes_alike() -> None:
+    counts = torch.tensor([[8, 2, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 3]])
+    assert mean_per_class(counts) == pytest.approx((0.8 + 0 + 0.75) / 3)  # the third has no image
 
 
 def test_topk_counts_the_true_class_among_the_highest() -> None:

@@ -1,8 +1,11 @@
 """tools/evaluate.py as its users run it: every protocol on images whose class is their colour, on one and two ranks."""
 
+import io
 import json
 import os
+import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,9 @@ from model import checkpoint, distributed
 from model.byol import make_byol
 from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
+from pipelines.loader import plain_images
 from pipelines.sources import Source, open_source
-from tools import evaluate, frozen, protocols
+from tools import evaluate, export, frozen, protocols
 from tools.frozen import Bench
 
 CONFIG = """
@@ -100,19 +104,19 @@ def test_every_protocol_finds_the_colours(
 ) -> None:
     document = _measure(run, tmp_path, "--protocol", protocol, *FAST[protocol])
     [result] = document["results"]
-    assert result["top1"] == 100.0 and result["images"] == 21
+    assert result["top1"] == result["mean_per_class"] == 100.0 and result["images"] == 21
     assert "top5" not in result  # of three classes
     z2 = 1.959964**2
     assert result["top1_interval"] == pytest.approx([100 * 21 / (21 + z2), 100])
     assert document["encoder_sha256"] == load_trained(run / "encoder.safetensors").digest
     shown = capsys.readouterr().out
-    assert "100.00" in shown and f"evaluate-{protocol}" in shown
+    assert "100.00" in shown and f"evaluate-{protocol}" in " ".join(shown.split())
     settings = result["settings"]
     if protocol == "linear":
         assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
         assert settings["held_out_top1"].keys() == {"0.5", "1.0"}
     if protocol == "finetune":
-        assert settings["labelled_images"] == 36 and settings["held_out_images"] == 3
+        assert settings["train_images"] == 36 and settings["held_out_images"] == 3
         assert settings["lr"] == 0.2  # not the useless one
     if protocol == "transfer":
         assert len(settings["held_out_top1"]) == 5 and settings["l2"] in settings["l2_values"]
@@ -121,7 +125,7 @@ def test_every_protocol_finds_the_colours(
 def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
     document = _measure(run, tmp_path, "--protocol", "linear", "--fast", *FAST["linear"])
     assert document["results"][0]["top1"] == 100.0 and document["protocol"] == "linear-fast"
-    assert (tmp_path / "evaluate-linear-fast.json").exists()  # beside the other's, not over it
+    assert (tmp_path / "evaluate-linear-fast-step18.json").exists()  # beside the other's, not over it
 
 
 def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
@@ -129,8 +133,8 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     listing.write_text("".join(f"{name}/{i}.png\n" for name in COLOURS for i in range(8)))
     options = ["--subset", str(listing), *FAST["finetune"][2:-2], "--batch-size", "8"]
     document = _measure(run, tmp_path / "out", "--protocol", "finetune", *options)
-    assert document["results"][0]["settings"]["labelled_images"] == 24
-    assert (tmp_path / "out" / "evaluate-finetune-some.json").exists()
+    assert document["results"][0]["settings"]["train_images"] == 24
+    assert (tmp_path / "out" / "evaluate-finetune-some-step18.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -139,6 +143,16 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "finetune"], "needs --labels 0.01, 0.1 or 1.0, or --subset FILE"),
         (["--protocol", "finetune", "--labels", "2"], "share of 2 of the labels"),
         (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
+        (
+            ["--protocol", "knn", "--seed", str(2**63)],
+            "--seed 9223372036854775808: it must be 0 or more, and below 2**63",
+        ),
+        (["--protocol", "knn", "--threads", str(2**31)], "--threads 2147483648: it must be 1024 or less"),
+        (["--protocol", "transfer", "--l2", "99999"], "--l2 99999: it must be 10000 or less"),
+        (
+            ["--protocol", "knn", "--device", "cuda"],
+            "--device cuda, but process 0 of this machine finds 0 GPUs; set --device cpu",
+        ),
         (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be a number more than 0"),
         (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0: it must be a number more than 0"),
         (["--protocol", "linear", "--epochs", "inf"], "--epochs inf: it must be a number more than 0"),
@@ -162,11 +176,22 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    options: list[str], part: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    options: list[str],
+    part: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     flat = str(run / "val" / "red")
     command = [str(run / "encoder.safetensors"), *(flat if o == "FLAT" else o for o in options)]
-    assert evaluate.main([*command, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]) == 2
+    assert (
+        evaluate.main(
+            [*command[:1], "--device", "cpu", "--threads", "1", "--out", str(tmp_path), *command[1:]]
+        )
+        == 2
+    )
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("evaluate: ") and part in error
     assert list(tmp_path.iterdir()) == []
@@ -213,7 +238,7 @@ def test_a_trial_that_diverges_is_not_the_answer(
     assert result["top1"] == 100.0 and result["settings"]["lr"] == 0.2
     assert result["settings"]["held_out_top1"] == {"lr 1e+30, 8 epochs": None, "lr 0.2, 8 epochs": 100.0}
     assert _main(run, tmp_path / "all", *options, "1e30", "1e31") == 1
-    assert "all 2 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert "all 2 settings diverged" in capsys.readouterr().err and not list((tmp_path / "all").iterdir())
 
 
 def test_a_head_that_diverges_is_not_the_answer(
@@ -223,7 +248,7 @@ def test_a_head_that_diverges_is_not_the_answer(
     [result] = _measure(run, tmp_path / "one", *options, "5e39", "0.5")["results"]
     assert result["top1"] == 100.0 and result["settings"]["held_out_top1"] == {"5e+39": None, "0.5": 100.0}
     assert _main(run, tmp_path / "all", *options, "5e39") == 1
-    assert "all 1 settings diverged" in capsys.readouterr().err and not (tmp_path / "all").exists()
+    assert "all 1 settings diverged" in capsys.readouterr().err and not list((tmp_path / "all").iterdir())
 
 
 def test_a_fit_that_diverges_is_not_the_answer(
@@ -358,3 +383,271 @@ def test_two_ranks_measure_what_one_measures(
         assert one["results"] == two["results"]
         wrong.append(one["results"][0]["top1"] < 100)
     assert any(wrong)
+
+
+def test_untrained_is_the_same_network_with_fresh_weights(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--protocol", "knn", "--k", "5", "--untrained"]
+    documents = [_measure(run, tmp_path / seed, *options, "--seed", seed) for seed in "001"]
+    documents.append(_measure(run, tmp_path / "trained", *options[:-1]))
+    scores = [document["results"] for document in documents]
+    assert scores[0] == scores[1]
+    assert [document["untrained"] for document in documents] == [True, True, True, False]
+    assert documents[0]["encoder_sha256"] is None and documents[0]["step"] == 0
+    assert (tmp_path / "0" / "evaluate-knn-untrained.json").exists()
+    assert "knn: resnet8 (cifar stem), untrained" in capsys.readouterr().out
+    first, again, other = (
+        evaluate.untrained(load_trained(run / "encoder.safetensors"), s) for s in (0, 0, 1)
+    )
+    weights = [trained.encoder.conv1.weight for trained in (first, again, other)]  # type: ignore[union-attr]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])  # type: ignore[arg-type]
+
+
+def test_batch_norms_of_an_untrained_encoder_fit_the_training_images(run: Path) -> None:
+    train = open_source(run / "train")
+    bench = _bench(run, train, train)
+    bench.encoder = evaluate.untrained(load_trained(run / "encoder.safetensors"), 0).encoder
+    frozen.calibrate(bench)
+    inside: list[torch.Tensor] = []
+    norm = bench.encoder.bn1
+    norm.register_forward_hook(lambda module, inputs, output: inside.append(output.clone()))  # type: ignore[operator,union-attr]
+    images = torch.cat([images for images, _ in plain_images(train, np.arange(72), bench.config)])
+    with torch.no_grad():
+        bench.encoder(images)
+    [normalised] = inside  # of the very batch that was averaged over: mean 0 and deviation 1 in each channel
+    deviation, mean = torch.std_mean(normalised, dim=(0, 2, 3))
+    torch.testing.assert_close(mean, torch.zeros(32), atol=1e-4, rtol=0)
+    torch.testing.assert_close(deviation, torch.ones(32), atol=1e-2, rtol=0)
+
+
+def test_the_supervised_ceiling_learns_from_fresh_weights(run: Path, tmp_path: Path) -> None:
+    options = ["--epochs", "8", "--lr", "0.2", "--batch-size", "16", "--untrained"]
+    document = _measure(run, tmp_path, "--protocol", "finetune", "--labels", "1.0", *options)
+    assert document["results"][0]["top1"] == 100.0 and document["untrained"]
+    assert (tmp_path / "evaluate-finetune-1-untrained.json").exists()
+
+
+@pytest.fixture
+def fourth(run: Path, tmp_path: Path) -> list[str]:
+    """--data and --train with a fourth class that sorts last and has but few images: white."""
+    options = []
+    for split in ("train", "val"):
+        root = tmp_path / "four" / split
+        shutil.copytree(run / split, root)
+        (root / "white").mkdir()
+        Image.new("RGB", (20, 18), (250, 250, 250)).save(root / "white" / "0.png")
+        options += [{"train": "--train", "val": "--data"}[split], str(root)]
+    return options
+
+
+def test_a_class_that_has_a_name_and_no_image_is_drawn(
+    run: Path, fourth: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "drawn", lambda total, count: np.arange(0, total - 1, 2))  # no white
+    options = ["--protocol", "knn", "--k", "5", "--max-images", "20"]
+    document = _measure(run, tmp_path / "out", *options, *fourth)
+    assert document["classes"] == 4 and document["results"][0]["top1"] == 100.0
+
+
+def test_a_picture_that_fails_is_a_warning(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no such font")
+
+    options = ["--protocol", "knn", "--k", "5"]
+    _measure(run, tmp_path, *options)
+    monkeypatch.setattr("model.metrics.save_confusion", fail)
+    assert _main(run, tmp_path, *options) == 0
+    assert "cannot be drawn: no such font" in capsys.readouterr().err
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone
+
+
+def test_thinned_images_are_of_all_classes(run: Path) -> None:
+    source = evaluate.open_labelled("--data", "synthetic:1000:8x8", 100)  # labels are i mod 10
+    counts = np.bincount(source.labels, minlength=10)
+    assert counts.sum() == 100 and counts.min() >= 3
+
+
+def test_results_of_other_settings_lie_side_by_side(run: Path, tmp_path: Path) -> None:
+    knn, other = ["--protocol", "knn", "--k", "5"], str(tmp_path / "pets" / "val")
+    shutil.copytree(run / "val", other)
+    Image.new("RGB", (20, 18), (250, 30, 30)).save(Path(other) / "red" / "x.png")
+    for more in (
+        [],
+        ["--max-images", "20"],
+        ["--data", other],
+        ["--data", str(run / "val")],
+        ["--seed", "3"],
+    ):
+        assert _main(run, tmp_path / "out", *knn, *more) == 0
+    names = sorted(path.stem for path in (tmp_path / "out").glob("*.json"))
+    assert names == [
+        "evaluate-knn-step18", "evaluate-knn-step18-max20", "evaluate-knn-step18-pets-val", "evaluate-knn-step18-seed3",
+    ]  # fmt: skip
+
+
+def test_export_finds_every_result_of_its_weights(run: Path, tmp_path: Path) -> None:
+    shutil.copy(run / "encoder.safetensors", tmp_path)
+    trained = load_trained(tmp_path / "encoder.safetensors")
+    for more in ([], ["--max-images", "20"], ["--untrained"]):
+        assert _main(run, tmp_path, "--protocol", "knn", "--k", "5", *more) == 0
+    lines = export.measured(trained)
+    assert [line.split(" images of ")[0][-2:] for line in lines] == ["20", "21"]  # not the untrained one's
+
+
+def test_a_folder_that_takes_no_file_is_refused_before_the_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(evaluate, "run", None)
+    (tmp_path / "file").write_text("")
+    assert _main(run, tmp_path / "file" / "below", "--protocol", "knn") == 2
+    assert "(Not a directory): give another folder by --out" in capsys.readouterr().err
+
+
+def test_images_that_were_learned_are_no_test(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for more in ([], ["--max-images", "9"]):
+        assert _main(run, tmp_path, "--protocol", "knn", "--train", str(run / "val"), *more) == 2
+        assert "hold the same images" in capsys.readouterr().err
+
+
+def test_equal_settings_give_the_gentlest() -> None:
+    assert protocols._best([50.0, 90.0, None, 90.0, 80.0], [1, 2, 9, 4, 5]) == 3
+    assert protocols._best([90.0, 90.0, 90.0], [(-0.1, -50), (-0.1, -30), (-0.2, -30)]) == 1
+    assert protocols._best([None, 1.0], [5, 1]) == 1
+
+
+def test_a_lost_rank_is_told_in_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer; gloo/")
+
+    monkeypatch.setattr(evaluate, "run", fail)
+    assert _main(run, tmp_path, "--protocol", "knn") == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr(
+        "model.distributed.is_lost_peer", lambda error: False
+    )  # what nobody foresaw is shown whole
+    assert _main(run, tmp_path, "--protocol", "knn") == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
+    whole = evaluate.measure
+
+    def measure(args: Any, bench: Bench) -> Any:
+        if rank == 1:
+            raise FloatingPointError("a feature is not finite")
+        return whole(args, bench)
+
+    evaluate.measure = measure
+    sys.stderr = (Path(out) / f"{rank}.err").open("w")
+    code = _main(Path(run), Path(out) / "out", "--protocol", "knn")
+    sys.stderr.close()
+    os._exit(code + 10)
+
+
+@pytest.mark.slow
+def test_every_rank_tells_what_failed_first(run: Path, tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    start = torch.multiprocessing.get_context("spawn").Process
+    processes = [start(target=_failing_worker, args=(r, port, str(run), str(tmp_path))) for r in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [11, 11]
+    for rank in range(2):
+        error = (tmp_path / f"{rank}.err").read_text()
+        assert "evaluate: rank 1: a feature is not finite" in error and "Traceback" not in error
+
+
+def test_a_folder_that_is_not_utf8(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8", errors="strict"))
+    _measure(run, tmp_path / "caf\udce9", "--protocol", "knn", "--data", str(run / "val"))
+
+
+def _damage(path: Path) -> None:
+    """The pixels of a PNG; its header and end stay."""
+    data = path.read_bytes()
+    path.write_bytes(data[:60] + bytes(len(data) - 80) + data[-20:])
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "linear --fast", "finetune", "transfer"])
+def test_images_that_do_not_decode_are_counted(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    options = []
+    for option, split, cut in (("--train", "train", range(24)), ("--data", "val", range(2))):
+        root = tmp_path / "cut" / split
+        shutil.copytree(run / split, root)
+        for i in cut:
+            path = root / "red" / f"{i}.png"
+            _damage(path)
+        options += [option, str(root)]
+    name = protocol.split()[0]
+    labels = ["--labels", "1"] if name == "finetune" else []
+    document = _measure(run, tmp_path, "--protocol", *protocol.split(), *FAST[name], *labels, *options)
+    test, train = document["test"], document["train"]
+    assert (test["images"], test["of"], train["images"], train["of"]) == (19, 21, 48, 72)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "19 test images (2 of 21 do not decode and are left out) of 3 classes; 48 training images" in shown
+
+
+@pytest.mark.parametrize("protocol", ["linear", "finetune"])
+def test_where_nothing_decodes_the_data_set_is_named(
+    protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    shutil.copytree(run / "train", tmp_path / "cut")
+    for path in (tmp_path / "cut").rglob("*.png"):
+        _damage(path)
+    options = ["--protocol", protocol, *FAST[protocol], "--train", str(tmp_path / "cut")]
+    assert _main(run, tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        error == f"evaluate: --train {tmp_path / 'cut'}: no image decodes; run tools/verify_shards.py on it"
+    )
+
+
+def test_rows_are_named_by_the_neighbours_that_voted(run: Path, tmp_path: Path) -> None:
+    document = _measure(run, tmp_path, "--protocol", "knn", "--k", "200", "20", "100")
+    assert [(row["name"], row["settings"]["k"]) for row in document["results"]] == [
+        ("k = 72", 72),
+        ("k = 20", 20),
+    ]
+
+
+def test_a_class_of_one_image_is_learned(run: Path, fourth: list[str]) -> None:
+    train = open_source(fourth[1])
+    fit, held = protocols._hold_out(_bench(run, train, train))
+    assert np.bincount(fit.labels).tolist() == [22, 22, 22, 1] and np.bincount(held.labels).tolist() == [
+        2,
+        2,
+        2,
+    ]
+
+
+def test_one_class_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for split in ("train", "val"):
+        shutil.copytree(run / split / "red", tmp_path / split / "red")
+    options = ["--train", str(tmp_path / "train"), "--data", str(tmp_path / "val")]
+    assert _main(run, tmp_path / "out", "--protocol", "knn", *options) == 2
+    assert "all 24 images are of one class: needs two classes or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ranks", "images", "size"), [(1, 5000, 1024), (3, 5000, 1023), (3, 90, 63), (6, 13, 12)]
+)
+def test_default_batches_fit_the_ranks(ranks: int, images: int, size: int, run: Path) -> None:
+    train = open_source(run / "train")
+    bench = _bench(run, train, train)
+    bench.world = distributed.World(0, 0, ranks, torch.device("cpu"), "gloo")
+    assert protocols._batch_size(bench, None, images) == size

@@ -108,3 +108,9 @@ def test_comparison_draws_each_run_where_it_has_the_key(
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height > 300
+
+
+@pytest.mark.parametrize("name", ["$x^$", "$\\frac$", "caf\udce9"])
+def test_any_folder_name_can_stand_at_the_confusions(name: str, tmp_path: Path) -> None:
+    metrics.save_confusion(tmp_path / "c.png", torch.eye(2, dtype=torch.int64), [name, "b"], f"title {name}")
+    assert Image.open(tmp_path / "c.png").width > 300

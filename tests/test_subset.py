@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipelines.sources import open_source
-from pipelines.subset import Subset, balanced_ids, listed_ids, spaced
+from pipelines.subset import Subset, balanced_ids, drawn, listed_ids, spaced
 from tools import make_shards
 
 
@@ -44,6 +44,14 @@ def test_every_class_gives_its_share(share: float) -> None:
     assert (np.diff(ids) > 0).all()
 
 
+def test_an_image_of_every_class_can_be_left() -> None:
+    labels = np.repeat(np.arange(4), [100, 40, 2, 1])
+    counts = np.bincount(labels[balanced_ids(labels, 0.1, 3, leave=1)], minlength=4)
+    assert counts.tolist() == [10, 4, 1, 0]
+    assert np.bincount(labels[balanced_ids(labels, 1, 3, leave=1)]).tolist() == [99, 39, 1]
+    assert not len(balanced_ids(labels, 1, 3, leave=100))
+
+
 def test_seeds_differ_and_shares_are_nested() -> None:
     labels = np.arange(1000) % 10
     small, large = balanced_ids(labels, 0.01, 0), balanced_ids(labels, 0.1, 0)
@@ -74,6 +82,19 @@ def test_spaced_numbers(total: int, count: int) -> None:
     gaps = np.diff(numbers)
     assert len(gaps) == min(count, total)
     assert count == 0 or (numbers[0] == 0 and gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+@pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5)])
+def test_drawn_numbers(total: int, count: int) -> None:
+    numbers = drawn(total, count)
+    assert len(numbers) == min(count, total) and (np.diff(numbers) > 0).all()
+    assert numbers[0] >= 0 and numbers[-1] < total and (numbers == drawn(total, count)).all()
+
+
+def test_drawn_numbers_have_no_period() -> None:
+    """Evenly spaced, all 100 would be of one residue."""
+    counts = np.bincount(drawn(1000, 100) % 10, minlength=10)
+    assert ((counts - 10) ** 2 / 10).sum() < 21.7  # chi squared of 9 degrees of freedom: 99 %
 
 
 @pytest.mark.parametrize("kind", ["folder", "shards"])

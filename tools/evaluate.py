@@ -3,36 +3,38 @@
 python tools/evaluate.py runs/quickstart/encoder.safetensors --protocol knn
 torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train SHARDS --protocol linear
 
-CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured. --data is what is tested
-on, --train what is learned from; without them the run's own eval.path and data.path. Prints a table; writes
-evaluate-PROTOCOL.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; the online encoder is measured, or with --untrained the
+same network with fresh weights: the baseline, and with --protocol finetune --labels 1.0 the supervised ceiling.
+--data is what is tested on, --train what is learned from; without them the run's own eval.path and data.path. Images
+are their central square, 7/8 of the short side, as the reference's. Prints top-1, top-5 and the mean per class; writes
+evaluate-PROTOCOL-STEP.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
 """
 
 import argparse
 import itertools
-import json
 import math
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor
 
 from configs.schema import Config
-from model import distributed, evaluate, metrics, probe
-from model.checkpoint import CheckpointError, replacing
+from model import distributed, evaluate, failure, probe
+from model.byol import make_encoder
+from model.checkpoint import CheckpointError
 from model.step import PRECISIONS
 from model.trained import Trained, load_trained
 from pipelines.loader import CorruptBudgetError
 from pipelines.sources import Source, open_source
-from pipelines.subset import Subset, listed_ids, spaced
-from tools import protocols
+from pipelines.subset import Subset, drawn, listed_ids
+from tools import frozen, protocols, result
 from tools.frozen import Bench
 from tools.protocols import Outcome
 
@@ -53,10 +55,15 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
     parser.add_argument("--protocol", required=True, choices=tuple(OPTIONS))
+    parser.add_argument(
+        "--untrained",
+        action="store_true",
+        help="measure the same network with fresh weights by --seed; frozen batch norms are calibrated first",
+    )
     parser.add_argument("--data", help="labelled images to test on (default: the run's eval.path)")
     parser.add_argument("--train", help="labelled images to learn from (default: the run's data.path)")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's)")
-    parser.add_argument("--max-images", type=int, metavar="N", help="at most N of each split, evenly spaced")
+    parser.add_argument("--max-images", type=int, metavar="N", help="at most N of each split, drawn")
     parser.add_argument("--seed", type=int, default=0, help="of classifiers, held-out part, subset and crops")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder")
@@ -109,8 +116,11 @@ def check(args: argparse.Namespace) -> None:
         for value in values or []:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{option} {value}: it must be a number more than 0")
-    if args.seed < 0:
-        raise ValueError(f"--seed {args.seed}: it must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: it must be 0 or more, and below 2**63")
+    for option, value, most in (("--threads", args.threads, 1024), ("--l2", args.l2, 10_000)):
+        if value and value > most:
+            raise ValueError(f"{option} {value}: it must be {most} or less")
     if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
         raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
     if args.protocol == "linear" and len(args.epochs or [80]) > 1:
@@ -132,7 +142,7 @@ def open_labelled(option: str, path: str | None, limit: int | None) -> Source:
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabelled images: give a data set with classes")
     if limit and limit < len(source):
-        return Subset(source, spaced(len(source), limit))
+        return Subset(source, drawn(len(source), limit))
     return source
 
 
@@ -144,17 +154,31 @@ def run(
         1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     )
     torch.set_num_threads(threads)
-    data = trained.config.data.model_copy(update={"threads": min(threads, 256)})
+    # What does not decode is left out and counted, as by every protocol: the run's budget is not for this.
+    data = trained.config.data.model_copy(
+        update={"threads": min(threads, 256), "path": args.train, "max_corrupt": len(train)}
+    )
     config: Config = trained.config.model_copy(update={"data": data})
     console = Console(stderr=True)
     started = time.monotonic()
     with Progress(console=console, disable=not world.is_main) as progress:
         encoder = trained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         bench = Bench(config, encoder, world, train, test, args.seed, PRECISIONS[args.precision], progress)
+        if args.untrained and args.protocol != "finetune":
+            frozen.calibrate(bench)
         outcomes, labels = measure(args, bench)
     if world.is_main:
         seconds = time.monotonic() - started
-        report(args, trained, bench, outcomes, labels, seconds)
+        result.report(args, trained, bench, outcomes, labels, seconds)
+
+
+def untrained(trained: Trained, seed: int) -> Trained:
+    """The same network before any training; its weights are no run's and have no digest."""
+    model = trained.config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = make_encoder(model.backbone, model.stem)
+    return trained._replace(encoder=encoder.eval(), step=0, digest="")
 
 
 def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tensor]:
@@ -171,86 +195,6 @@ def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tens
     return protocols.transfer(bench, probe.l2_values(args.l2 or 45), args.max_iterations or 1000)
 
 
-def summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
-    """Accuracies in per cent with their 95 % intervals, and the settings."""
-    row: dict[str, Any] = {"name": outcome.name, "images": len(labels)}
-    for k in (1, 5):
-        if k < classes:  # among five of five classes the true one always is
-            right = int(evaluate.topk_correct(outcome.scores, labels, k).sum())
-            low, high = evaluate.wilson_interval(right, len(labels))
-            row |= {f"top{k}": 100 * right / len(labels), f"top{k}_interval": [100 * low, 100 * high]}
-    return row | {"settings": outcome.settings}
-
-
-def report(
-    args: argparse.Namespace,
-    trained: Trained,
-    bench: Bench,
-    outcomes: list[Outcome],
-    labels: Tensor,
-    seconds: float,
-) -> None:
-    """The table, the JSON file and the picture."""
-    rows = [summary(outcome, labels, bench.classes) for outcome in outcomes]
-    model = trained.config.model
-    title = f"{args.protocol}: {model.backbone} ({model.stem} stem), step {trained.step}"
-    table = Table(
-        "", "top-1 %", "95 % interval", "top-5 %", "95 % interval", title=title, title_justify="left"
-    )
-    for row in rows:
-        cells = [
-            cell
-            for k in (1, 5)
-            for cell in (
-                (f"{row[f'top{k}']:.2f}", "{:.2f} - {:.2f}".format(*row[f"top{k}_interval"]))
-                if f"top{k}" in row
-                else ("-", "-")
-            )
-        ]
-        table.add_row(row["name"], *cells)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
-    settings = {
-        key: value
-        for key, value in outcomes[0].settings.items()
-        if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
-    }
-    console.print(", ".join(f"{key} {value}" for key, value in settings.items()), markup=False)
-    console.print(
-        f"{len(labels)} test images of {bench.classes} classes; {len(bench.train)} training images; "
-        f"{seconds:.0f} s on {bench.world.size} x {bench.world.device.type}, {args.precision}"
-    )
-    protocol = args.protocol + "-fast" * bool(args.fast)
-    name = f"evaluate-{protocol}"
-    if args.protocol == "finetune":
-        name += f"-{args.subset.stem if args.subset else format(args.labels, 'g')}"
-    out = args.out or trained.path.parent
-    document = {
-        "protocol": protocol,
-        "checkpoint": trained.path.name,
-        "encoder_sha256": trained.digest,
-        "step": trained.step,
-        "results": rows,
-        "test": {"path": args.data, "fingerprint": bench.test.fingerprint, "images": len(bench.test)},
-        "train": {"path": args.train, "fingerprint": bench.train.fingerprint, "images": len(bench.train)},
-        "classes": bench.classes,
-        "seed": args.seed,
-        "machine": {
-            "ranks": bench.world.size, "device": bench.world.device.type, "precision": args.precision,
-            "torch": torch.__version__, "seconds": round(seconds, 1),
-        },
-    }  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    with replacing(out / f"{name}.json") as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
-    predicted = outcomes[0].scores.argmax(dim=1)
-    counts = evaluate.confusion_matrix(predicted, labels, bench.classes)
-    names = bench.test.classes or [str(label) for label in range(bench.classes)]
-    caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
-    metrics.save_confusion(out / f"{name}.png", counts, names, caption)
-    console.print(f"{out / name}.json, {name}.png", markup=False, soft_wrap=True)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 measured, 1 failed on the way, 2 it cannot be done as asked, 130 interrupted."""
     args = make_parser().parse_args(argv)
@@ -265,6 +209,8 @@ def _main(args: argparse.Namespace) -> int:
     try:
         check(args)
         trained = load_trained(args.checkpoint)
+        if args.untrained:
+            trained = untrained(trained, args.seed)
         args.data = args.data or trained.config.eval.path
         args.train = args.train or trained.config.data.path
         test = open_labelled("--data", args.data, args.max_images)
@@ -274,18 +220,32 @@ def _main(args: argparse.Namespace) -> int:
                 f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
             )
         evaluate.num_classes(train.labels, test.labels)
+        if train.labels.min() == train.labels.max():
+            raise ValueError(
+                f"--train {args.train}: all {len(train)} images are of one class: needs two classes or more"
+                + " (raise --max-images)" * bool(args.max_images)
+            )
+        if train.fingerprint == test.fingerprint:
+            raise ValueError(
+                f"--train {args.train} and --data {args.data} hold the same images, and an encoder would be tested on "
+                "what it has learned: name another data set (tools/make_shards.py --split train=.9,val=.1 makes two)"
+            )
         world = distributed.init(args.device)
+        distributed.on_main(lambda: result.check_writable(result.folder(args, trained)), world)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print(f"evaluate: {error}".replace("train.device=", "--device "), file=sys.stderr)
         return 2
     try:
         run(args, trained, train, test, world)
-    except ValueError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except (CorruptBudgetError, FloatingPointError, OSError) as error:
-        print(f"evaluate: rank {world.rank}: {error}", file=sys.stderr)
-        return 1
+    except Exception as raised:
+        error = raised
+        if isinstance(error, CorruptBudgetError):
+            error = ValueError(f"--train {args.train}: no image decodes; run tools/verify_shards.py on it")
+        foreseen = (ValueError, FloatingPointError, OSError)
+        if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+            traceback.print_exc()
+        print(f"evaluate: {failure.explain(error, None, world)}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     distributed.shutdown(world)  # only now: after a failure NCCL would wait for the ranks that failed
     return 0
 

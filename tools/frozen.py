@@ -17,10 +17,12 @@ from model import distributed, evaluate
 from model.distributed import World
 from pipelines.plain import plain_images
 from pipelines.sources import Source
+from pipelines.subset import drawn
 
 # Images of one forward pass of a frozen encoder: so that its rounding does not depend on the ranks.
 CHUNK = 64
 AT_A_TIME = 256  # images that a rank takes
+CALIBRATION = 2048  # images over which the batch norms of an untrained encoder average, at most
 
 
 @dataclass
@@ -38,8 +40,9 @@ class Bench:
 
     @property
     def classes(self) -> int:
-        """Number of classes."""
-        return evaluate.num_classes(self.train.labels, self.test.labels)
+        """Number of classes: those that have a name, or more if there are larger labels."""
+        named = self.test.classes or self.train.classes or []
+        return max(len(named), evaluate.num_classes(self.train.labels, self.test.labels))
 
     @property
     def width(self) -> int:
@@ -50,6 +53,18 @@ class Bench:
         """Where the encoder runs in the chosen precision."""
         enabled = self.precision != torch.float32
         return torch.autocast(self.world.device.type, self.precision, enabled=enabled)
+
+
+def calibrate(bench: Bench) -> None:
+    """Gives an untrained encoder's batch norms the statistics of whole batches of plain training images.
+
+    They are still 0 and 1 otherwise, and the comparison would flatter the trained encoder. Every rank takes the same
+    images, so that the statistics do not depend on the ranks.
+    """
+    count = min(CALIBRATION, len(bench.train))
+    ids = drawn(len(bench.train), count // AT_A_TIME * AT_A_TIME or count)
+    with bench.autocast():
+        evaluate.calibrate_batch_norm(bench.encoder, plain_images(bench.train, ids, bench.config, AT_A_TIME))
 
 
 def plain_features(bench: Bench, source: Source, what: str) -> tuple[Tensor, Tensor]:

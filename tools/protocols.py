@@ -47,18 +47,20 @@ def knn(
     """Weighted vote of the k nearest training images by cosine.
 
     Returns:
-        One outcome per k, and the labels (Q,) of the test images.
+        One outcome per k (no more than there are training images), and the labels (Q,) of the test images.
     """
     bank, bank_labels = plain_features(bench, bench.train, "training features")
     queries, labels = plain_features(bench, bench.test, "test features")
     outcomes = []
-    for k in ks:
+    for k in dict.fromkeys(min(k, len(bank)) for k in ks):
         parts = [
             (i, evaluate.knn_votes(bank, bank_labels, part, bench.classes, k, temperature))
             for i, part in mine(queries.split(frozen.AT_A_TIME), bench.world)
         ]
         votes = in_order(parts, bench.world, queries.new_zeros(0, bench.classes))
-        outcomes.append(Outcome(f"k = {k}", votes, {"k": min(k, len(bank)), "temperature": temperature}))
+        outcomes.append(
+            Outcome(f"k = {k}", votes, {"k": k, "temperature": temperature, "train_images": len(bank)})
+        )
     return outcomes, labels
 
 
@@ -96,17 +98,20 @@ def linear(
         for rows in bench.progress.track(itertools.islice(order, steps), total=steps, description="heads"):
             sweep.step(features[rows], labels[rows])
     else:
+        seen: set[int] = set()
         for batch in _augmented(bench, fit, batch_size, steps, "heads"):
+            seen.update(batch.id.tolist())
             features = distributed.gather_rows(encode(bench, batch.view1), bench.world)
             sweep.step(features, distributed.gather_rows(batch.label.to(device), bench.world))
+        images = _distinct(seen, bench)
     held_features, held_labels = plain_features(bench, held, "held-out features")
     tried = [_top1(scores, held_labels) for scores in sweep.scores(held_features)]
-    best = _best(tried)
+    best = _best(tried, [-lr for lr in lrs])
     features, labels = plain_features(bench, bench.test, "test features")
     settings = {
         "epochs": epochs, "steps": steps, "batch_size": batch_size, "momentum": probe.MOMENTUM, "lr": lrs[best],
         "features": "unaugmented, cached" if fast else "crop and flip, anew each epoch",
-        "train_images": images, "held_out_images": len(held),
+        "train_images": images, "held_out_images": len(held_labels),
         "held_out_top1": dict(zip(map(str, lrs), tried, strict=True)),
     }  # fmt: skip
     return [Outcome(f"lr = {lrs[best]:g}", sweep.scores(features)[best], settings)], labels
@@ -145,25 +150,27 @@ def finetune(
         held = Subset(bench.train, others[_held(bench.train.labels[others], bench.seed)])
     batch_size = _batch_size(bench, batch_size, len(fit))
     trials = list(itertools.product(lrs, epochs))
+    gentle = [(-lr, -length) for lr, length in trials]
     tried: list[float | None] = []
-    best: tuple[Bench, nn.Linear] | None = None
+    best: tuple[Bench, nn.Linear, int, int] | None = None
     for lr, length in trials:
-        tuned, head = _train_all(bench, fit, lr, length, batch_size)
-        tried.append(_held_out_top1(tuned, head, held))
-        if tried[-1] is not None and _best(tried) == len(tried) - 1:
-            best = tuned, head
-    lr, length = trials[_best(tried)]
+        tuned, head, images = _train_all(bench, fit, lr, length, batch_size)
+        top1, count = _held_out_top1(tuned, head, held)
+        tried.append(top1)
+        if tried[-1] is not None and _best(tried, gentle) == len(tried) - 1:
+            best = tuned, head, images, count
+    lr, length = trials[_best(tried, gentle)]
     assert best is not None
-    tuned, head = best
+    tuned, head, images, count = best
     with torch.no_grad():
         features, labels = plain_features(tuned, bench.test, "test features")
         scores = head(features)
     settings = {
         "lr": lr, "epochs": length, "batch_size": batch_size, "momentum": probe.MOMENTUM,
-        "labelled_images": len(fit), "held_out_images": len(held),
+        "train_images": images, "held_out_images": count,
         "held_out_top1": {f"lr {lr:g}, {n:g} epochs": top1 for (lr, n), top1 in zip(trials, tried, strict=True)},
     }  # fmt: skip
-    return [Outcome(f"{len(fit)} labels, lr = {lr:g}, {length:g} epochs", scores, settings)], labels
+    return [Outcome(f"{images} labels, lr = {lr:g}, {length:g} epochs", scores, settings)], labels
 
 
 def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> tuple[list[Outcome], Tensor]:
@@ -187,12 +194,12 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
         bench.progress.update(task, advance=bench.world.size)
     table = in_order(parts, bench.world, features.new_zeros(0, 3, dtype=torch.float64)).tolist()
     tried = [None if math.isnan(row[0]) else row[0] for row in table]
-    best = _best(tried)
+    best = _best(tried, l2_values)
     everything, all_labels = torch.cat([features, held_features]), torch.cat([labels, held_labels])
     final = probe.fit_logistic(everything, all_labels, bench.classes, l2_values[best], max_iterations)
     test, test_labels = plain_features(bench, bench.test, "test features")
     settings = {
-        "l2": l2_values[best], "train_images": len(fit), "held_out_images": len(held),
+        "l2": l2_values[best], "train_images": len(labels), "held_out_images": len(held_labels),
         "iterations": final.iterations, "gradient_left": final.gradient,
         "l2_values": list(l2_values), "held_out_top1": tried,
         "stopped_at_max_iterations": sum(row[2] >= max_iterations for row in table),
@@ -233,8 +240,8 @@ def _augmented(bench: Bench, source: Source, batch_size: int, steps: int, what: 
 
 def _train_all(
     bench: Bench, source: Source, lr: float, epochs: float, batch_size: int
-) -> tuple[Bench, nn.Linear]:
-    """A trained copy of the encoder, in a bench of its own, and its classifier."""
+) -> tuple[Bench, nn.Linear, int]:
+    """A trained copy of the encoder, in a bench of its own, its classifier, and how many images it has seen."""
     device = bench.world.device
     encoder = copy.deepcopy(bench.encoder)
     head = probe.make_head(bench.width, bench.classes, bench.seed).to(device)
@@ -243,7 +250,9 @@ def _train_all(
     optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=probe.MOMENTUM, nesterov=True)
     steps = max(1, int(epochs * len(source) / batch_size))
     what = f"fine-tuning, lr {lr:g}, {epochs:g} epochs"
+    seen: set[int] = set()
     for step, batch in enumerate(_augmented(bench, source, batch_size, steps, what)):
+        seen.update(batch.id.tolist())
         schedule = {"base_lr": lr, "batch_size": batch_size, "warmup_steps": 0, "total_steps": steps}
         optimizer.param_groups[0]["lr"] = schedules.learning_rate(step, **schedule)  # type: ignore[arg-type]
         with bench.autocast():
@@ -251,19 +260,27 @@ def _train_all(
         optimizer.zero_grad(set_to_none=True)
         F.cross_entropy(logits.float(), batch.label.to(device)).backward()
         optimizer.step()
-    return replace(bench, encoder=encoder), head
+    return replace(bench, encoder=encoder), head, _distinct(seen, bench)
 
 
-def _held(labels: npt.NDArray[np.int64], seed: int) -> npt.NDArray[np.int64]:
-    return balanced_ids(labels, min(0.1, HELD_OUT / len(labels)), seed)
+def _distinct(seen: set[int], bench: Bench) -> int:
+    """How many images the ranks have seen together; those that do not decode give way to others."""
+    ids = torch.tensor(sorted(seen), dtype=torch.int64, device=bench.world.device)
+    return len(distributed.gather_rows(ids, bench.world).unique())
+
+
+def _held(labels: npt.NDArray[np.int64], seed: int, leave: int = 0) -> npt.NDArray[np.int64]:
+    return balanced_ids(labels, min(0.1, HELD_OUT / len(labels)), seed, leave)
 
 
 def _hold_out(bench: Bench) -> tuple[Subset, Subset]:
-    """The training images in two parts: to fit, and to pick settings on."""
-    held = _held(bench.train.labels, bench.seed)
+    """The training images in two parts: to fit, with an image of every class at least, and to pick settings on."""
+    held = _held(bench.train.labels, bench.seed, leave=1)
     fit = np.setdiff1d(np.arange(len(bench.train)), held)
-    if len(fit) < 2:
-        raise ValueError(f"{len(bench.train)} training images are too few to hold some out: use more")
+    if not len(held):
+        raise ValueError(
+            f"{len(bench.train)} training images are too few to hold some out, one of each class: use more"
+        )
     return Subset(bench.train, fit), Subset(bench.train, held)
 
 
@@ -276,6 +293,7 @@ def _batch_size(bench: Bench, asked: int | None, images: int) -> int:
     size = asked or min(1024, images)
     if asked is None:
         size -= size % (64 if size >= 64 else 2)
+        size -= size % bench.world.size
     if not 2 <= size <= images or size % bench.world.size or size // bench.world.size < 2:
         raise ValueError(
             f"a batch of {size} on {bench.world.size} ranks does not fit {images} training images: set --batch-size to "
@@ -293,13 +311,13 @@ def _orders(images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _held_out_top1(bench: Bench, head: nn.Linear, held: Source) -> float | None:
-    """Per cent; None where the training diverged."""
+def _held_out_top1(bench: Bench, head: nn.Linear, held: Source) -> tuple[float | None, int]:
+    """Per cent, of how many images; None of 0 where the training diverged."""
     try:
         features, labels = plain_features(bench, held, "held-out features")
     except FloatingPointError:
-        return None
-    return _top1(head(features), labels)
+        return None, 0
+    return _top1(head(features), labels), len(labels)
 
 
 def _top1(scores: Tensor, labels: Tensor) -> float | None:
@@ -309,15 +327,22 @@ def _top1(scores: Tensor, labels: Tensor) -> float | None:
     return 100 * evaluate.topk_correct(scores, labels, 1).double().mean().item()
 
 
-def _best(tried: Sequence[float | None]) -> int:
-    """The place of the highest accuracy, the first of equal ones.
+def _best(tried: Sequence[float | None], gentle: Sequence[Any]) -> int:
+    """The place of the highest accuracy; among equal ones, of the gentlest setting.
+
+    Of few held-out images many settings are equally right, and of those the one that follows the training images least
+    is expected to do best on others: the largest penalty, the smallest learning rate, the shortest training.
+
+    Args:
+        tried: accuracy of each setting, None where it diverged.
+        gentle: how gentle each is, in any order that compares.
 
     Raises:
-        FloatingPointError: there is none.
+        FloatingPointError: all diverged.
     """
     accuracies = [-math.inf if top1 is None else top1 for top1 in tried]
     if max(accuracies) == -math.inf:
         raise FloatingPointError(
             f"all {len(tried)} settings diverged (scores of held-out images are not finite): give others, of --lr lower"
         )
-    return accuracies.index(max(accuracies))
+    return max(range(len(tried)), key=lambda i: (accuracies[i], gentle[i]))
