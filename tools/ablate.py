@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import schema
-from model.rows import read_rows
+from model.rows import read_metrics
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PANELS = {
@@ -119,7 +119,7 @@ def fitting(batch_size: int) -> list[str]:
     return names
 
 
-def result_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+def result_of(rows: list[dict[str, float]]) -> dict[str, float | None]:
     """What a run's rows of metrics say last: kNN top-1 in per cent, loss, spread of predictions and projections."""
     last: dict[str, float | None] = {
         "knn_top1": None,
@@ -186,7 +186,7 @@ def train(arguments: list[str]) -> int:
         raise
 
 
-def save_results(out: Path, curves: dict[str, list[list[dict[str, Any]]]], asked: dict[str, Any]) -> None:
+def save_results(out: Path, curves: dict[str, list[list[dict[str, float]]]], asked: dict[str, Any]) -> None:
     """Prints the table; writes it and the curves to OUT/ablation.json, .md and .png.
 
     Args:
@@ -240,9 +240,9 @@ def main(argv: list[str] | None = None) -> int:
             if code:
                 print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
                 return code
-        curves: dict[str, list[list[dict[str, Any]]]] = {}
+        curves: dict[str, list[list[dict[str, float]]]] = {}
         for (name, _), (out, _) in runs.items():
-            curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))
+            curves.setdefault(name, []).append(read_metrics(out / "metrics.jsonl"))
         save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds})
     except KeyboardInterrupt:
         print("ablate: interrupted; the same command continues", file=sys.stderr)

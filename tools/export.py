@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from configs import schema
 from model.checkpoint import CheckpointError, export_encoder
-from model.rows import read_rows
+from model.rows import read_metrics
 from model.trained import Trained, load_trained
 
 Features = Callable[[Tensor], Tensor]  # images (N, 3, H, W), normalised -> (N, F)
@@ -139,7 +139,7 @@ def timm_config(trained: Trained, target: str) -> dict[str, Any]:
 def measured(trained: Trained) -> list[str]:
     """One line for each accuracy that was measured on exactly these weights and lies beside the checkpoint."""
     folder, lines = trained.path.parent, []
-    for row in read_rows(folder / "metrics.jsonl"):
+    for row in read_metrics(folder / "metrics.jsonl"):
         if row["step"] == trained.step and "knn_top1" in row:
             settings = trained.config.eval
             lines.append(
@@ -164,7 +164,7 @@ def measured(trained: Trained) -> list[str]:
 
 def epochs_done(trained: Trained) -> str:
     """How long was trained, as far as the run's folder says."""
-    rows = [row for row in read_rows(trained.path.parent / "metrics.jsonl") if "epoch" in row]
+    rows = [row for row in read_metrics(trained.path.parent / "metrics.jsonl") if "epoch" in row]
     at = [row["epoch"] for row in rows if row["step"] == trained.step]
     done, train = f"{at[-1]:.1f}" if at else "an unknown part", trained.config.train
     return f"{done} of {train.epochs:g} epochs, {trained.step} steps of {train.batch_size} images"

@@ -149,14 +149,15 @@ def _how(run: Run) -> str:
     parts = []
     if run.starts:
         start = run.starts[-1]
-        versions = start.get("versions", {})
+        versions = start.get("versions")
+        named = versions.items() if isinstance(versions, dict) else []
         ranks = f"{start.get('ranks', 1)} rank(s), {start.get('precision', 'precision not recorded')}"
         rows = [
             ("command", str(start.get("command"))),
             ("started", f"{start.get('time')} at step {start['step']:,}"),
             ("hardware", f"{start.get('hardware')}; {ranks}"),
             ("images", str(start.get("backend"))),
-            ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+            ("versions", ", ".join(f"{name} {version}" for name, version in named)),
         ]
         if len(run.starts) > 1:
             earlier = "; ".join(f"step {row['step']:,}: {row.get('time')}" for row in run.starts[:-1])
