@@ -1,6 +1,7 @@
 """The report: what it says about whole, unfinished, unlabelled and damaged runs, and that it is inert."""
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -260,6 +261,27 @@ def test_hostile_lines_do_not_stop_the_report(file: str, line: str, folder: Path
         lines.write(f"\n{line}\n")
     text, _ = _report(folder)
     assert "resnet8 · 12 images" in text and "25.0 → 62.5 %" in text and "3.500" in text
+
+
+def test_only_an_earlier_report_is_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _rows(folder, ROWS)
+    _report(folder)
+    _report(folder)
+    (tmp_path / "mine.html").write_text("<!DOCTYPE html>precious")
+    (tmp_path / "folder.html").mkdir()
+    for name in ("mine.html", "folder.html"):
+        assert report.main([str(folder), "--out", str(tmp_path / name)]) == 2
+        assert f"{name} exists and is no report" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<!DOCTYPE html>precious"
+
+
+def test_names_need_not_be_utf_8(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ["a", "b"])
+    (tmp_path / "images" / "b").rename(tmp_path / "images" / os.fsdecode(b"caf\xe9"))
+    _save(folder, _config(folder, tmp_path / "images"), 3)
+    assert "caf?" in _report(folder)[0]
 
 
 def test_no_image_decodes(folder: Path, tmp_path: Path) -> None:
