@@ -12,7 +12,22 @@ from typing import Annotated, Any, Literal, get_args
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
+from yaml import (
+    AliasToken,
+    BlockMappingStartToken,
+    BlockSequenceStartToken,
+    FlowMappingStartToken,
+    FlowSequenceStartToken,
+    YAMLError,
+    scan,
+)
+
+_COLLECTIONS = (
+    BlockMappingStartToken,
+    BlockSequenceStartToken,
+    FlowMappingStartToken,
+    FlowSequenceStartToken,
+)
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 
@@ -352,13 +367,35 @@ def to_yaml(config: Config) -> str:
 
 
 def from_yaml(text: str) -> Config:
-    """The config that `to_yaml` wrote; a ValueError lists what this version does not know."""
+    """The config that `to_yaml` wrote, out of a file that anybody may have made since.
+
+    Raises:
+        ValueError: one line that lists what this version does not know, or says that this is no such text. What
+            would take a reader minutes, gigabytes or its life is refused unread: aliases, more than 200 lists and
+            mappings (deeply nested ones overflow libyaml's stack), more than 64 kB.
+    """
+    collections = 0
     try:
-        return Config.model_validate(OmegaConf.to_container(OmegaConf.create(text)))
+        if len(text) > 1 << 16:
+            raise ValueError(f"it has {len(text):,} characters")
+        for token in scan(text):
+            collections += isinstance(token, _COLLECTIONS)
+            if isinstance(token, AliasToken) or collections > 200:
+                raise ValueError("it has aliases (*name), or more than 200 lists and mappings")
+        settings = OmegaConf.to_container(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
+        raise ValueError(f"not a valid YAML mapping: {' '.join(str(error).split())}") from None
+    except (AssertionError, RecursionError):  # what omegaconf makes of a bare number, and of 1,000 levels
+        raise ValueError("not a valid YAML mapping") from None
+    return from_settings(settings)
+
+
+def from_settings(settings: Any) -> Config:
+    """The config out of nested settings, as a checkpoint holds it; a ValueError lists the mistakes in one line."""
+    try:
+        return Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
-    except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"not a valid YAML mapping: {error}") from None
 
 
 def _explain(mistake: Any) -> str:

@@ -2,8 +2,10 @@
 
 import hashlib
 from pathlib import Path
+from textwrap import shorten
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -19,12 +21,13 @@ class Trained(NamedTuple):
     encoder: nn.Module  # on the CPU, in eval mode
     config: schema.Config  # of the run
     step: int  # optimizer steps done
-    digest: str  # sha256 of the weights, the same for a checkpoint and what was exported from it
+    digest: str  # sha256 of the encoder's weights: the same for a checkpoint and what was exported from it
 
 
 def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: int) -> None:
     """Writes the online encoder after `step` steps as safetensors, with what `load_trained` needs to know."""
     metadata = {
+        "format": "pt",  # transformers loads no file without it
         "backbone": config.model.backbone,
         "stem": config.model.stem,
         "steps": str(step),
@@ -45,12 +48,17 @@ def load_trained(path: Path) -> Trained:
     state_dict, step, config = (
         _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     )
+    if not 0 <= step < 2**63:
+        raise checkpoint.CheckpointError(
+            f"{path} says that it is of step {shorten(str(step), 30)}: it is damaged"
+        )
     encoder = make_encoder(config.model.backbone, config.model.stem)
     try:
         encoder.load_state_dict(state_dict)
     except RuntimeError as error:
-        raise checkpoint.CheckpointError(f"{path} does not fit its own config: {error}") from None
-    return Trained(path, encoder.eval(), config, step, weights_digest(state_dict))
+        reason = shorten(str(error), 300)  # torch names every key, a line each
+        raise checkpoint.CheckpointError(f"{path} does not fit its own config: {reason}") from None
+    return Trained(path, encoder.eval(), config, step, weights_digest(encoder.state_dict()))
 
 
 def weights_digest(state_dict: dict[str, Tensor]) -> str:
@@ -58,7 +66,8 @@ def weights_digest(state_dict: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16 and no float8
     return digest.hexdigest()
 
 
@@ -87,10 +96,10 @@ def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]
     prefix = "online.encoder."
     try:
         encoder = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-        return encoder, int(state["step"]), schema.Config.model_validate(state["config"])
+        return encoder, int(state["step"]), schema.from_settings(state["config"])
     except KeyError as error:
         raise checkpoint.CheckpointError(f"{path} holds no {error}: it is not a run's checkpoint") from None
-    except (AttributeError, TypeError) as error:
+    except (AttributeError, OverflowError, TypeError) as error:
         raise checkpoint.CheckpointError(f"{path} is not a run's checkpoint: {error}") from None
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None

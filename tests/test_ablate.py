@@ -88,6 +88,47 @@ def test_ctrl_c_lets_train_py_save_and_is_one_line(
     assert said.split()[0] == "saved" and said.split().count("SIGINT") == processes.count("getpid")
 
 
+def test_the_table_holds_earlier_runs_of_the_same_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def finished(folder: Path, accuracy: float, *overrides: str) -> None:
+        folder.mkdir(parents=True)
+        settings = schema.load(RECIPE, list(overrides)).model_dump(mode="json")
+        (folder / "starts.jsonl").write_text(json.dumps({"step": 0, "config": settings}))
+        (folder / "metrics.jsonl").write_text(f'{{"step": 9, "knn_top1": {accuracy}, "loss": "x"}}')
+        (folder / "encoder.safetensors").touch()
+
+    def train(arguments: list[str]) -> int:
+        finished(tmp_path / "no_blur-3", 30.0)
+        return 0
+
+    epochs = "train.epochs=50"
+    baseline = ablate.overrides_of("baseline", 512)
+    finished(tmp_path / "baseline-11", 42.0, epochs, "run.seed=11", "run.out=elsewhere", *baseline)
+    finished(tmp_path / "baseline-2", 41.0, epochs, "run.seed=2", *baseline)
+    finished(tmp_path / "baseline-4", 1.0, "run.seed=4", *baseline)  # of other epochs
+    finished(tmp_path / "tau_0-2", 1.0, epochs, "run.seed=2")  # with the baseline's tau
+    finished(tmp_path / "baseline-5", 1.0, epochs, "run.seed=5", *baseline)
+    (tmp_path / "baseline-5" / "encoder.safetensors").unlink()  # still running
+    (tmp_path / "baseline-x").mkdir()
+    monkeypatch.setattr(ablate, "train", train)
+    command = ["--config", str(RECIPE), "--out", str(tmp_path), "--seeds", "3", "--only", "no_blur", epochs]
+    assert ablate.main(command) == 0
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert report["seeds"] == {"baseline": [2, 11], "no_blur": [3]}
+    assert [result["knn_top1"] for result in report["results"]["baseline"]] == [41.0, 42.0]
+    assert report["results"]["no_blur"][0] == {
+        "knn_top1": 30.0, "loss": None, "prediction_std": None, "projection_std": None
+    }  # fmt: skip
+    assert "with other settings: baseline-4, tau_0-2\n" in capsys.readouterr().out
+
+
+def test_help_says_how_to_continue(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        ablate.main(["--help"])
+    assert "start the same command again" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     recipe = tmp_path / "tiny.yaml"

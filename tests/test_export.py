@@ -130,12 +130,26 @@ def test_without_timm_the_export_says_that_it_was_not_checked(
     assert config["architecture"] == "resnet18" and config["num_features"] == 512
 
 
-def test_card_holds_what_was_measured_on_these_weights_only(trained: Path, tmp_path: Path) -> None:
+def _document(digest: str, **changes: object) -> dict:
+    result = {
+        "name": "here", "images": 1000,
+        "top1": 61.23, "top1_interval": [60.0, 62.5], "top5": 88.0, "top5_interval": [87.0, 89.0],
+    }  # fmt: skip
+    return {
+        "protocol": "knn", "encoder_sha256": digest, "results": [result],
+        "test": {"path": "/home/alice/sets/val"}, "train": {"path": "datasets/some", "images": 1280},
+    } | changes  # fmt: skip
+
+
+def _export(trained: Path, out: Path, target: str = "torchvision") -> str:
+    """The card."""
+    assert export.main([str(trained), "--to", target, "--out", str(out)]) == 0
+    return (out / "README.md").read_text()
+
+
+def test_card_says_what_was_measured_and_how_sure_that_is(trained: Path, tmp_path: Path) -> None:
     for name, digest in (("knn", load_trained(trained).digest), ("linear", "0" * 64)):
-        document = {
-            "protocol": name, "encoder_sha256": digest, "test": {"path": "datasets/val"},
-            "results": [{"name": "here", "top1": 61.23, "top1_interval": [60.0, 62.5], "images": 1000}],
-        }  # fmt: skip
+        document = _document(digest, protocol=name)
         (trained.parent / f"evaluate-{name}.json").write_text(json.dumps(document))
     rows = [
         {"step": 30, "epoch": 1.5, "loss": 1},
@@ -143,14 +157,105 @@ def test_card_holds_what_was_measured_on_these_weights_only(trained: Path, tmp_p
         {"step": 20, "knn_top1": 7.25},
     ]
     (trained.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert export.main([str(trained), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 0
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "- kNN (k = 200, temperature 0.1): top-1 41.50 %" in card and "7.25" not in card
-    assert "- knn, here: top-1 61.23 % (60.00 to 62.50), 1000 images of datasets/val" in card
+    card = _export(trained, tmp_path / "out")
+    assert (
+        "- `knn`, `here`: top-1 61.23 % (60.00 to 62.50), top-5 88.00 % (87.00 to 89.00); 1000 images of `val`; "
+        "bank: 1280 images of `datasets/some`\n"
+    ) in card
+    assert "- kNN during training (k = 200, temperature 0.1): top-1 41.50 %" in card and "7.25" not in card
+    assert "From metrics.jsonl beside the checkpoint, step 30: not checked to be of these weights" in card
     assert "linear" not in card.split("## Load")[0].split("## Measured")[1]
-    assert "1.5 of 20 epochs, 30 steps of 64 images" in card and "`datasets/some`" in card
+    assert "30 steps of 64 images; 1.5 (by metrics.jsonl) of 20 epochs" in card
+    assert "`datasets/some`, 1,280 images by metrics.jsonl" in card
     recipe = card.split("```yaml\n")[1].split("```")[0]
     assert schema.from_yaml(recipe) == load_trained(trained).config
+
+
+def test_names_and_paths_are_inert_in_the_card(tmp_path: Path) -> None:
+    path = _run(tmp_path, "resnet18", "cifar")
+    state = checkpoint.load(path)
+    state["config"]["data"]["path"] = "/home/alice/a`\n\n# Injected <b>\n"
+    state["config"]["run"]["out"] = "/home/alice/```\n<script>"
+    state["config"]["eval"]["path"] = "../alice/val"
+    checkpoint.write(path, state)
+    document = _document(load_trained(path).digest, protocol="knn\n\n# Hello <script>")
+    document["test"]["path"] = "/home/alice/`x`\n---\n"
+    (tmp_path / "evaluate-x.json").write_text(json.dumps(document))
+    card = _export(path, tmp_path / "out")
+    assert (
+        "alice" not in card and "`a' # Injected <b>`" in card and "- `knn # Hello <script>`, `here`" in card
+    )
+    headings = [line for line in card.splitlines() if line.startswith("#")]
+    assert headings == ["# resnet18, pre-trained with BYOL", "## Measured", "## Load", "## Recipe"]
+    recipe = card.split("````yaml\n")[1]
+    assert recipe.count("````") == 1 and recipe.endswith("\n````\n")
+    published = schema.from_yaml(recipe[:-5])
+    assert published.run.out == "```\n<script>" and published.eval.path == "val"
+    assert load_trained(tmp_path / "out" / "model.safetensors").config == published
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[1]",
+        json.dumps(_document("HERE", results=[{"top1": "x", "top1_interval": [1, 2], "name": "x", "images": 5}])),
+        json.dumps(_document("HERE", results=[{"top1": 1e999, "top1_interval": [1, 2], "name": "", "images": 5}])),
+        json.dumps(_document("HERE", results=[{"top1": 5, "top1_interval": [1], "name": "x", "images": 5}])),
+        json.dumps(_document("HERE", train=None)),
+    ],
+)  # fmt: skip
+def test_damaged_results_are_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = _run(tmp_path, "resnet18", "cifar")
+    (tmp_path / "evaluate-knn.json").write_text(text.replace("HERE", load_trained(path).digest))
+    assert export.main([str(path), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "evaluate-knn.json is no result of tools/evaluate.py" in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_exported_is_loaded_like_a_run_s(trained: Path, tmp_path: Path) -> None:
+    _export(trained, tmp_path / "out")
+    images, expected = _features(trained)
+    again = load_trained(tmp_path / "out" / "model.safetensors")
+    before = load_trained(trained)
+    assert (again.digest, again.step, again.config) == (before.digest, 30, before.config)
+    with torch.no_grad():
+        assert torch.equal(again.encoder(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("side", "crop", "said"), [(32, 1.0, "no larger than a view"), (33, 0.875, "right for")]
+)
+def test_crop_is_that_of_the_images_measured_on(side: int, crop: float, said: str, tmp_path: Path) -> None:
+    path = _run(tmp_path, "resnet18", "imagenet")
+    (tmp_path / "val").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (side + 9, side)).save(tmp_path / "val" / f"{name}.png")
+    state = checkpoint.load(path)
+    state["config"]["eval"]["path"] = str(tmp_path / "val")
+    checkpoint.write(path, state)
+    with patch.dict("sys.modules", {"timm": None}):
+        card = _export(path, tmp_path / "out", "timm")
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    assert settings["crop_pct"] == crop and said in card and "without antialiasing" in card
+
+
+@pytest.mark.parametrize(
+    ("value", "part"), [(0.0, "the encoder has collapsed"), (float("nan"), "its features are not finite")]
+)
+def test_an_encoder_of_no_use_is_refused(
+    value: float, part: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = _run(tmp_path, "resnet18", "cifar")
+    state = checkpoint.load(path)
+    for key, weights in state["model"].items():
+        if key.startswith("online.encoder.layer4") and weights.is_floating_point():
+            weights.fill_(value)
+    checkpoint.write(path, state)
+    assert export.main([str(path), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 2
+    assert part in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_export_leaves_nothing(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -17,6 +17,7 @@ from model import distributed
 from model.distributed import World
 from model.optim import LARS
 from model.probe import HeadSweep, OnlineProbe, fit_logistic, l2_values, make_head, make_probe
+from tools import bench_probe
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")
@@ -204,3 +205,16 @@ def test_a_step_that_is_not_finite_changes_no_weight() -> None:
     assert before.keys() == {"weight", "bias", "momentum.weight", "momentum.bias"}
     for name, tensor in probe.state_dict().items():
         assert torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--batch", "--classes", "--size"])
+def test_the_benchmark_s_mistakes_are_one_line(option: str, capsys: pytest.CaptureFixture) -> None:
+    assert bench_probe.main(["--backbone", "resnet8", option, "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"bench_probe: {option} 0: at least") and error.count("\n") == 1
+
+
+def test_the_benchmark_runs_on_the_least_it_takes(capsys: pytest.CaptureFixture) -> None:
+    least = ["--size", "8", "--batch", "2", "--classes", "2", "--rounds", "1"]
+    assert bench_probe.main(["--backbone", "resnet8", *least]) == 0
+    assert "resnet8 (cifar stem), 8 px, batch 2, 2 classes, cpu: step" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """The report: what it says about whole, unfinished, unlabelled and damaged runs, and that it is inert."""
 
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -236,6 +237,51 @@ def test_odd_checkpoints_are_passed_over(change: dict, sentence: str, folder: Pa
     text, _ = _report(folder)
     assert sentence in text and "checkpoint-000000003.pt" in text
     assert read_run(folder).encoder_origin == "checkpoint-000000002.pt, step 2"
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("metrics.jsonl", '{"step": 99, "epoch": "x"}'),
+        ("metrics.jsonl", '{"step": 99, "epoch": 1e-320}'),
+        ("metrics.jsonl", '{"step": 99, "corrupt_images": Infinity}'),
+        ("metrics.jsonl", '{"step": 99, "loss": NaN, "knn_top1": null}'),
+        ("metrics.jsonl", f'{{"step": 99, "loss": {"9" * 400}}}'),
+        ("metrics.jsonl", f'{{"step": {"9" * 400}, "loss": 1}}'),
+        ("metrics.jsonl", "[" * 100_000),
+        ("starts.jsonl", '{"step": 1, "versions": [1], "config": 3}'),
+        ("starts.jsonl", '{"step": "x"}'),
+        ("corrupt.jsonl", '{"id": [1]}'),
+    ],
+)  # fmt: skip
+def test_hostile_lines_do_not_stop_the_report(file: str, line: str, folder: Path, tmp_path: Path) -> None:
+    _save(folder, _config(folder, tmp_path / "gone"), 3)
+    _rows(folder, ROWS)
+    with (folder / file).open("a") as lines:
+        lines.write(f"\n{line}\n")
+    text, _ = _report(folder)
+    assert "resnet8 · 12 images" in text and "25.0 → 62.5 %" in text and "3.500" in text
+
+
+def test_only_an_earlier_report_is_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    _rows(folder, ROWS)
+    _report(folder)
+    _report(folder)
+    (tmp_path / "mine.html").write_text("<!DOCTYPE html>precious")
+    (tmp_path / "folder.html").mkdir()
+    for name in ("mine.html", "folder.html"):
+        assert report.main([str(folder), "--out", str(tmp_path / name)]) == 2
+        assert f"{name} exists and is no report" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "<!DOCTYPE html>precious"
+
+
+def test_names_need_not_be_utf_8(folder: Path, tmp_path: Path) -> None:
+    _pictures(tmp_path / "images", ["a", "b"])
+    (tmp_path / "images" / "b").rename(tmp_path / "images" / os.fsdecode(b"caf\xe9"))
+    _save(folder, _config(folder, tmp_path / "images"), 3)
+    assert "caf?" in _report(folder)[0]
 
 
 def test_no_image_decodes(folder: Path, tmp_path: Path) -> None:

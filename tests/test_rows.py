@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.rows import read_rows
+from model.rows import read_metrics, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -18,6 +18,22 @@ def test_objects_with_the_key_are_read_and_nothing_else(tmp_path: Path) -> None:
     path.write_bytes(b"\n".join(lines))
     assert read_rows(path) == [{"step": 1, "loss": 2.5}]
     assert read_rows(path, key="id") == [{"id": 4}]
+
+
+def test_hostile_lines_are_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    steps = ["-1", "true", "null", "1.0", '"3"', "[1]", str(2**63), "9" * 400, "9" * 5000, "NaN"]
+    lines = ["[" * 100_000, *(f'{{"step": {step}}}' for step in steps), f'{{"step": {2**63 - 1}}}']
+    path.write_text("\n".join(lines))
+    assert read_rows(path) == [{"step": 2**63 - 1}]
+
+
+def test_metrics_are_finite_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    odd = ["NaN", "-Infinity", "1e999", '"x"', "null", "true", "[2]", "{}", "9" * 400]
+    numbers = ", ".join(f'"odd{i}": {value}' for i, value in enumerate(odd))
+    path.write_text(f'{{"step": 3, {numbers}, "loss": 1e308, "count": -2}}')
+    assert read_metrics(path) == [{"step": 3, "loss": 1e308, "count": -2}]
 
 
 @pytest.mark.parametrize("module", ["model.rows", "tools.ablate"])

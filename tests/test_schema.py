@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from configs import schema
-from configs.schema import Config, load
+from configs.schema import Config, from_yaml, load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -131,6 +131,24 @@ def test_file_that_is_no_config(minimal: Path, text: str) -> None:
     minimal.write_text(text)
     with pytest.raises(ValueError, match=r"minimal\.yaml"):
         load(minimal)
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("3", "not a valid YAML mapping"),
+        ("[1, 2]", "should be a valid dictionary"),
+        ("[" * 20_000, "more than 200 lists"),
+        ("- " * 30_000, "more than 200 lists"),  # libyaml's stack overflowed
+        ("a: &a [1]\nb: [*a, *a]", r"aliases \(\*name\)"),
+        ("x" * 70_000, "70,000 characters"),
+        ("run: {out: here}", "data: missing, and it has no default"),
+    ],
+)
+def test_hostile_settings_are_one_line(text: str, part: str) -> None:
+    with pytest.raises(ValueError, match=part) as caught:
+        from_yaml(text)
+    assert "\n" not in str(caught.value)
 
 
 def test_config_is_frozen(minimal: Path) -> None:

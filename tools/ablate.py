@@ -4,13 +4,15 @@
         [--seeds 0 1 2] [section.key=value ...]
 
 Each is a run of train.py with one or two settings changed, in OUT/NAME-SEED, and is continued where it was stopped:
-start the same command again. Table and curves go to OUT/ablation.json, .md and .png.
+start the same command again. Table and curves go to OUT/ablation.json, .md and .png; they show all finished runs in OUT
+of the same recipe, those of earlier commands, too.
 """
 
 import argparse
 import difflib
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs import schema
-from model.rows import read_rows
+from model.rows import read_metrics, read_rows
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 PANELS = {
@@ -119,7 +121,7 @@ def fitting(batch_size: int) -> list[str]:
     return names
 
 
-def result_of(rows: list[dict[str, Any]]) -> dict[str, float | None]:
+def result_of(rows: list[dict[str, float]]) -> dict[str, float | None]:
     """What a run's rows of metrics say last: kNN top-1 in per cent, loss, spread of predictions and projections."""
     last: dict[str, float | None] = {
         "knn_top1": None,
@@ -170,6 +172,43 @@ def _mean(values: list[float | None], digits: int) -> str:
     return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
+def earlier_runs(
+    config: str, common: list[str], out: Path, batch_size: int
+) -> tuple[dict[tuple[str, int], Path], list[str]]:
+    """The ablations in OUT/NAME-SEED that ran to their end.
+
+    Args:
+        config: the recipe's file.
+        common: its overrides for all runs.
+        out: folder of all the runs.
+        batch_size: the recipe's.
+
+    Returns:
+        Folders of those of the same recipe by name and seed, and names of the folders of others.
+    """
+    same: dict[tuple[str, int], Path] = {}
+    others = []
+    names = fitting(batch_size)
+    for folder in sorted(out.iterdir()):
+        name, _, seed = folder.name.rpartition("-")
+        if name not in names or not re.fullmatch("[0-9]+", seed):
+            continue
+        if not (folder / "encoder.safetensors").is_file():  # what a run leaves last
+            continue
+        starts = read_rows(folder / "starts.jsonl")
+        try:
+            made = schema.from_settings(starts[-1].get("config") if starts else None)
+            recipe = schema.load(config, [*common, *overrides_of(name, batch_size), f"run.seed={seed}"])
+        except ValueError:
+            others.append(folder.name)
+            continue
+        if made == recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": made.run.out})}):
+            same[name, int(seed)] = folder
+        else:
+            others.append(folder.name)
+    return same, others
+
+
 def train(arguments: list[str]) -> int:
     """Runs train.py to its end; returns its exit code.
 
@@ -186,7 +225,7 @@ def train(arguments: list[str]) -> int:
         raise
 
 
-def save_results(out: Path, curves: dict[str, list[list[dict[str, Any]]]], asked: dict[str, Any]) -> None:
+def save_results(out: Path, curves: dict[str, list[list[dict[str, float]]]], asked: dict[str, Any]) -> None:
     """Prints the table; writes it and the curves to OUT/ablation.json, .md and .png.
 
     Args:
@@ -206,7 +245,9 @@ def save_results(out: Path, curves: dict[str, list[list[dict[str, Any]]]], asked
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake in what was asked for, 130 Ctrl-C, else that of the run that failed."""
-    parser = argparse.ArgumentParser(prog="ablate", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", required=True, help="the recipe; see configs/")
     parser.add_argument("--out", type=Path, required=True, help="folder of all the runs")
     parser.add_argument(
@@ -240,10 +281,16 @@ def main(argv: list[str] | None = None) -> int:
             if code:
                 print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
                 return code
-        curves: dict[str, list[list[dict[str, Any]]]] = {}
-        for (name, _), (out, _) in runs.items():
-            curves.setdefault(name, []).append(read_rows(out / "metrics.jsonl"))
-        save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds})
+        same, others = earlier_runs(args.config, common, args.out, recipe.train.batch_size)
+        same |= {key: out for key, (out, _) in runs.items()}
+        curves: dict[str, list[list[dict[str, float]]]] = {}
+        seeds_of: dict[str, list[int]] = {}
+        for name, seed in sorted(same, key=lambda key: (list(ABLATIONS).index(key[0]), key[1])):
+            curves.setdefault(name, []).append(read_metrics(same[name, seed] / "metrics.jsonl"))
+            seeds_of.setdefault(name, []).append(seed)
+        save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds_of})
+        if left_out := sorted(set(others) - {out.name for out, _ in runs.values()}):
+            print(f"not in the table, for they were made with other settings: {', '.join(left_out)}")
     except KeyboardInterrupt:
         print("ablate: interrupted; the same command continues", file=sys.stderr)
         return 130

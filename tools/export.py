@@ -4,14 +4,17 @@ python tools/export.py runs/r50_100ep/encoder.safetensors --to timm --out export
 
 CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors. What is written is loaded again and compared with the
 encoder on random images: by torchvision always, by timm and transformers where they are installed. Only then does the
-folder get its name. Nothing is pickled. timm builds no CIFAR stem: such an encoder goes --to torchvision.
+folder get its name. Nothing is pickled; tools/evaluate.py reads the model.safetensors, too. timm builds no CIFAR stem:
+such an encoder goes --to torchvision.
 """
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from configs import schema
-from model.checkpoint import CheckpointError, export_encoder
-from model.rows import read_rows
-from model.trained import Trained, load_trained
+from model.checkpoint import CheckpointError
+from model.trained import Trained, export_trained, load_trained
+from pipelines.encoded import inspect
+from pipelines.sources import open_source
+from pipelines.subset import spaced
+from tools.model_card import model_card, public
 
 Features = Callable[[Tensor], Tensor]  # images (N, 3, H, W), normalised -> (N, F)
 LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "huggingface": "transformers"}
@@ -79,6 +85,28 @@ def _load_transformers(folder: Path, trained: Trained) -> Features:
 LOADERS = {"torchvision": _load_torchvision, "timm": _load_timm, "huggingface": _load_transformers}
 
 
+def _noise(config: schema.Config) -> Tensor:
+    """Two images (2, 3, size, size) that differ."""
+    size = config.augment.size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def check_alive(trained: Trained) -> None:
+    """Refuses an encoder that tells no image from another: it is of no use, and nothing to compare with.
+
+    Raises:
+        ValueError: names the file.
+    """
+    one, other = trained.encoder(_noise(trained.config))
+    if not (one.isfinite().all() and other.isfinite().all()):
+        raise ValueError(
+            f"{trained.path}: its features are not finite, the encoder is broken: export another"
+        )
+    if (one - other).abs().max() <= TOLERANCE * one.abs().max():
+        raise ValueError(f"{trained.path}: the encoder has collapsed, all images have the same features")
+
+
 @torch.no_grad()
 def check_equal(trained: Trained, folder: Path, target: str) -> str:
     """Loads what was written as its users will, and compares features.
@@ -93,8 +121,7 @@ def check_equal(trained: Trained, folder: Path, target: str) -> str:
         loaded = LOADERS[target](folder, trained)
     except ImportError as error:
         return f"not checked with {LIBRARIES[target]}: {error} (pip install timm transformers)"
-    size = trained.config.augment.size
-    images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = _noise(trained.config)
     expected, found = trained.encoder(images), loaded(images)
     if found.shape != expected.shape:
         raise RuntimeError(
@@ -111,7 +138,33 @@ def check_equal(trained: Trained, folder: Path, target: str) -> str:
 # ----------------------------------------------------------------------------------------------------- what is written
 
 
-def timm_config(trained: Trained, target: str) -> dict[str, Any]:
+def crop_of(config: schema.Config) -> tuple[float, str]:
+    """timm's crop_pct, which is one for all images, whereas ours depends on the image (`plain_images`).
+
+    Returns:
+        What most of 100 images of eval.path, else data.path, are cropped to; a sentence that says so.
+    """
+    path, size = config.eval.path or config.data.path, config.augment.size
+    sides = []
+    try:
+        source = open_source(path)
+        for number in spaced(len(source), 100):
+            with suppress(ValueError):  # it is left out when measuring, too
+                header = inspect(source.read(int(number)))
+                sides.append(min(header.height, header.width))
+    except (ValueError, OSError):
+        sides = []
+    if not sides:
+        return 0.875, "config.json has crop_pct 0.875: the images were not there to look at their sizes."
+    if statistics.median(sides) > size:
+        return 0.875, "config.json has crop_pct 0.875, right for most images measured on."
+    return (
+        1.0,
+        "config.json has crop_pct 1, right for most images measured on: they are no larger than a view.",
+    )
+
+
+def timm_config(trained: Trained, target: str, crop: float) -> dict[str, Any]:
     """config.json as timm's `local-dir:` and `hf-hub:` read it; for transformers with the type of its timm wrapper."""
     augment, model = trained.config.augment, trained.config.model
     config: dict[str, Any] = {
@@ -122,7 +175,7 @@ def timm_config(trained: Trained, target: str) -> dict[str, Any]:
         "pretrained_cfg": {
             "input_size": [3, augment.size, augment.size],
             "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "crop_pct": crop,
             "mean": list(augment.mean),
             "std": list(augment.std),
             "num_classes": 0,
@@ -134,40 +187,6 @@ def timm_config(trained: Trained, target: str) -> dict[str, Any]:
     if target == "huggingface":
         config |= {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"]}
     return config
-
-
-def measured(trained: Trained) -> list[str]:
-    """One line for each accuracy that was measured on exactly these weights and lies beside the checkpoint."""
-    folder, lines = trained.path.parent, []
-    for row in read_rows(folder / "metrics.jsonl"):
-        if row["step"] == trained.step and "knn_top1" in row:
-            settings = trained.config.eval
-            lines.append(
-                f"kNN (k = {settings.k}, temperature {settings.temperature:g}): top-1 {row['knn_top1']:.2f} %"
-            )
-    for path in sorted(folder.glob("evaluate-*.json")):
-        try:
-            document = json.loads(path.read_text())
-            if document["encoder_sha256"] != trained.digest:
-                continue
-            for result in document["results"]:
-                if "top1" in result:
-                    low, high = result["top1_interval"]
-                    lines.append(
-                        f"{document['protocol']}, {result['name']}: top-1 {result['top1']:.2f} % "
-                        f"({low:.2f} to {high:.2f}), {result['images']} images of {document['test']['path']}"
-                    )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no result of tools/evaluate.py ({error}): remove it") from None
-    return lines
-
-
-def epochs_done(trained: Trained) -> str:
-    """How long was trained, as far as the run's folder says."""
-    rows = [row for row in read_rows(trained.path.parent / "metrics.jsonl") if "epoch" in row]
-    at = [row["epoch"] for row in rows if row["step"] == trained.step]
-    done, train = f"{at[-1]:.1f}" if at else "an unknown part", trained.config.train
-    return f"{done} of {train.epochs:g} epochs, {trained.step} steps of {train.batch_size} images"
 
 
 def usage(trained: Trained, target: str) -> str:
@@ -197,44 +216,6 @@ def usage(trained: Trained, target: str) -> str:
     return "\n".join([*lines, "model.load_state_dict(load_file('model.safetensors'))", "model.eval()"])
 
 
-def model_card(trained: Trained, target: str) -> str:
-    """README.md of the export: what it is, how it was made, what was measured, how to load it."""
-    config = trained.config
-    accuracies = "\n".join(f"- {line}" for line in measured(trained)) or "Not measured."
-    return f"""---
-library_name: {LIBRARIES[target]}
-tags: [image-feature-extraction, self-supervised, byol]
----
-# {config.model.backbone}, pre-trained with BYOL
-
-The online encoder of a BYOL run ([arXiv 2006.07733](https://arxiv.org/abs/2006.07733)), without projector and
-predictor: images to {trained.encoder.num_features} features. Trained without labels.
-
-- Images: `{config.data.path}`
-- Length: {epochs_done(trained)}
-- Stem: {config.model.stem}; views of {config.augment.size} px
-- Preprocessing: centre crop of 7/8 of the short side, bicubic to {config.augment.size} px; values in 0 .. 1,
-  minus {list(config.augment.mean)}, divided by {list(config.augment.std)}
-- sha256 of the weights: `{trained.digest}`
-
-## Measured
-
-{accuracies}
-
-## Load
-
-```python
-{usage(trained, target)}
-```
-
-## Recipe
-
-```yaml
-{schema.to_yaml(config).rstrip()}
-```
-"""
-
-
 def export(trained: Trained, target: str, out: Path) -> list[str]:
     """Writes, checks, and gives the folder its name.
 
@@ -242,21 +223,26 @@ def export(trained: Trained, target: str, out: Path) -> list[str]:
         What was checked, a sentence each.
 
     Raises:
-        ValueError: the library has no such network, or `out` is there already.
+        ValueError: the library has no such network, `out` is there already, or the encoder is of no use.
         RuntimeError: what was written is not the encoder; nothing is left.
     """
     check_architecture(trained, target)
     if out.exists():
         raise ValueError(f"--out {out} exists: name a new folder")
+    check_alive(trained)
+    config = public(trained.config)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as temporary:
         folder = Path(temporary) / out.name
         folder.mkdir()
-        export_encoder(folder / "model.safetensors", trained.encoder.state_dict(), {"format": "pt"})
+        export_trained(folder / "model.safetensors", trained.encoder, config, trained.step)
+        resizing = ""
         if target != "torchvision":
-            text = json.dumps(timm_config(trained, target), indent=2)
+            crop, resizing = crop_of(trained.config)
+            text = json.dumps(timm_config(trained, target, crop), indent=2)
             (folder / "config.json").write_text(text + "\n")
-        (folder / "README.md").write_text(model_card(trained, target))
+        card = model_card(trained, LIBRARIES[target], usage(trained, target), resizing)
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
         said = [check_equal(trained, folder, library) for library in dict.fromkeys(("torchvision", target))]
         folder.rename(out)
     return said

@@ -27,7 +27,9 @@ _CORRUPT_SHOWN = 20
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 2 a mistake in what was asked for, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="report", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="run.out of a run of train.py")
     parser.add_argument("--data", help="images for the features; default: the run's eval.path")
     parser.add_argument("--images", type=int, default=2000, help="at most so many, evenly spaced (2000)")
@@ -40,19 +42,30 @@ def main(argv: list[str] | None = None) -> int:
         run = read_run(args.run)
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder is not there; make it first")
+        if out.exists() and not _is_report(out):
+            raise ValueError(f"{out} exists and is no report: remove it, or give another file by --out")
         if args.data:
             open_source(args.data)  # what was asked for must be there; the run's own may be gone
         html = write(run, args.data, args.images)
         with replacing(out.absolute()) as temporary:
-            temporary.write_text(html)
+            temporary.write_text(html, encoding="utf-8", errors="replace")  # file names need not be UTF-8
+        size = out.stat().st_size
     except (ValueError, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("report: interrupted, nothing was written", file=sys.stderr)
         return 130
-    print(f"{out}: {len(html.encode()) / 1e6:.1f} MB")
+    print(f"{out}: {size / 1e6:.1f} MB")
     return 0
+
+
+def _is_report(path: Path) -> bool:
+    """Whether an earlier report is there, which may be replaced: our page begins with our name."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return page.GENERATOR.encode() in file.read(1024)
 
 
 def write(run: Run, data: str | None, images: int) -> str:
@@ -149,14 +162,15 @@ def _how(run: Run) -> str:
     parts = []
     if run.starts:
         start = run.starts[-1]
-        versions = start.get("versions", {})
+        versions = start.get("versions")
+        named = versions.items() if isinstance(versions, dict) else []
         ranks = f"{start.get('ranks', 1)} rank(s), {start.get('precision', 'precision not recorded')}"
         rows = [
             ("command", str(start.get("command"))),
             ("started", f"{start.get('time')} at step {start['step']:,}"),
             ("hardware", f"{start.get('hardware')}; {ranks}"),
             ("images", str(start.get("backend"))),
-            ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+            ("versions", ", ".join(f"{name} {version}" for name, version in named)),
         ]
         if len(run.starts) > 1:
             earlier = "; ".join(f"step {row['step']:,}: {row.get('time')}" for row in run.starts[:-1])

@@ -12,11 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+GENERATOR = '<meta name="generator" content="byolt report">'  # by which a page is known to be one of ours
 # The policy lets a browser load nothing and run nothing, whatever the file names of a data set hold.
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+{generator}
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title}</title>
@@ -92,7 +94,7 @@ class Picture(NamedTuple):
 
 def page(title: str, html: Iterable[str]) -> str:
     """The whole file from its parts."""
-    return _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(html))
+    return _PAGE.format(generator=GENERATOR, title=escape(title), style=_STYLE, body="\n".join(html))
 
 
 def heading(name: str, subtitle: str) -> str:

@@ -14,7 +14,7 @@ from configs import schema
 from model import provenance
 from model.checkpoint import CheckpointError
 from model.evaluate import extract_features
-from model.rows import read_rows
+from model.rows import read_metrics, read_rows
 from model.trained import Trained, load_trained
 from pipelines.plain import plain_images
 from pipelines.sources import Source
@@ -28,7 +28,7 @@ class Run(NamedTuple):
     """A run's files, as far as they are there."""
 
     folder: Path
-    rows: list[dict[str, Any]]  # of metrics.jsonl, by step
+    rows: list[dict[str, float]]  # of metrics.jsonl, by step
     starts: list[dict[str, Any]]
     corrupt: list[dict[str, Any]]  # of corrupt.jsonl, one an image
     config: schema.Config | None
@@ -38,7 +38,7 @@ class Run(NamedTuple):
     @property
     def step(self) -> int:
         """Last logged step."""
-        return max((row["step"] for row in self.rows), default=0)
+        return int(max((row["step"] for row in self.rows), default=0))
 
     @property
     def encoder_origin(self) -> str:
@@ -48,10 +48,11 @@ class Run(NamedTuple):
     @property
     def images(self) -> int | None:
         """Training images, from the rows: epoch = step * batch / images."""
-        row = next((row for row in reversed(self.rows) if row.get("epoch")), None)
-        if row is None or self.config is None:
+        if self.config is None:
             return None
-        return round(row["step"] * self.config.train.batch_size / row["epoch"])
+        batch = self.config.train.batch_size
+        found = (row["step"] * batch / row["epoch"] for row in reversed(self.rows) if row.get("epoch"))
+        return next((round(images) for images in found if 1 <= images < 2**63), None)
 
     @property
     def total_steps(self) -> int | None:
@@ -60,7 +61,7 @@ class Run(NamedTuple):
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) of one column."""
-        return [(row["step"], row[key]) for row in self.rows if isinstance(row.get(key), (int, float))]
+        return [(row["step"], row[key]) for row in self.rows if key in row]
 
     def last(self, key: str) -> float | None:
         """Newest value of one column."""
@@ -92,8 +93,7 @@ def read_run(folder: Path) -> Run:
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name the run.out of a run")
     problems: list[str] = []
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if isinstance(row["step"], int)]
-    rows.sort(key=lambda row: row["step"])
+    rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
     starts = provenance.read_starts(folder)
     trained = _newest_encoder(folder, problems)
     if not (rows or starts or trained or problems):
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> Run:
     config = trained.config if trained else None
     if not config and starts and (settings := starts[-1].get("config")):
         try:
-            config = schema.Config.model_validate(settings)
+            config = schema.from_settings(settings)
         except ValueError as error:
             problems.append(f"The run's settings are not those of this version: {error}")
     corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", key="id")}.values())
