@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipelines import tar
+from pipelines.beton import BetonSource
 from pipelines.index import IMAGE_EXTENSIONS
 from pipelines.order import global_batch
 from pipelines.shards import Manifest
@@ -89,10 +90,10 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
     """The samples that a text file lists, one a line: all sample ids, or all names.
 
     A name is that of the original file, with or without its folder, or the key of the sample in its shard, or that of
-    its image there. The lines are ids if every one is a number below the number of samples, written without leading
-    zeros: make_shards' keys have them, and holes where a file was not usable, so that '000009' is the name of another
-    sample than 9. Where an id is the name of another sample, neither is taken: whatever was meant, the list can say
-    it by longer names.
+    its image there; .beton files have the first two if make_shards wrote them. The lines are ids if every one is a
+    number below the number of samples, written without leading zeros: make_shards' keys have them, and holes where a
+    file was not usable, so that '000009' is the name of another sample than 9. Where an id is the name of another
+    sample, neither is taken: whatever was meant, the list can say it by longer names.
 
     Returns:
         Sorted ids, int64.
@@ -150,6 +151,10 @@ def _names(source: Source) -> dict[str, int] | None:
         names = [{name} for name in label_names(list_folder(source.folder))[0]]
     elif isinstance(source, TarSource):
         names = _names_in_shards(source.folder)
+    elif isinstance(source, BetonSource):
+        names = [_original(source.note(i), "key", "file") for i in range(len(source))]
+        if not any(names):
+            return None
     else:
         return None
     known: dict[str, int] = {}
@@ -176,14 +181,15 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
                     aliases.add(member.name)
                     names[number[member.offset]] = aliases
                 elif extension == "json":
-                    aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset))
+                    aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset), "file")
     return names
 
 
-def _original(text: bytes) -> set[str]:
-    """The original file's name in the .json that make_shards writes; nothing in others'."""
+def _original(text: bytes, *entries: str) -> set[str]:
+    """What these entries of make_shards' note on a sample hold, as the original file's name; nothing in others'."""
     try:
-        name = json.loads(text)["file"]
-    except (ValueError, KeyError, TypeError):
+        note = json.loads(text)
+    except ValueError:
         return set()
-    return {name} if isinstance(name, str) else set()
+    values = [note.get(entry) for entry in entries] if isinstance(note, dict) else []
+    return {value for value in values if isinstance(value, str)}

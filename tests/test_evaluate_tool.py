@@ -22,7 +22,7 @@ from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
 from pipelines.loader import plain_images
 from pipelines.sources import Source, open_source
-from tools import evaluate, export, frozen, protocols
+from tools import evaluate, export, frozen, protocols, training
 from tools.frozen import Bench
 
 CONFIG = """
@@ -650,4 +650,17 @@ def test_default_batches_fit_the_ranks(ranks: int, images: int, size: int, run: 
     train = open_source(run / "train")
     bench = _bench(run, train, train)
     bench.world = distributed.World(0, 0, ranks, torch.device("cpu"), "gloo")
-    assert protocols._batch_size(bench, None, images) == size
+    assert training.batch_size_for(bench, None, images) == size
+
+
+def test_one_back_end_for_all_trainings(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, make = [], training.make_backend
+
+    def counted(*args: Any) -> Any:
+        made.append(make(*args))
+        return made[-1]
+
+    monkeypatch.setattr(training, "make_backend", counted)
+    options = ["--labels", "0.5", "--epochs", "1", "2", "--lr", "0.2", "0.1", "--batch-size", "16"]
+    document = _measure(run, tmp_path, "--protocol", "finetune", *options)
+    assert len(document["results"][0]["settings"]["held_out_top1"]) == 4 and len(made) == 1

@@ -1,6 +1,7 @@
 """Parts of a data set: balanced, nested, by list; what is asked for wrongly is named."""
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from pipelines.sources import open_source
-from pipelines.subset import Subset, balanced_ids, drawn, listed_ids, spaced
+from pipelines.subset import Subset, _original, balanced_ids, drawn, listed_ids, spaced
 from tools import make_shards
 
 
@@ -97,12 +98,20 @@ def test_drawn_numbers_have_no_period() -> None:
     assert ((counts - 10) ** 2 / 10).sum() < 21.7  # chi squared of 9 degrees of freedom: 99 %
 
 
-@pytest.mark.parametrize("kind", ["folder", "shards"])
-def test_lists_of_ids_and_names(kind: str, folder: Path, shards: Path, tmp_path: Path) -> None:
-    source = open_source({"folder": folder, "shards": shards}[kind])
+@pytest.fixture(scope="module")
+def beton(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("beton") / "set"
+    assert make_shards.main([str(folder), str(out), "--workers", "1", "--format", "beton"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "beton", "one.beton"])
+def test_lists_of_ids_and_names(kind: str, folder: Path, shards: Path, beton: Path, tmp_path: Path) -> None:
+    [single] = beton.glob("*.beton")
+    source = open_source({"folder": folder, "shards": shards, "beton": beton, "one.beton": single}[kind])
     order = [f"{label}/{name}.jpg" for label, names in (("a", "1237x"), ("b", "4567x")) for name in names]
     place = {name: number for number, name in enumerate(order)}
-    if kind == "shards":  # make_shards shuffles; the bytes say which is which
+    if kind != "folder":  # make_shards shuffles; the bytes say which is which
         by_bytes = {source.read(i): i for i in range(10)}
         place = {name: by_bytes[(folder / name).read_bytes()] for name in order}
     listing = tmp_path / "list.txt"
@@ -121,6 +130,20 @@ def test_lists_of_ids_and_names(kind: str, folder: Path, shards: Path, tmp_path:
             listed_ids(source, listing)
     with pytest.raises(ValueError, match="cannot be read"):
         listed_ids(source, tmp_path / "nowhere")
+
+
+def test_keys_in_beton_files(beton: Path, tmp_path: Path) -> None:
+    source, listing = open_source(beton), tmp_path / "list.txt"
+    key = json.loads(source.note(7))["key"]  # type: ignore[attr-defined]
+    listing.write_text(f"{key}\n")
+    assert not key.isdecimal() or key.startswith("0")
+    assert listed_ids(source, listing).tolist() == [7]
+
+
+def test_a_note_of_anything_is_no_name() -> None:
+    for text in (b"", b"[1]", b"{}", b'{"key": 3}', b"\xff"):
+        assert _original(text, "key", "file") == set()
+    assert _original(b'{"key": "a"}', "key", "file") == {"a"}
 
 
 def test_made_up_images_have_no_names(tmp_path: Path) -> None:

@@ -237,15 +237,15 @@ def _main(args: argparse.Namespace) -> int:
         return 2
     try:
         run(args, trained, train, test, world)
-    except Exception as raised:
-        error = raised
-        if isinstance(error, CorruptBudgetError):
-            error = ValueError(f"--train {args.train}: no image decodes; run tools/verify_shards.py on it")
+    except Exception as error:
+        failed = error
+        if isinstance(error, CorruptBudgetError):  # its remedy is an option of train.py
+            failed = ValueError(f"--train {args.train}: no image decodes; run tools/verify_shards.py on it")
         foreseen = (ValueError, FloatingPointError, OSError)
-        if not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+        if not isinstance(failed, foreseen) and not distributed.is_lost_peer(failed):
             traceback.print_exc()
-        print(f"evaluate: {failure.explain(error, None, world)}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        print(f"evaluate: {failure.explain(failed, None, world)}", file=sys.stderr)
+        return 2 if isinstance(failed, ValueError) else 1
     distributed.shutdown(world)  # only now: after a failure NCCL would wait for the ranks that failed
     return 0
 

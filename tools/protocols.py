@@ -4,28 +4,22 @@ Ranks share images and trials, never the arithmetic of one: what each computes i
 the answer is the same for any number of ranks (fine-tuning: to rounding, its gradients are averaged over ranks).
 """
 
-import copy
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from configs.schema import Config, ViewConfig
-from model import distributed, evaluate, probe, schedules
-from model.sync_norm import convert_sync_batchnorm
-from pipelines.backends import make_backend
-from pipelines.loader import Batch, Loader
+from model import distributed, evaluate, probe
 from pipelines.sources import Source
 from pipelines.subset import Subset, balanced_ids
 from tools import frozen
 from tools.frozen import Bench, encode, in_order, mine, plain_features
+from tools.training import augmented, batch_size_for, distinct, make_recipe, orders, train_all
 
 HELD_OUT = 10_009  # images of train on which settings are picked (paper, App. C.1); of a small set a tenth
 
@@ -84,7 +78,7 @@ def linear(
         FloatingPointError: features are not finite, or every head diverged.
     """
     fit, held = _hold_out(bench)
-    batch_size = _batch_size(bench, batch_size, len(fit))
+    batch_size = batch_size_for(bench, batch_size, len(fit))
     images = len(fit)
     if fast:
         features, labels = plain_features(bench, fit, "training features")
@@ -94,16 +88,16 @@ def linear(
     device = bench.world.device
     sweep = probe.HeadSweep(bench.width, bench.classes, lrs, batch_size, steps, device, bench.seed)
     if fast:
-        order = _orders(images, batch_size, bench.seed)
+        order = orders(images, batch_size, bench.seed)
         for rows in bench.progress.track(itertools.islice(order, steps), total=steps, description="heads"):
             sweep.step(features[rows], labels[rows])
     else:
         seen: set[int] = set()
-        for batch in _augmented(bench, fit, batch_size, steps, "heads"):
+        for batch in augmented(bench, fit, make_recipe(bench, batch_size), steps, "heads"):
             seen.update(batch.id.tolist())
             features = distributed.gather_rows(encode(bench, batch.view1), bench.world)
             sweep.step(features, distributed.gather_rows(batch.label.to(device), bench.world))
-        images = _distinct(seen, bench)
+        images = distinct(seen, bench)
     held_features, held_labels = plain_features(bench, held, "held-out features")
     tried = [_top1(scores, held_labels) for scores in sweep.scores(held_features)]
     best = _best(tried, [-lr for lr in lrs])
@@ -148,13 +142,14 @@ def finetune(
             raise ValueError("all training images are taken: leave some out, on which settings are picked")
         fit = Subset(bench.train, ids)
         held = Subset(bench.train, others[_held(bench.train.labels[others], bench.seed)])
-    batch_size = _batch_size(bench, batch_size, len(fit))
+    batch_size = batch_size_for(bench, batch_size, len(fit))
+    recipe = make_recipe(bench, batch_size)
     trials = list(itertools.product(lrs, epochs))
     gentle = [(-lr, -length) for lr, length in trials]
     tried: list[float | None] = []
     best: tuple[Bench, nn.Linear, int, int] | None = None
     for lr, length in trials:
-        tuned, head, images = _train_all(bench, fit, lr, length, batch_size)
+        tuned, head, images = train_all(bench, fit, recipe, lr, length)
         top1, count = _held_out_top1(tuned, head, held)
         tried.append(top1)
         if tried[-1] is not None and _best(tried, gentle) == len(tried) - 1:
@@ -207,66 +202,7 @@ def transfer(bench: Bench, l2_values: Sequence[float], max_iterations: int) -> t
     return [Outcome(f"l2 = {l2_values[best]:.3g}", final.scores(test), settings)], test_labels
 
 
-# ------------------------------------------------------------------------------------------------------- training
-
-
-def crop_and_flip(config: Config) -> ViewConfig:
-    """The run's own crop and flip and nothing else (of the ImageNet recipes: the paper's)."""
-    return config.augment.view1.model_copy(update={"jitter": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0})
-
-
-def _augmented(bench: Bench, source: Source, batch_size: int, steps: int, what: str) -> Iterator[Batch]:
-    """This rank's part of so many batches of cropped and flipped images, through the loader of the training.
-
-    The loader makes two views of each image; the second is not used.
-    """
-    config, view = bench.config, crop_and_flip(bench.config)
-    config = config.model_copy(
-        update={
-            "augment": config.augment.model_copy(update={"view1": view, "view2": view}),
-            "train": config.train.model_copy(update={"batch_size": batch_size, "accumulation": 1}),
-            "run": config.run.model_copy(update={"seed": bench.seed}),
-        }
-    )
-    backend, _ = make_backend(config, bench.world.device, torch.float32)
-    rank, size = bench.world.rank, bench.world.size
-    task = bench.progress.add_task(what, total=steps)
-    device = bench.world.device
-    with Loader(config, source, backend, rank=rank, world_size=size, device=device) as loader:
-        for [batch] in itertools.islice(loader, steps):
-            yield batch
-            bench.progress.update(task, advance=1)
-
-
-def _train_all(
-    bench: Bench, source: Source, lr: float, epochs: float, batch_size: int
-) -> tuple[Bench, nn.Linear, int]:
-    """A trained copy of the encoder, in a bench of its own, its classifier, and how many images it has seen."""
-    device = bench.world.device
-    encoder = copy.deepcopy(bench.encoder)
-    head = probe.make_head(bench.width, bench.classes, bench.seed).to(device)
-    whole = convert_sync_batchnorm(nn.Sequential(encoder, head), bench.world).train()
-    wrapped = distributed.wrap(whole, bench.world)
-    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0, momentum=probe.MOMENTUM, nesterov=True)
-    steps = max(1, int(epochs * len(source) / batch_size))
-    what = f"fine-tuning, lr {lr:g}, {epochs:g} epochs"
-    seen: set[int] = set()
-    for step, batch in enumerate(_augmented(bench, source, batch_size, steps, what)):
-        seen.update(batch.id.tolist())
-        schedule = {"base_lr": lr, "batch_size": batch_size, "warmup_steps": 0, "total_steps": steps}
-        optimizer.param_groups[0]["lr"] = schedules.learning_rate(step, **schedule)  # type: ignore[arg-type]
-        with bench.autocast():
-            logits = wrapped(batch.view1)
-        optimizer.zero_grad(set_to_none=True)
-        F.cross_entropy(logits.float(), batch.label.to(device)).backward()
-        optimizer.step()
-    return replace(bench, encoder=encoder), head, _distinct(seen, bench)
-
-
-def _distinct(seen: set[int], bench: Bench) -> int:
-    """How many images the ranks have seen together; those that do not decode give way to others."""
-    ids = torch.tensor(sorted(seen), dtype=torch.int64, device=bench.world.device)
-    return len(distributed.gather_rows(ids, bench.world).unique())
+# --------------------------------------------------------------------------------------------- held-out images
 
 
 def _held(labels: npt.NDArray[np.int64], seed: int, leave: int = 0) -> npt.NDArray[np.int64]:
@@ -282,32 +218,6 @@ def _hold_out(bench: Bench) -> tuple[Subset, Subset]:
             f"{len(bench.train)} training images are too few to hold some out, one of each class: use more"
         )
     return Subset(bench.train, fit), Subset(bench.train, held)
-
-
-def _batch_size(bench: Bench, asked: int | None, images: int) -> int:
-    """What was asked for; or 1,024, or what fits the images and most numbers of ranks.
-
-    Raises:
-        ValueError: the images or the ranks do not allow it.
-    """
-    size = asked or min(1024, images)
-    if asked is None:
-        size -= size % (64 if size >= 64 else 2)
-        size -= size % bench.world.size
-    if not 2 <= size <= images or size % bench.world.size or size // bench.world.size < 2:
-        raise ValueError(
-            f"a batch of {size} on {bench.world.size} ranks does not fit {images} training images: set --batch-size to "
-            f"a multiple of {bench.world.size}, at least {2 * bench.world.size} and at most {images}"
-        )
-    return size
-
-
-def _orders(images: int, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Rows of one batch after another, a new permutation each epoch; its rest is left out, as the loader does."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(images, generator=generator)
-        yield from order.split(batch_size)[: images // batch_size]
 
 
 @torch.no_grad()
