@@ -40,7 +40,7 @@ def model_card(trained: Trained, library: str, loading: str, resizing: str) -> s
     measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
     recipe = schema.to_yaml(config).rstrip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])  # longer than any inside
-    size = config.augment.size
+    size, mean, std = config.augment.size, list(config.augment.mean), list(config.augment.std)
     return f"""---
 library_name: {library}
 tags: [image-feature-extraction, self-supervised, byol]
@@ -55,8 +55,7 @@ predictor: images to {trained.encoder.num_features} features. Trained without la
 - Stem: {config.model.stem}; views of {size} px
 - Preprocessing: centre crop of 7/8 of the short side, or of all of it where that is {size} px or less; bicubic to
   {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink: numbers
-  may differ a little); values in 0 .. 1, minus {list(config.augment.mean)}, divided by {list(config.augment.std)}.
-  {resizing}
+  may differ a little); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
 - sha256 of the weights: `{trained.digest}`
 
 ## Measured
