@@ -20,7 +20,7 @@ from model import checkpoint, distributed
 from model.byol import make_byol
 from model.probe import fit_logistic
 from model.trained import load_trained, weights_digest
-from pipelines.loader import plain_images
+from pipelines.plain import plain_images
 from pipelines.sources import Source, open_source
 from tools import evaluate, export, frozen, protocols, training
 from tools.frozen import Bench
