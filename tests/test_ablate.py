@@ -130,7 +130,11 @@ def test_help_says_how_to_continue(capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
+def test_two_runs_and_their_table(
+    tmp_path: Path,
+    images: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     recipe = tmp_path / "tiny.yaml"
     text = TINY.replace("OUT", "unused").replace("DATA", str(images)).replace("BACKEND", "torch")
     recipe.write_text(text)
@@ -149,6 +153,8 @@ def test_two_runs_and_their_table(tmp_path: Path, images: Path, capsys: pytest.C
     assert (tmp_path / "runs/tau_1-3/encoder.safetensors").exists()
     with Image.open(tmp_path / "runs/ablation.png") as picture:
         assert picture.width > picture.height > 100
+    monkeypatch.setattr(ablate, "train", None)
+    assert ablate.main(command) == 0  # what is finished is not started again
 
 
 def test_the_table_gives_mean_and_deviation_over_seeds() -> None:

@@ -172,7 +172,7 @@ def _mean(values: list[float | None], digits: int) -> str:
     return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
-def earlier_runs(
+def finished_runs(
     config: str, common: list[str], out: Path, batch_size: int
 ) -> tuple[dict[tuple[str, int], Path], list[str]]:
     """The ablations in OUT/NAME-SEED that ran to their end.
@@ -180,7 +180,7 @@ def earlier_runs(
     Args:
         config: the recipe's file.
         common: its overrides for all runs.
-        out: folder of all the runs.
+        out: folder of all the runs; it need not be there.
         batch_size: the recipe's.
 
     Returns:
@@ -189,7 +189,7 @@ def earlier_runs(
     same: dict[tuple[str, int], Path] = {}
     others = []
     names = fitting(batch_size)
-    for folder in sorted(out.iterdir()):
+    for folder in sorted(out.glob("*-*")):
         name, _, seed = folder.name.rpartition("-")
         if name not in names or not re.fullmatch("[0-9]+", seed):
             continue
@@ -275,13 +275,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ablate: {error}", file=sys.stderr)
         return 2
     try:
+        finished, _ = finished_runs(args.config, common, args.out, recipe.train.batch_size)
         for (name, seed), (_, overrides) in runs.items():
+            if (name, seed) in finished:
+                continue
             print(f"── {name}, seed {seed}: {' '.join(overrides)}", flush=True)
             code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
             if code:
                 print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
                 return code
-        same, others = earlier_runs(args.config, common, args.out, recipe.train.batch_size)
+        same, others = finished_runs(args.config, common, args.out, recipe.train.batch_size)
         same |= {key: out for key, (out, _) in runs.items()}
         curves: dict[str, list[list[dict[str, float]]]] = {}
         seeds_of: dict[str, list[int]] = {}
