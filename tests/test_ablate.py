@@ -1,6 +1,7 @@
 """Ablations: which settings each changes, and the table of what came out."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,11 @@ def test_ctrl_c_lets_train_py_save_and_is_one_line(
     train.write_text(INTERRUPTED.replace("PROCESSES", processes).replace("LOG", str(log)))
     monkeypatch.setattr(ablate, "TRAIN", train)
     command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--only", "baseline", "no_blur"]
-    assert ablate.main(command) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        assert ablate.main(command) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "ablate: interrupted; the same command continues\n"
     [said] = log.read_text().splitlines()  # it was not killed, and the next was not started
     assert said.split()[0] == "saved" and said.split().count("SIGINT") == processes.count("getpid")
