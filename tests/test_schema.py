@@ -95,6 +95,14 @@ def test_three_mistakes_make_one_message(minimal: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("written", "meant"), [("datapath", "data.path"), ("base_lr", "optimizer.base_lr"), ("dta", "data")]
+)
+def test_a_key_without_its_section_is_recognised(written: str, meant: str, minimal: Path) -> None:
+    with pytest.raises(ValueError, match=rf"{written}: no such setting; did you mean {meant}\?"):
+        load(minimal, [f"{written}=1"])
+
+
+@pytest.mark.parametrize(
     ("override", "part"),
     [
         ("train.batch_size", "written section.key=value"),

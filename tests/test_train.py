@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import call, patch
 
 import numpy as np
 import pytest
@@ -200,6 +200,19 @@ def test_calibration_takes_whole_batches(run: Run, number: int, ranks: int, expe
         world = World(ranks - 1, 0, ranks, torch.device("cpu"), "gloo")
         train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True)
     assert sizes == expected
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_threads_that_the_user_chose_are_kept(
+    given: str | None, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    with patch.object(torch, "set_num_threads") as chosen:
+        assert run("train.stop_at_step=1").returncode == 0
+    by_train = [] if given else [call(len(os.sched_getaffinity(0)))]
+    assert chosen.mock_calls == [*by_train, call(1)]  # the last is this file's own, after each run
 
 
 def test_labels_that_are_ids_end_no_training_but_knn(run: Run, images: Path) -> None:
