@@ -20,15 +20,15 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from configs import fixed, schema
-from model import failpoint
-from model.lock import RunLock
+from byolt.configs import fixed, schema
+from byolt.files import failpoint
+from byolt.files.lock import RunLock
 
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
 
-    from model.distributed import World
-    from pipelines.sources import Source
+    from byolt.model.distributed import World
+    from byolt.pipelines.sources import Source
 
 
 class Stop:
@@ -105,7 +105,7 @@ def world_size() -> int:
 
 def describe(config: schema.Config) -> str:
     """The resolved config as YAML, and as comments what follows from it."""
-    from pipelines.sources import open_source
+    from byolt.pipelines.sources import open_source
 
     ranks = world_size()
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
@@ -133,26 +133,17 @@ def train(
     failpoint.reach("import")
     import torch
 
-    from model import (
-        checkpoint,
-        collapse,
-        digest,
-        distributed,
-        failure,
-        metrics,
-        provenance,
-        schedules,
-        trace,
-    )
-    from model.finite import FiniteCheck
-    from model.probe import make_probe
-    from model.resume import begin
-    from model.rows import read_rows
-    from model.step import PRECISIONS, make_step
-    from model.trained import export_trained
-    from pipelines.backends import make_backend, make_resident
-    from pipelines.loader import CorruptBudgetError, Loader
-    from pipelines.order import steps_per_epoch
+    from byolt.files.rows import read_rows
+    from byolt.model import distributed, schedules
+    from byolt.model.quality.probe import make_probe
+    from byolt.model.run import checkpoint, digest, failure, guard, provenance, trace
+    from byolt.model.run import log as metrics
+    from byolt.model.run.resume import begin
+    from byolt.model.run.trained import export_trained
+    from byolt.model.step import PRECISIONS, make_step
+    from byolt.pipelines.backends import make_backend, make_resident
+    from byolt.pipelines.loader import CorruptBudgetError, Loader
+    from byolt.pipelines.order import steps_per_epoch
 
     out = Path(config.run.out)
     # ----------------------------------------------------------------------------------------------- world
@@ -190,7 +181,7 @@ def train(
         train_step = make_step(config, world, precision)
         model = train_step.model
         probe = make_probe(config, int(model.online.encoder.num_features), source.labels, world)  # type: ignore[arg-type]
-        finite = FiniteCheck(world, overflow_allowed=precision == "fp16")
+        finite = guard.FiniteCheck(world, overflow_allowed=precision == "fp16")
 
         # ------------------------------------------------------------------------------------------ resume
         note = distributed.on_main(lock.take, world)
@@ -330,12 +321,10 @@ def train(
                         with writing():
                             failpoint.reach("log", step)
                             log.add(step, row)
-                    if said := collapse.warning(row["projection_std"], config):
+                    if said := guard.collapse_warning(row["projection_std"], config):
                         if config.train.on_collapse == "stop":
                             save()
-                            raise collapse.CollapseError(
-                                f"{said}; saved, and stopped as train.on_collapse says"
-                            )
+                            raise guard.CollapseError(f"{said}; saved, and stopped as train.on_collapse says")
                         display.say(f"warning: step {step}: {said}")
                 if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
                     with window.paused():  # images/s is the training's alone
@@ -380,7 +369,7 @@ def train(
             print(f"digest: step {step} sha256 {sha256}", flush=True)
     except Exception as error:
         mistake = not begun and isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
-        foreseen = (collapse.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
+        foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
         if not mistake and not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
             traceback.print_exc()
         print(f"error: {failure.explain(error, step if begun else None, world)}", file=sys.stderr)
@@ -391,7 +380,7 @@ def train(
 
 def open_split(key: str, path: str) -> "Source":
     """Opens a data set; an error names the setting."""
-    from pipelines.sources import open_source
+    from byolt.pipelines.sources import open_source
 
     try:
         return open_source(path)
@@ -401,7 +390,7 @@ def open_split(key: str, path: str) -> "Source":
 
 def check_labels(config: schema.Config, source: "Source", queries: "Source | None", ranks: int) -> None:
     """Refuses splits that kNN cannot compare."""
-    from model.evaluate import num_classes
+    from byolt.model.quality.scores import num_classes
 
     if queries is None:
         return
@@ -437,8 +426,8 @@ def knn_top1(
         calibrate: average the batch-norm statistics over 2,048 plain images first (in a copy): an untrained
             encoder has none, and the comparison with it would flatter the trained one.
     """
-    from model import evaluate
-    from pipelines.plain import plain_images
+    from byolt.model.quality import features, knn, scores
+    from byolt.pipelines.plain import plain_images
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
@@ -446,14 +435,14 @@ def knn_top1(
         whole, count = batch * world.size, min(2048, len(source))
         # Whole batches, as many on every rank: each counts as much. Of fewer images one batch.
         count = count // whole * whole or count // world.size * world.size
-        ids = evaluate.share(len(source), count, world)
-        evaluate.calibrate_batch_norm(encoder, plain_images(source, ids, config, batch))
+        ids = knn.share(len(source), count, world)
+        features.calibrate_batch_norm(encoder, plain_images(source, ids, config, batch))
     bank, tested = (
-        plain_images(split, evaluate.share(len(split), config.eval.max_images, world), config)
+        plain_images(split, knn.share(len(split), config.eval.max_images, world), config)
         for split in (source, queries)
     )
-    classes = evaluate.num_classes(source.labels, queries.labels)
-    return evaluate.knn_of_run(encoder, bank, tested, classes, config.eval.k, config.eval.temperature, world)
+    classes = scores.num_classes(source.labels, queries.labels)
+    return knn.knn_of_run(encoder, bank, tested, classes, config.eval.k, config.eval.temperature, world)
 
 
 if __name__ == "__main__":

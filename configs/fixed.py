@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from configs.schema import Config, complete
+from byolt.configs.schema import Config, complete
 
 # Everything else (paths, threads, logging, precision) may, and how LARS is computed.
 FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",

@@ -2,7 +2,7 @@
 
 import math
 
-from configs.schema import Config
+from byolt.configs.schema import Config
 
 
 def learning_rate(

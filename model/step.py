@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from configs.schema import Config
-from model.byol import BYOL, Predictions, byol_loss, l2_normalize, make_byol
-from model.distributed import World, broadcast_module, no_sync, wrap
-from model.optim import LARS, ema_update_
-from model.sync_norm import convert_sync_batchnorm
+from byolt.configs.schema import Config
+from byolt.model.byol import BYOL, Predictions, byol_loss, l2_normalize, make_byol
+from byolt.model.distributed import World, broadcast_module, no_sync, wrap
+from byolt.model.optim import LARS, ema_update_
+from byolt.model.sync_norm import convert_sync_batchnorm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from model.distributed import World, all_reduce_sum_, gather_stacked
+from byolt.model.distributed import World, all_reduce_sum_, gather_stacked
 
 
 def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:

@@ -1,0 +1,7 @@
+"""The data path. A training batch passes the files of this folder in this order:
+
+    manifest  sources  order  views  backends (dali_backend, torch_backend or resident)  loader
+
+`plain.py` and `subset.py` serve evaluation; `philox.py` is the random number generator. `formats/` reads bytes, `kernels/`
+makes views, `convert/` makes shards. May import configs and files, never model. Begin with `loader.py`.
+"""

@@ -6,11 +6,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from configs.schema import Config
-from pipelines.resident import Resident, is_wanted
-from pipelines.sources import Source
-from pipelines.torch_backend import TorchBackend
-from pipelines.views import ViewParams
+from byolt.configs.schema import Config
+from byolt.pipelines.resident import Resident, is_wanted
+from byolt.pipelines.sources import Source
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.pipelines.views import ViewParams
 
 
 class Backend(Protocol):
@@ -30,7 +30,7 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
     choice, threads = config.data.backend, config.data.threads
     if choice != "torch":
         try:
-            from pipelines.dali_backend import DaliBackend
+            from byolt.pipelines.dali_backend import DaliBackend
         except ImportError as error:
             how = "pip install 'byolt[dali]' (torch for CUDA 12) or 'byolt[dali-cuda130]' (CUDA 13)"
             if choice == "dali":

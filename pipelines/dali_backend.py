@@ -1,7 +1,7 @@
 """DALI decodes; compiled kernels make the views, on the CPU and on the GPU, from the same numbers.
 
-    CPU   encoded ─► decode what the two windows cover ─► pipelines/kernels.py (numba) ─► view 1, view 2
-    GPU   encoded ─► decode (nvJPEG where it can) ─► pipelines/triton_kernels.py ─► view 1, view 2
+    CPU   encoded ─► decode what the two windows cover ─► pipelines/kernels/cpu.py (numba) ─► view 1, view 2
+    GPU   encoded ─► decode (nvJPEG where it can) ─► pipelines/kernels/gpu.py ─► view 1, view 2
 
 An image is decoded once. Every number comes in from outside (`pipelines.views` draws them): nothing here is random.
 
@@ -28,12 +28,12 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
-from configs.schema import AugmentConfig
-from pipelines.encoded import inspect, ppm_pixels
-from pipelines.memory import Memory
-from pipelines.recipe import Pixels
-from pipelines.torch_backend import UndecodableError, decode
-from pipelines.views import ViewParams
+from byolt.configs.schema import AugmentConfig
+from byolt.pipelines.formats.decode import UndecodableError, decode
+from byolt.pipelines.formats.encoded import inspect, ppm_pixels
+from byolt.pipelines.kernels.memory import Memory
+from byolt.pipelines.kernels.recipe import Pixels
+from byolt.pipelines.views import ViewParams
 
 TOGETHER = 64  # images that are decoded before their views are made: what fits in the cache is not read twice
 
@@ -121,7 +121,7 @@ class DaliBackend:
         be the default stream, whose handle is null. When DALI takes back the memory of outputs that nobody refers to
         any more is its own affair, so they are referred to until an event says that the views' kernels have run.
         """
-        from pipelines.triton_kernels import make_views  # triton comes with torch for CUDA only
+        from byolt.pipelines.kernels.gpu import make_views  # triton comes with torch for CUDA only
 
         while self._in_use and self._in_use[0][0].query():
             self._in_use.popleft()
@@ -139,7 +139,7 @@ class DaliBackend:
         return views
 
     def _on_cpu(self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams) -> list[Tensor]:
-        from pipelines.kernels import make_views  # the GPU can do without numba
+        from byolt.pipelines.kernels.cpu import make_views  # the GPU can do without numba
 
         shape = len(encoded), self._augment.size, self._augment.size, 3
         views = [self._memory.take(shape) for _ in range(2)]

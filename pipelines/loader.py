@@ -20,15 +20,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.schema import Config
-from pipelines import order
-from pipelines.backends import Backend
-from pipelines.encoded import check
-from pipelines.reading import Reader
-from pipelines.resident import Resident
-from pipelines.sources import Source
-from pipelines.torch_backend import UndecodableError
-from pipelines.views import ViewParams, draw_both
+from byolt.configs.schema import Config
+from byolt.pipelines import order
+from byolt.pipelines.backends import Backend
+from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.formats.encoded import check
+from byolt.pipelines.resident import Resident
+from byolt.pipelines.sources import ParallelReader, Source
+from byolt.pipelines.views import ViewParams, draw_both
 
 
 class Batch(NamedTuple):
@@ -96,7 +95,7 @@ class Loader:
         self._corrupt = self._listed(first_step)
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
-        self._reader = Reader(source, config.data.threads)
+        self._reader = ParallelReader(source, config.data.threads)
         self.waited = 0.0  # seconds the consumer has waited for the queue, in all
         on_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.philox import ORDER_STREAM, random_bits
+from byolt.pipelines.philox import ORDER_STREAM, random_bits
 
 Mode = Literal["full", "block"]
 BLOCK = 256  # consecutive samples that stay together in a block: 28 MB of ImageNet in one read

@@ -8,10 +8,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.schema import Config
-from pipelines.encoded import inspect
-from pipelines.sources import Source
-from pipelines.torch_backend import decode, resize_bicubic
+from byolt.configs.schema import Config
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.sources import Source
+from byolt.pipelines.torch_backend import resize_bicubic
 
 
 def plain_images(

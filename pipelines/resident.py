@@ -12,13 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from configs.schema import AugmentConfig, DataConfig
-from pipelines.encoded import check
-from pipelines.memory import Memory
-from pipelines.recipe import Pixels
-from pipelines.sources import Source
-from pipelines.torch_backend import decode
-from pipelines.views import ViewParams
+from byolt.configs.schema import AugmentConfig, DataConfig
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.encoded import check
+from byolt.pipelines.kernels.memory import Memory
+from byolt.pipelines.kernels.recipe import Pixels
+from byolt.pipelines.sources import Source
+from byolt.pipelines.views import ViewParams
 
 SMALL = 96  # pixels: images with longer sides are cropped while they are decoded, and rarely fit
 LIMIT = 4 << 30  # bytes
@@ -105,14 +105,14 @@ class Resident:
         return first.permute(0, 3, 1, 2), second.permute(0, 3, 1, 2)
 
     def _on_gpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
-        from pipelines.triton_kernels import make_views  # triton comes with torch for CUDA only
+        from byolt.pipelines.kernels.gpu import make_views  # triton comes with torch for CUDA only
 
         views = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in params]
         make_views(pixels, params, self._augment, views)
         return views
 
     def _on_cpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
-        from pipelines.kernels import make_views
+        from byolt.pipelines.kernels.cpu import make_views
 
         views = [self._memory.take(tuple(shape)) for _ in params]
         make_views(pixels, params, self._augment, views, self._pool)

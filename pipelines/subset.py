@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipelines import tar
-from pipelines.beton import BetonSource
-from pipelines.index import IMAGE_EXTENSIONS
-from pipelines.order import global_batch
-from pipelines.shards import Manifest
-from pipelines.sources import FolderSource, Source, TarSource, label_names, list_folder
+from byolt.pipelines.formats import tar
+from byolt.pipelines.formats.beton import BetonSource
+from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
+from byolt.pipelines.formats.index import IMAGE_EXTENSIONS
+from byolt.pipelines.manifest import Manifest
+from byolt.pipelines.order import global_batch
+from byolt.pipelines.sources import Source, TarSource
 
 _NAMED = 5  # entries of a list that an error shows
 

@@ -3,24 +3,21 @@
 Every operation here is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness
 is added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
 a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1]. The other profile's
-are in pipelines/torchvision_profile.py; the back end serves both.
+are those of torchvision.transforms.v2 (`apply_torchvision`); the back end serves both.
 """
 
-import io
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as V
 
-from configs.schema import AugmentConfig
-from pipelines import torchvision_profile
-from pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
-
-GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
+from byolt.configs.schema import AugmentConfig
+from byolt.pipelines.formats.decode import UndecodableError, decode
+from byolt.pipelines.views import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, HUE, SATURATION, ViewParams
 
 
 class TorchBackend:
@@ -37,7 +34,7 @@ class TorchBackend:
             threads: images that are worked on at a time.
         """
         self._augment, self._device, self._dtype = augment, device, dtype
-        self._apply = apply if augment.profile == "byol" else torchvision_profile.apply
+        self._apply = apply_byol if augment.profile == "byol" else apply_torchvision
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(
@@ -80,31 +77,7 @@ class TorchBackend:
         return deliver([first for first, _ in both]), deliver([second for _, second in both])
 
 
-class UndecodableError(Exception):
-    """Some images of a batch do not decode: `reasons` maps their place in the batch to the reason."""
-
-    def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__("; ".join(f"image {i} of the batch: {reason}" for i, reason in reasons.items()))
-        self.reasons = reasons
-
-
-def decode(encoded: bytes) -> Tensor:
-    """An encoded image as uint8 (H, W, 3); grey becomes three equal channels, of 16 bits the high byte is taken,
-    EXIF orientation is ignored.
-
-    Raises:
-        ValueError: it does not decode.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return torch.from_numpy(np.array(image.convert("RGB")))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"does not decode: {error}") from None
-
-
-def apply(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
+def apply_byol(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
     """One drawn view of an image by profile byol, before normalisation.
 
     Args:
@@ -256,3 +229,39 @@ def _hsv_to_rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
         k = (sixths + shift) % 6
         channels.append(v - v * s * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, -1)
+
+
+def apply_torchvision(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
+    """One drawn view of an image, before normalisation: what `apply_byol` is to profile byol.
+
+    Args:
+        image: uint8 (H, W, 3).
+        view: parameters of one sample.
+        size: side of the view.
+        taps: taps of the blur kernel.
+
+    Returns:
+        float32 (1, size, size, 3) in [0, 1].
+    """
+    top, left, height, width = (int(a[0]) for a in (view.top, view.left, view.height, view.width))
+    window = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float() / 255
+    x = V.resize(window, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    if view.flip[0]:
+        x = V.horizontal_flip(x)
+    if view.jitter[0]:
+        for operation in view.order[0]:
+            if operation == BRIGHTNESS:
+                x = V.adjust_brightness(x, float(view.brightness[0]))
+            elif operation == CONTRAST:
+                x = V.adjust_contrast(x, float(view.contrast[0]))
+            elif operation == SATURATION:
+                x = V.adjust_saturation(x, float(view.saturation[0]))
+            elif operation == HUE:
+                x = V.adjust_hue(x, float(view.hue[0]))
+    if view.gray[0]:
+        x = V.rgb_to_grayscale(x, num_output_channels=3)
+    if view.blur[0]:
+        x = V.gaussian_blur(x, [taps, taps], [float(view.sigma[0])])
+    if view.solarize[0]:
+        x = V.solarize(x, 0.5)
+    return x.permute(0, 2, 3, 1)

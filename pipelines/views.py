@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from configs.schema import AugmentConfig, Profile, ViewConfig
-from pipelines.philox import uniform
+from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
+from byolt.pipelines.philox import uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)  # (24, 4)
@@ -168,3 +168,6 @@ def _sides(
 
 def _between(u: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:
     return low + (high - low) * u
+
+
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale

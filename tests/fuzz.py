@@ -24,10 +24,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pipelines.beton import ALLOCATION, FIELD, HEADER, IMAGE, BetonSource
-from pipelines.index import index_tar
-from pipelines.shards import MANIFEST, SAMPLES, Manifest, Shard, file_sha256
-from pipelines.sources import TarSource
+from byolt.files.atomic import sha256_of
+from byolt.pipelines.formats.beton import ALLOCATION, FIELD, HEADER, IMAGE, BetonSource
+from byolt.pipelines.formats.index import index_tar
+from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest, Shard
+from byolt.pipelines.sources import TarSource
 
 EDGES = [
     0,
@@ -177,7 +178,7 @@ class Manifests:
                 info.size = len(data)
                 out.addfile(info, io.BytesIO(data))
         path = folder / "a.tar"
-        shard = Shard("a.tar", path.stat().st_size, file_sha256(path), 4)
+        shard = Shard("a.tar", path.stat().st_size, sha256_of(path), 4)
         Manifest([shard], index_tar(path).records, ["x", "y"]).save(folder)
         self._manifest, self._samples = (folder / MANIFEST).read_bytes(), (folder / SAMPLES).read_bytes()
         self._body = len(self._samples) - 4 * 32

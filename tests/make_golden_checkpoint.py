@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor
 from whole_runs import Run, write_images
 
-from model import checkpoint
-from model.digest import digest
+from byolt.model.run import checkpoint
+from byolt.model.run.digest import digest
 
 TO = Path(__file__).parent / "fixtures" / f"checkpoint_v{checkpoint.VERSION}.pt.xz"
 

@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from whole_runs import ROOT, Run, write_images
 
-from tools.make_shards import main as make_shards
+from byolt.tools.make_shards import main as make_shards
 
 Row = dict[str, float]
 WHAT = {"memory_mb": "resident memory (MB)", "descriptors": "file descriptors", "threads": "threads"}

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 from test_train import TINY, images  # noqa: F401 (a fixture)
 
-from configs import schema
-from tools import ablate
+from byolt.configs import schema
+from byolt.tools import ablate
 
 RECIPE = Path(__file__).parent.parent / "configs/r18_cifar10.yaml"
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import AugmentConfig, Profile, ViewConfig
-from pipelines import torch_backend
-from pipelines.torch_backend import TorchBackend, UndecodableError
-from pipelines.views import ViewParams, draw
+from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
+from byolt.pipelines import torch_backend
+from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.pipelines.views import ViewParams, draw
 
-dali_backend = pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+dali_backend = pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
 CPU = torch.device("cpu")
 NONE = ViewConfig(flip=0, jitter=0, gray=0, blur=0, solarize=0)
 

@@ -13,16 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import ViewConfig
-from model import provenance
-from pipelines.backends import make_backend
-from pipelines.loader import CorruptBudgetError, Loader
-from pipelines.sources import open_source
-from pipelines.views import draw
-from tools import bench, bench_together
-from tools.bench_peers import CONFIG, ROOT, compare, loader, run_harness
-from tools.bench_stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
-from tools.bench_together import LONGEST_WAIT, bottleneck, median, stall, wait_until_idle
+from byolt.configs.schema import ViewConfig
+from byolt.model.run import provenance
+from byolt.pipelines.backends import make_backend
+from byolt.pipelines.loader import CorruptBudgetError, Loader
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.views import draw
+from byolt.tools import bench
+from byolt.tools.benchmarks import together as bench_together
+from byolt.tools.benchmarks.peers import CONFIG, ROOT, compare, loader, run_harness
+from byolt.tools.benchmarks.stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
+from byolt.tools.benchmarks.together import LONGEST_WAIT, bottleneck, median, stall, wait_until_idle
 
 TINY = ["synthetic:8:40x50", "augment.size=16", "train.batch_size=4", "train.device=cpu", "data.threads=1"]
 TINY += ["--batches", "1"]
@@ -130,7 +131,7 @@ def test_without_dali_one_clear_error(
             raise ImportError("No module named 'nvidia'")
         return real(name, *args, **kwargs)
 
-    monkeypatch.delitem(sys.modules, "pipelines.dali_backend", raising=False)
+    monkeypatch.delitem(sys.modules, "byolt.pipelines.dali_backend", raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert bench.main(TINY) == 2
     said = capsys.readouterr().err

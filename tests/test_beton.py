@@ -17,14 +17,23 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import AugmentConfig, Config, ViewConfig
-from pipelines.backends import make_backend
-from pipelines.beton import ALLOCATION, FIELD, HEADER, IMAGE, IMAGE_TYPE, INT_TYPE, TYPES, BetonSource
-from pipelines.encoded import inspect
-from pipelines.loader import Batch, Loader
-from pipelines.sources import Source, open_source
-from pipelines.torch_backend import decode
-from pipelines.views import draw
+from byolt.configs.schema import AugmentConfig, Config, ViewConfig
+from byolt.pipelines.backends import make_backend
+from byolt.pipelines.formats.beton import (
+    ALLOCATION,
+    FIELD,
+    HEADER,
+    IMAGE,
+    IMAGE_TYPE,
+    INT_TYPE,
+    TYPES,
+    BetonSource,
+)
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.loader import Batch, Loader
+from byolt.pipelines.sources import Source, open_source
+from byolt.pipelines.views import draw
 
 CPU = torch.device("cpu")
 PAGE = 1 << 21
@@ -107,7 +116,7 @@ def mixed(count: int, height: int = 0, width: int = 0) -> list[Sample]:
 @pytest.fixture
 def beton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """12 samples, read 5 at a time."""
-    monkeypatch.setattr("pipelines.beton._PIECE", 5)
+    monkeypatch.setattr("byolt.pipelines.formats.beton._PIECE", 5)
     return write_beton(tmp_path / "a.beton", mixed(12))
 
 
@@ -160,7 +169,7 @@ def test_dali_decodes_the_file_that_ffcv_wrote(golden: BetonSource) -> None:
 
 def test_raw_and_jpeg_in_one_batch_are_the_same_pixels_in_both_back_ends(tmp_path: Path) -> None:
     """A crop of the whole image at its own size is the decoder alone."""
-    dali_backend = pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+    dali_backend = pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
     samples = mixed(96, 40, 40)
     source = BetonSource([write_beton(tmp_path / "a.beton", samples)])
     encoded = [source.read(i) for i in range(96)]

@@ -11,16 +11,18 @@ import pytest
 from PIL import Image
 from test_make_shards import hashes, quarantine, run, samples, write_bad, write_images
 
-from pipelines import beton_writer, claim, writer
-from pipelines import plan as planning
-from pipelines.beton import BetonSource
-from pipelines.beton_writer import BetonWriter, page_size_for
-from pipelines.encoded import inspect, ppm_header
-from pipelines.shards import Manifest
-from pipelines.sources import BetonFolder, TarSource, open_source
-from pipelines.torch_backend import decode
-from tools import make_shards
-from tools.verify_shards import main as verify
+from byolt.pipelines.convert import beton_writer
+from byolt.pipelines.convert import destination as claim
+from byolt.pipelines.convert import plan as planning
+from byolt.pipelines.convert import shard_writer as writer
+from byolt.pipelines.convert.beton_writer import BetonWriter, page_size_for
+from byolt.pipelines.formats.beton import BetonSource
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.encoded import inspect, ppm_header
+from byolt.pipelines.manifest import Manifest
+from byolt.pipelines.sources import BetonFolder, TarSource, open_source
+from byolt.tools import make_shards
+from byolt.tools.verify_shards import main as verify
 
 NAME = "shard-000000.beton"
 
@@ -313,7 +315,7 @@ def test_what_was_proven_is_not_decoded_again(
 ) -> None:
     decoded = []
     assert run(source, tmp_path / "tars", *options) == 0
-    monkeypatch.setattr("pipelines.convert.prove", lambda *_: decoded.append(1))
+    monkeypatch.setattr("byolt.pipelines.convert.rules.prove", lambda *_: decoded.append(1))
     assert run(tmp_path / "tars", tmp_path / "betons", "--format", "beton") == 0
     assert run(tmp_path / "betons", tmp_path / "again") == 0
     assert len(decoded) == (20 if options else 0)  # once, if at all

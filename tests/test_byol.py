@@ -8,15 +8,8 @@ import torch
 import torchvision
 from torch import nn
 
-from model.byol import (
-    BACKBONES,
-    BYOL,
-    MLP,
-    Predictions,
-    byol_loss,
-    make_encoder,
-    regression_loss,
-)
+from byolt.model.byol import BYOL, MLP, Predictions, byol_loss, regression_loss
+from byolt.model.resnet import BACKBONES, make_encoder
 
 
 def _small() -> BYOL:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from model import checkpoint
-from model.checkpoint import CheckpointError
+from byolt.model.run import checkpoint
+from byolt.model.run.checkpoint import CheckpointError
 
 
 def state(step: int) -> dict:
@@ -96,7 +96,7 @@ def test_error_that_is_not_the_disk_s_is_not_blamed_on_it(
 
 
 def test_stale_temporary_is_removed(tmp_path: Path) -> None:
-    stale = tmp_path / ".checkpoint-000000001.pt.123.tmp"
+    stale = tmp_path / ".checkpoint-000000001.pt.123.byolt-tmp"
     stale.write_bytes(b"half")
     checkpoint.save(tmp_path, 2, state(2), keep=1)
     assert not stale.exists()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.digest import digest
+from byolt.model.run.digest import digest
 
 KNOWN = "b723417445892114261e643d4238e67188fe6c217477648ca4863779bc90faa5"
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model import distributed, sync_norm
-from model.byol import BYOL, make_encoder
-from model.distributed import World
-from model.optim import LARS
-from model.step import TrainStep
+from byolt.model import distributed, sync_norm
+from byolt.model.byol import BYOL
+from byolt.model.distributed import World
+from byolt.model.optim import LARS
+from byolt.model.resnet import make_encoder
+from byolt.model.step import TrainStep
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 BATCH, STEPS = 16, 2
@@ -222,7 +223,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What two spawned ranks found; everything two ranks can tell comes from this one spawn."""
     folder = tmp_path_factory.mktemp("ranks")
     # A forkserver imports torch once for both.
-    torch.multiprocessing.set_forkserver_preload(["torch.nn.parallel", "model.byol", "model.step"])
+    torch.multiprocessing.set_forkserver_preload(
+        ["torch.nn.parallel", "byolt.model.byol", "byolt.model.step"]
+    )
     torch.multiprocessing.start_processes(
         _worker, (_free_port(), str(folder)), nprocs=2, start_method="forkserver"
     )
@@ -414,7 +417,7 @@ def test_how_torch_computes_is_settled_before_cuda_starts(
 
 RESTARTED = """
 import os, torch
-from model import distributed, sync_norm
+from byolt.model import distributed, sync_norm
 world = distributed.init("cpu", timeout=60)
 total = distributed.all_reduce_mean(torch.tensor([float(world.rank)]), world)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and world.rank == 1:

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipelines.convert import prove, to_jpeg
-from pipelines.encoded import ImageHeader, check, inspect, ppm_header, ppm_pixels
+from byolt.pipelines.convert.rules import prove, to_jpeg
+from byolt.pipelines.formats.encoded import ImageHeader, check, inspect, ppm_header, ppm_pixels
 
 
 def encode(

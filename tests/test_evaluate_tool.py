@@ -15,15 +15,19 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from configs import schema
-from model import checkpoint, distributed
-from model.byol import make_byol
-from model.probe import fit_logistic
-from model.trained import load_trained, weights_digest
-from pipelines.plain import plain_images
-from pipelines.sources import Source, open_source
-from tools import evaluate, frozen, model_card, protocols, training
-from tools.frozen import Bench
+from byolt.configs import schema
+from byolt.model import distributed
+from byolt.model.byol import make_byol
+from byolt.model.quality.linear import fit_logistic
+from byolt.model.run import checkpoint
+from byolt.model.run.trained import load_trained, weights_digest
+from byolt.pipelines.plain import plain_images
+from byolt.pipelines.sources import Source, open_source
+from byolt.tools import evaluate
+from byolt.tools.evaluation import finetuning as training
+from byolt.tools.evaluation import frozen, protocols
+from byolt.tools.evaluation.frozen import Bench
+from byolt.tools.reporting import model_card
 
 CONFIG = """
 run: {out: unused}
@@ -258,7 +262,7 @@ def test_a_fit_that_diverges_is_not_the_answer(
         fitted = fit_logistic(features, labels, classes, l2, most)
         return fitted._replace(bias=fitted.bias * torch.nan) if l2 < 1e-5 else fitted
 
-    monkeypatch.setattr("model.probe.fit_logistic", fit)
+    monkeypatch.setattr("byolt.tools.evaluation.protocols.fit_logistic", fit)
     [result] = _measure(run, tmp_path, "--protocol", "transfer", "--l2", "3")["results"]
     settings = result["settings"]
     assert settings["held_out_top1"][0] is None and settings["l2"] > 1e-5 and result["top1"] == 100.0
@@ -458,7 +462,7 @@ def test_a_picture_that_fails_is_a_warning(
 
     options = ["--protocol", "knn", "--k", "5"]
     _measure(run, tmp_path, *options)
-    monkeypatch.setattr("model.metrics.save_confusion", fail)
+    monkeypatch.setattr("byolt.model.run.log.save_confusion", fail)
     assert _main(run, tmp_path, *options) == 0
     assert "cannot be drawn: no such font" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone
@@ -531,7 +535,7 @@ def test_a_lost_rank_is_told_in_one_line(
     assert _main(run, tmp_path, "--protocol", "knn") == 1
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(
-        "model.distributed.is_lost_peer", lambda error: False
+        "byolt.model.distributed.is_lost_peer", lambda error: False
     )  # what nobody foresaw is shown whole
     assert _main(run, tmp_path, "--protocol", "knn") == 1
     assert "Traceback" in capsys.readouterr().err

@@ -11,11 +11,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from configs import schema
-from model import checkpoint
-from model.byol import BACKBONES, make_byol, make_encoder
-from model.trained import Trained, load_trained
-from tools import export
+from byolt.configs import schema
+from byolt.model.byol import make_byol
+from byolt.model.resnet import BACKBONES, make_encoder
+from byolt.model.run import checkpoint
+from byolt.model.run.trained import Trained, load_trained
+from byolt.tools import export
 
 CONFIG = """
 run: {out: unused}

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from model import failpoint
+from byolt.files import failpoint
 
 
 def reach_all() -> None:

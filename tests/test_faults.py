@@ -19,8 +19,8 @@ import pytest
 import torch
 from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
-from model.byol import Online
-from tools.make_shards import main as make_shards
+from byolt.model.byol import Online
+from byolt.tools.make_shards import main as make_shards
 
 pytestmark = pytest.mark.faults
 HALF = 4  # steps of the interrupted run: one epoch
@@ -93,7 +93,7 @@ def test_killed_while_writing_a_checkpoint(
     where: str, written: tuple[float, float], halved: Run, whole: Process
 ) -> None:
     assert halved("--resume", "auto", BYOLT_FAIL=where).wait() == -signal.SIGKILL
-    (half_written,) = halved.out.glob(".checkpoint-*.tmp")
+    (half_written,) = halved.out.glob(".checkpoint-*.byolt-tmp")
     assert written[0] < half_written.stat().st_size / halved.newest()[0].stat().st_size < written[1]
     process = finish(halved)
     assert f"checkpoint-000000004.pt: steps {HALF} to" in process.text

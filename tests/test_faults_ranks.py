@@ -16,11 +16,12 @@ import pytest
 import torch
 from whole_runs import ROOT, Process, Run, digest_of, write_images
 
-from model import checkpoint, probe
-from model.byol import Online
-from pipelines.loader import Loader
-from pipelines.order import global_batch, position
-from pipelines.sources import FolderSource
+from byolt.model.byol import Online
+from byolt.model.quality import linear
+from byolt.model.run import checkpoint
+from byolt.pipelines.formats.folder import FolderSource
+from byolt.pipelines.loader import Loader
+from byolt.pipelines.order import global_batch, position
 
 pytestmark = pytest.mark.faults
 
@@ -182,7 +183,7 @@ def _no_probe_on_rank_1() -> None:
         raise RuntimeError("broken on rank 1")
 
     if os.environ["RANK"] == "1":
-        probe.make_probe = make  # type: ignore[assignment]
+        linear.make_probe = make  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

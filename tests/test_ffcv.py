@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.beton import BetonSource
-from pipelines.encoded import inspect
-from pipelines.shards import Manifest
-from pipelines.sources import open_source
-from pipelines.torch_backend import decode
-from tools.make_shards import main as make_shards
-from tools.verify_shards import main as verify
+from byolt.pipelines.formats.beton import BetonSource
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.manifest import Manifest
+from byolt.pipelines.sources import open_source
+from byolt.tools.make_shards import main as make_shards
+from byolt.tools.verify_shards import main as verify
 
 pytestmark = pytest.mark.ffcv
 SIDE = 40  # ffcv's plainest decoder wants images of one size

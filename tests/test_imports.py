@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = [
     ROOT / "train.py",
-    *(p for d in ("configs", "model", "pipelines", "tools") for p in (ROOT / d).glob("*.py")),
+    *(p for d in ("configs", "files", "model", "pipelines", "tools") for p in (ROOT / d).rglob("*.py")),
 ]
 ALLOWED = {
     "nvidia": {"pipelines/dali_backend.py"},
@@ -18,13 +18,13 @@ ALLOWED = {
     "pydantic": {"configs/schema.py"},
     "omegaconf": {"configs/schema.py"},
     "webdataset": set(),
-    "numba": {"pipelines/kernels.py", "pipelines/kernel_llvm.py", "pipelines/kernel_rows.py"},
-    "llvmlite": {"pipelines/kernel_llvm.py"},
-    "triton": {f"pipelines/triton_{part}.py" for part in ("kernels", "pixels", "byol", "torchvision")},
+    "numba": {f"pipelines/kernels/cpu{part}.py" for part in ("", "_llvm", "_rows")},
+    "llvmlite": {"pipelines/kernels/cpu_llvm.py"},
+    "triton": {f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")},
     "timm": {"tools/export.py"},
     "transformers": {"tools/export.py"},
-    "train": set(),
-    "ffcv": {"pipelines/ffcv_engine.py", "tools/bench_beton.py"},
+    "byolt.train": set(),
+    "ffcv": {"pipelines/convert/ffcv_engine.py", "tools/benchmarks/beton.py"},
 }
 
 
@@ -67,10 +67,12 @@ def test_ffcv_is_not_imported_with_the_code() -> None:
 def test_everything_is_imported_without_ffcv() -> None:
     """Where sys.modules holds None, importing it raises, whether it is installed or not."""
     names = [
-        p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for p in FILES if p.name[0] != "_"
+        "byolt." + p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+        for p in FILES
+        if p.name[0] != "_"
     ]
     check = f"import sys; sys.modules['ffcv'] = None\nfor name in {names}: __import__(name)\n"
-    check += "assert 'pipelines.ffcv_engine' in sys.modules and sys.modules['ffcv'] is None"
+    check += "assert 'byolt.pipelines.convert.ffcv_engine' in sys.modules and sys.modules['ffcv'] is None"
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -14,14 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import Config
-from pipelines.backends import make_backend, make_resident
-from pipelines.loader import Batch, CorruptBudgetError, Loader
-from pipelines.order import global_batch
-from pipelines.plain import plain_images
-from pipelines.reading import Reader
-from pipelines.sources import SyntheticSource
-from pipelines.torch_backend import UndecodableError, decode
+from byolt.configs.schema import Config
+from byolt.pipelines.backends import make_backend, make_resident
+from byolt.pipelines.formats.decode import UndecodableError, decode
+from byolt.pipelines.loader import Batch, CorruptBudgetError, Loader
+from byolt.pipelines.order import global_batch
+from byolt.pipelines.plain import plain_images
+from byolt.pipelines.sources import ParallelReader, SyntheticSource
 
 N = 40
 
@@ -226,7 +225,7 @@ def test_spent_budget_is_refused_on_resume(listed: int, max_corrupt: int, said: 
 @pytest.mark.parametrize("threads", [1, 2, 3, 64])
 def test_reader_keeps_the_order(threads: int) -> None:
     source, wanted = Damaged({}), [7, 3, 3, 39, 0, 12, 5]
-    reader = Reader(source, threads)
+    reader = ParallelReader(source, threads)
     for count in range(len(wanted) + 1):
         found = list(reader(wanted[:count], unwanted={3}))
         assert found == [b"" if i == 3 else source.read(i) for i in wanted[:count]]
@@ -243,7 +242,7 @@ def test_reads_wait_together() -> None:
             barrier.wait()
             return super().read(i)
 
-    reader = Reader(Slow(N, 20, 30), 2)
+    reader = ParallelReader(Slow(N, 20, 30), 2)
     assert list(reader([4, 9])) == [SyntheticSource(N, 20, 30).read(i) for i in (4, 9)]
     reader.close()
 
@@ -289,7 +288,7 @@ def test_order_does_not_depend_on_the_number_of_ranks(ranks: tuple[int, ...]) ->
 
 def test_evaluation_refuses_a_bomb_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "pipelines.plain.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
+        "byolt.pipelines.plain.decode", lambda data: pytest.fail("decoded") if data == bomb else decode(data)
     )
     bomb = _bad_images()["400 Mpx"]
     (batch,) = plain_images(Damaged({2: lambda _: bomb}), np.array([0, 2, 1]), make_config())
@@ -356,7 +355,8 @@ def test_thread_lives_from_entering_to_leaving_and_waiting_is_counted() -> None:
 
 def test_plain_images_are_the_centre() -> None:
     """A 20 x 30 image at size 8: the central 17 x 17 pixels (7/8 of the short side), resized."""
-    from pipelines.torch_backend import decode, resize_bicubic
+    from byolt.pipelines.formats.decode import decode
+    from byolt.pipelines.torch_backend import resize_bicubic
 
     source, config = Damaged({2: lambda _: b""}), make_config()
     pixels, labels = zip(*plain_images(source, np.array([0, 2, 1]), config, batch_size=2), strict=True)
@@ -370,7 +370,7 @@ def test_plain_images_are_the_centre() -> None:
 def test_backend_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "pipelines.dali_backend", None)  # import fails
+    monkeypatch.setitem(sys.modules, "byolt.pipelines.dali_backend", None)  # import fails
     _, reason = make_backend(make_config(data={"backend": "auto"}), torch.device("cpu"), torch.float32)
     assert "torch on the CPU, because DALI is not installed" in reason and "byolt[dali]" in reason
     with pytest.raises(ValueError, match=r"data\.backend=dali needs NVIDIA DALI"):
@@ -400,7 +400,7 @@ def test_batches_made_on_a_stream_of_their_own_are_those_of_the_cpu(backend: str
 
 
 def test_back_end_says_what_it_is() -> None:
-    pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+    pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
     for choice, why in {"auto": ", because it is installed", "dali": ""}.items():
         _, reason = make_backend(make_config(data={"backend": choice}), torch.device("cpu"), torch.float32)
         assert reason == f"data.backend={choice}: DALI on the CPU{why}, 1 threads"
@@ -408,7 +408,7 @@ def test_back_end_says_what_it_is() -> None:
 
 def test_loader_draws_by_the_profile() -> None:
     """The first batch of a run is what the back end makes of draws by torchvision's rules."""
-    from pipelines.views import draw_both
+    from byolt.pipelines.views import draw_both
 
     config, source = make_config(augment={"profile": "torchvision"}), Damaged({})
     ((batch,),) = take(config, 1, source)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from model.lock import NAME, RunLock
+from byolt.files.lock import NAME, RunLock
 
-HOLD = "import sys; from pathlib import Path; from model.lock import RunLock; lock = RunLock(Path(sys.argv[1])); print(repr(lock.take()), flush=True); sys.stdin.read()"
+HOLD = "import sys; from pathlib import Path; from byolt.files.lock import RunLock; lock = RunLock(Path(sys.argv[1])); print(repr(lock.take()), flush=True); sys.stdin.read()"
 ROOT = Path(__file__).resolve().parent.parent
 
 

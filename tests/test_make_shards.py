@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import plan as planning
-from pipelines import writer
-from pipelines.encoded import inspect
-from pipelines.originals import Reader, list_originals
-from pipelines.shards import Manifest
-from pipelines.sources import TarSource
-from tools import make_shards
-from tools.verify_shards import main as verify
+from byolt.pipelines.convert import plan as planning
+from byolt.pipelines.convert import shard_writer as writer
+from byolt.pipelines.convert.from_files import Reader, list_originals
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.manifest import Manifest
+from byolt.pipelines.sources import TarSource
+from byolt.tools import make_shards
+from byolt.tools.verify_shards import main as verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -255,7 +255,7 @@ def test_split_is_disjoint_and_complete(source: Path, tmp_path: Path) -> None:
 def test_killed_and_started_again_is_byte_identical(tmp_path: Path) -> None:
     source = write_images(tmp_path / "src", 60, side=400)  # 60 images, 9 shards
     (source / "c0/text.jpg").write_text("no image")
-    command = [sys.executable, "-m", "tools.make_shards", str(source), str(tmp_path / "dst")]
+    command = [sys.executable, "-m", "byolt.tools.make_shards", str(source), str(tmp_path / "dst")]
     command += ["--shard-size", "1", "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     notes = tmp_path / "dst/.make_shards"
@@ -303,7 +303,7 @@ def test_interrupt_is_one_line(tmp_path: Path, workers: int, after: float) -> No
         (source / f"c0/link{i}.jpg").symlink_to(source / "c0/0000.jpg")
     # Where SIGINT is ignored, as in a shell's background, a child inherits that and Python leaves it so.
     start = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "runpy.run_module('tools.make_shards', run_name='__main__')"
+    start += "runpy.run_module('byolt.tools.make_shards', run_name='__main__')"
     command = [sys.executable, "-c", start, str(source), str(tmp_path / "dst")]
     command += ["--shard-size", "1", "--workers", str(workers)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE, text=True)
@@ -315,7 +315,7 @@ def test_interrupt_is_one_line(tmp_path: Path, workers: int, after: float) -> No
     error = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert error == "make_shards: interrupted; start it again to continue\n"
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.byolt-tmp"))
 
 
 def test_full_disk(
@@ -489,7 +489,7 @@ def test_tar_that_ends_in_a_zip_is_a_tar(tmp_path: Path) -> None:
 
 def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
     source = write_images(tmp_path / "src", 60, side=400)
-    command = [sys.executable, "-m", "tools.make_shards", str(source), str(tmp_path / "dst")]
+    command = [sys.executable, "-m", "byolt.tools.make_shards", str(source), str(tmp_path / "dst")]
     command += ["--shard-size", "1", "--workers", "2"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
     while not list((tmp_path / "dst/.make_shards").glob("shard-*.json")):

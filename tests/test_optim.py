@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.optim import LARS, ema_update_
+from byolt.model.optim import LARS, ema_update_
 
 SHAPES = [(8, 3, 3, 3), (16, 8), (16,), (5, 4), (1,), ()]
 

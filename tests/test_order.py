@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import BLOCK, global_batch, position, steps_per_epoch
-from pipelines.philox import ORDER_STREAM, philox4x32, random_bits, uniform
+from byolt.pipelines.order import BLOCK, global_batch, position, steps_per_epoch
+from byolt.pipelines.philox import ORDER_STREAM, philox4x32, random_bits, uniform
 
 FULL = [716, 618, 961, 829, 330, 34, 195, 838]
 BLOCKS = [41894, 14381, 10146, 60973, 26768, 7377, 63023, 96258]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model import provenance
+from byolt.model.run import provenance
 
 
 def test_a_start_is_a_line_and_a_new_run_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

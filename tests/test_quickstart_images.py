@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import quickstart_images
-from tools.quickstart_images import CLASSES, draw, image_rng, main, write_set
+from byolt.tools import quickstart_images
+from byolt.tools.quickstart_images import CLASSES, draw, image_rng, main, write_set
 
 CHANCE = 100 / len(CLASSES)
 

@@ -15,12 +15,13 @@ from PIL import Image
 from test_train import Run as TrainRun
 from test_train import images  # noqa: F401 (a fixture)
 
-from configs import schema
-from model import checkpoint
-from model.byol import make_byol
-from tools import export, report, report_figures
-from tools.report_features import neighbours
-from tools.report_run import Sample, read_run
+from byolt.configs import schema
+from byolt.model.byol import make_byol
+from byolt.model.run import checkpoint
+from byolt.tools import export, report
+from byolt.tools.reporting import figures as report_figures
+from byolt.tools.reporting.features import neighbours
+from byolt.tools.reporting.run import Sample, read_run
 
 EVIL = "<script>alert('x')<"
 VOID = {"meta", "img"}

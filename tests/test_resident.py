@@ -8,13 +8,13 @@ import pytest
 import torch
 from test_loader import Damaged, N, make_config
 
-from configs.schema import Profile
-from pipelines.backends import make_backend, make_resident
-from pipelines.loader import Batch, CorruptBudgetError, Loader
-from pipelines.memory import Memory
-from pipelines.recipe import Pixels
-from pipelines.resident import Resident, is_wanted
-from pipelines.sources import SyntheticSource
+from byolt.configs.schema import Profile
+from byolt.pipelines.backends import make_backend, make_resident
+from byolt.pipelines.kernels.memory import Memory
+from byolt.pipelines.kernels.recipe import Pixels
+from byolt.pipelines.loader import Batch, CorruptBudgetError, Loader
+from byolt.pipelines.resident import Resident, is_wanted
+from byolt.pipelines.sources import SyntheticSource
 
 CPU = torch.device("cpu")
 

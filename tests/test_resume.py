@@ -15,15 +15,15 @@ import pytest
 import torch
 from PIL import Image
 
-from configs import schema
-from model import checkpoint
-from model.byol import make_byol
-from model.checkpoint import CheckpointError
-from model.digest import digest
-from model.distributed import World
-from model.optim import LARS
-from model.resume import find_checkpoint, restore
-from model.step import TrainStep
+from byolt.configs import schema
+from byolt.model.byol import make_byol
+from byolt.model.distributed import World
+from byolt.model.optim import LARS
+from byolt.model.run import checkpoint
+from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.digest import digest
+from byolt.model.run.resume import find_checkpoint, restore
+from byolt.model.step import TrainStep
 
 WORLD = World(0, 0, 1, torch.device("cpu"), "none")
 GOLDEN = "500347087123bcdf29a0c392f165d15bde73ae2e571b6215880cc972d10a3c40"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.rows import read_metrics, read_rows
+from byolt.files.rows import read_metrics, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -36,7 +36,7 @@ def test_metrics_are_finite_numbers(tmp_path: Path) -> None:
     assert read_metrics(path) == [{"step": 3, "loss": 1e308, "count": -2}]
 
 
-@pytest.mark.parametrize("module", ["model.rows", "tools.ablate"])
+@pytest.mark.parametrize("module", ["byolt.files.rows", "byolt.tools.ablate"])
 def test_reading_lines_takes_neither_torch_nor_matplotlib(module: str) -> None:
     check = f"import sys, {module}; print({{'torch', 'matplotlib', 'tensorboard'}} & sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.schedules import learning_rate, tau
+from byolt.model.schedules import learning_rate, tau
 
 BASE_LR = {"40": 0.45, "100": 0.45, "300": 0.3, "1000": 0.2}
 BASE_TAU = {"40": 0.97, "100": 0.99, "300": 0.99, "1000": 0.996}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from configs import schema
-from configs.schema import Config, from_yaml, load
+from byolt.configs import schema
+from byolt.configs.schema import Config, from_yaml, load
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

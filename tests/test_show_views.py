@@ -15,17 +15,26 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from configs.schema import Config, load
-from pipelines import torch_backend
-from pipelines.backends import Backend, make_backend
-from pipelines.loader import Loader
-from pipelines.order import global_batch
-from pipelines.sources import open_source
-from pipelines.torch_backend import TorchBackend
-from pipelines.views import ViewParams
-from tools.show_views import main
-from tools.view_samples import Samples, choose, make_views, neutral_jitter, operations, read, table, to_pixels
-from tools.view_sheets import COLOURS, Page, comparison, contact_sheet, operation_strips, short
+from byolt.configs.schema import Config, load
+from byolt.pipelines import torch_backend
+from byolt.pipelines.backends import Backend, make_backend
+from byolt.pipelines.loader import Loader
+from byolt.pipelines.order import global_batch
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.pipelines.views import ViewParams
+from byolt.tools.show_views import main
+from byolt.tools.viewing.samples import (
+    Samples,
+    choose,
+    make_views,
+    neutral_jitter,
+    operations,
+    read,
+    table,
+    to_pixels,
+)
+from byolt.tools.viewing.sheets import COLOURS, Page, comparison, contact_sheet, operation_strips, short
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs" / "r18_cifar10.yaml")
@@ -68,7 +77,7 @@ def _sheet(config: Config, samples: Samples) -> Page:
 def test_sheet_shows_the_loaders_batches(name: str, profile: str, folder: Path) -> None:
     """To the bit: every step of two epochs, whatever the batch was; the pictures hold these pixels."""
     if name == "dali":
-        pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+        pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
     overrides = f"data.backend={name}", f"augment.profile={profile}"
     config = _config(folder, *overrides, "augment.view1.blur=0.5", "augment.view2.gray=0.5")
     source, backend = open_source(folder), _backend(config)
@@ -344,7 +353,7 @@ def test_writes_a_picture(
 
 
 def test_compares_with_dali(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+    pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
     out = tmp_path / "both.png"
     assert _run(folder, "--compare", "--ids", "0", "5", "--out", str(out)) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -399,7 +408,7 @@ def test_an_image_that_does_not_decode_is_named(
 ) -> None:
     """Whole by its header and end, broken inside: no back end decodes it."""
     if name == "dali":
-        pytest.importorskip("pipelines.dali_backend", reason="NVIDIA DALI is not installed")
+        pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
     png = bytearray((folder / "0.png").read_bytes())
     middle = png.index(b"IDAT") + 4
     png[middle : middle + 40] = bytes(40)
@@ -426,7 +435,7 @@ def test_bytes_that_changed_under_the_index_are_named(folder: Path, tmp_path: Pa
 def test_comparing_without_dali_says_how_to_get_it(
     choice: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.dali_backend", None)  # import fails
+    monkeypatch.setitem(sys.modules, "byolt.pipelines.dali_backend", None)  # import fails
     assert _run(folder, "--compare", "--out", str(tmp_path / "c.png"), f"data.backend={choice}") == 2
     assert "pip install 'byolt[dali]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -10,16 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.encoded import inspect
-from pipelines.sources import (
-    FolderSource,
-    SyntheticSource,
-    TarSource,
-    label_names,
-    list_folder,
-    open_source,
-)
-from tools.make_shards import main as make_shards
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
+from byolt.pipelines.sources import SyntheticSource, TarSource, open_source
+from byolt.tools.make_shards import main as make_shards
 
 
 def write_images(folder: Path, count: int = 12) -> dict[str, bytes]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.byol import BYOL, byol_loss, make_encoder
-from model.distributed import World
-from model.optim import LARS
-from model.step import TrainStep, collapse_gauges
+from byolt.model.byol import BYOL, byol_loss
+from byolt.model.distributed import World
+from byolt.model.optim import LARS
+from byolt.model.resnet import make_encoder
+from byolt.model.step import TrainStep, collapse_gauges
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 # Of the reference's names and the MLP's.

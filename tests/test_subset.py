@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.sources import open_source
-from pipelines.subset import Subset, _original, balanced_ids, drawn, listed_ids, spaced
-from tools import make_shards
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.subset import Subset, _original, balanced_ids, drawn, listed_ids, spaced
+from byolt.tools import make_shards
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.schema import AugmentConfig, ViewConfig
-from pipelines import torch_backend as ops
-from pipelines.torch_backend import TorchBackend, UndecodableError
-from pipelines.views import draw
+from byolt.configs.schema import AugmentConfig, ViewConfig
+from byolt.pipelines import torch_backend as ops
+from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.pipelines.views import draw
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +128,7 @@ def test_backend_applies_drawn_parameters_and_normalises() -> None:
     for view, drawn in zip(views, params, strict=True):
         assert view.shape == (3, 3, 32, 32) and view.is_contiguous(memory_format=torch.channels_last)
         for i in range(3):
-            plain = ops.apply(ops.decode(encoded[i]), drawn[i : i + 1], 32, AUGMENT.blur_taps)[0]
+            plain = ops.apply_byol(ops.decode(encoded[i]), drawn[i : i + 1], 32, AUGMENT.blur_taps)[0]
             expected = (plain.permute(2, 0, 1) - torch.tensor(AUGMENT.mean).view(3, 1, 1)) / torch.tensor(
                 AUGMENT.std
             ).view(3, 1, 1)

@@ -16,10 +16,10 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from configs.schema import AugmentConfig, ViewConfig
-from pipelines.torch_backend import TorchBackend
-from pipelines.torchvision_profile import apply
-from pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
+from byolt.configs.schema import AugmentConfig, ViewConfig
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.pipelines.torch_backend import apply_torchvision as apply
+from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
 
 HEIGHT, WIDTH = 75, 90
 EVERYTHING = ViewConfig(blur=0.7, solarize=0.5, jitter=0.9, gray=0.2)

@@ -27,18 +27,19 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-import train
-from configs import schema
-from model import checkpoint
-from model.byol import Online, make_encoder
-from model.distributed import World
-from model.evaluate import calibrate_batch_norm
-from model.finite import FiniteCheck
-from model.step import TrainStep
-from pipelines.loader import Loader
-from pipelines.order import global_batch
-from pipelines.sources import Source, open_source
-from tools.make_shards import main as make_shards
+from byolt import train
+from byolt.configs import schema
+from byolt.model.byol import Online
+from byolt.model.distributed import World
+from byolt.model.quality.features import calibrate_batch_norm
+from byolt.model.resnet import make_encoder
+from byolt.model.run import checkpoint
+from byolt.model.run.guard import FiniteCheck
+from byolt.model.step import TrainStep
+from byolt.pipelines.loader import Loader
+from byolt.pipelines.order import global_batch
+from byolt.pipelines.sources import Source, open_source
+from byolt.tools.make_shards import main as make_shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
@@ -159,7 +160,7 @@ def test_untrained_encoder_is_calibrated_once_and_in_a_copy(run: Run) -> None:
             (before["bn1.num_batches_tracked"].item(), sum(len(labels) for _, labels in seen), changed)
         )
 
-    with patch("model.evaluate.calibrate_batch_norm", calibrate):
+    with patch("byolt.model.quality.features.calibrate_batch_norm", calibrate):
         assert run("train.stop_at_step=4").returncode == 0
     ((tracked, images, changed),) = calls
     assert (tracked, images) == (0, 32) and "bn1.running_mean" in changed
@@ -174,10 +175,11 @@ def test_calibration_has_two_images_a_batch_on_however_many_ranks(run: Run, imag
         sizes: list[int] = []
         with (
             patch(
-                "pipelines.plain.plain_images", lambda *arguments, sizes=sizes: sizes.extend(arguments[3:])
+                "byolt.pipelines.plain.plain_images",
+                lambda *arguments, sizes=sizes: sizes.extend(arguments[3:]),
             ),
-            patch("model.evaluate.calibrate_batch_norm"),
-            patch("model.evaluate.knn_of_run", return_value=1.0),
+            patch("byolt.model.quality.features.calibrate_batch_norm"),
+            patch("byolt.model.quality.knn.knn_of_run", return_value=1.0),
         ):
             world = World(0, 0, ranks, torch.device("cpu"), "gloo")
             assert train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True) == 1
@@ -194,8 +196,11 @@ def test_calibration_takes_whole_batches(run: Run, number: int, ranks: int, expe
     config, source = schema.load(run.config), open_source(f"synthetic:{number}:8x8")
     sizes: list[int] = []
     with (
-        patch("model.evaluate.calibrate_batch_norm", lambda _, batches: sizes.extend(map(_length, batches))),
-        patch("model.evaluate.knn_of_run", return_value=1.0),
+        patch(
+            "byolt.model.quality.features.calibrate_batch_norm",
+            lambda _, batches: sizes.extend(map(_length, batches)),
+        ),
+        patch("byolt.model.quality.knn.knn_of_run", return_value=1.0),
     ):
         world = World(ranks - 1, 0, ranks, torch.device("cpu"), "gloo")
         train.knn_top1(config, torch.nn.Linear(1, 1), source, source, world, calibrate=True)
@@ -223,7 +228,7 @@ def test_labels_that_are_ids_end_no_training_but_knn(run: Run, images: Path) -> 
         source.labels, source.classes = source.labels + 10**12, None
         return source
 
-    with patch("pipelines.sources.open_source", stamped):
+    with patch("byolt.pipelines.sources.open_source", stamped):
         done = run("eval.path=null", "train.stop_at_step=2")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("no online probe: the largest label is 1,000,000,000,001") == 1
@@ -260,7 +265,7 @@ def test_neither_checkpoint_nor_first_batch_stays_alive_in_the_loop(run: Run) ->
         return plain(self, *arguments, **more)
 
     with (
-        patch("model.checkpoint.load", load),
+        patch("byolt.model.run.checkpoint.load", load),
         patch.object(Loader, "_take", take),
         patch.object(TrainStep, "__call__", step),
     ):
@@ -285,7 +290,7 @@ def test_timed_save_looks_for_flags_first(run: Run) -> None:
             plain(self, *arguments)
 
     with (
-        patch("model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)),
+        patch("byolt.model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)),
         patch.object(FiniteCheck, "check", check),
     ):
         done = run("run.checkpoint_minutes=0", "eval.path=null", "run.log_every=50")
@@ -421,7 +426,7 @@ def test_nan_stops_the_run_and_is_never_saved(precision: str, run: Run) -> None:
     assert run("train.stop_at_step=2", f"train.precision={precision}").returncode == 0
     before = run.weights()
     nan = torch.full((1, 3, 1, 1), torch.nan)
-    with patch("model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)):
+    with patch("byolt.model.byol.Online.forward", lambda self, a, b, f=Online.forward: f(self, a * nan, b)):
         done = run(
             "--resume", "auto", f"train.precision={precision}", "run.checkpoint_minutes=0", "run.log_every=50"
         )

@@ -8,9 +8,9 @@ import torch
 from test_beton import take
 from test_train import Run
 
-from pipelines.loader import Batch
-from pipelines.sources import open_source
-from tools.make_shards import main as make_shards
+from byolt.pipelines.loader import Batch
+from byolt.pipelines.sources import open_source
+from byolt.tools.make_shards import main as make_shards
 
 images = test_train.images  # its fixture
 

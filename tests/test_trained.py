@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from configs import schema
-from model import checkpoint
-from model.byol import make_byol
-from model.trained import export_trained, load_trained, weights_digest
+from byolt.configs import schema
+from byolt.model.byol import make_byol
+from byolt.model.run import checkpoint
+from byolt.model.run.trained import export_trained, load_trained, weights_digest
 
 ROOT = Path(__file__).resolve().parent.parent
 

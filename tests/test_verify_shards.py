@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.shards import Manifest, Shard, file_sha256
-from pipelines.sources import TarSource
-from tools.make_shards import main as make_shards
-from tools.verify_shards import main as verify
+from byolt.files.atomic import sha256_of
+from byolt.pipelines.manifest import Manifest, Shard
+from byolt.pipelines.sources import TarSource
+from byolt.tools.make_shards import main as make_shards
+from byolt.tools.verify_shards import main as verify
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def write_at(path: Path, offset: int, data: bytes) -> None:
 def resign(dataset: Path, samples: np.ndarray) -> None:
     """A manifest that agrees with the damaged shard, so that only the damage itself can be found."""
     path = shard(dataset)
-    Manifest([Shard(path.name, path.stat().st_size, file_sha256(path), len(samples))], samples, ["a"]).save(
+    Manifest([Shard(path.name, path.stat().st_size, sha256_of(path), len(samples))], samples, ["a"]).save(
         dataset
     )
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from configs.schema import AugmentConfig, Profile, ViewConfig
-from pipelines.views import ViewParams, draw, draw_both
+from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
+from byolt.pipelines.views import ViewParams, draw, draw_both
 
 N = 100_000
 VIEW1, VIEW2 = ViewConfig(blur=1.0, solarize=0.0), ViewConfig(blur=0.1, solarize=0.2)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.workers import spread
+from byolt.pipelines.convert.workers import spread
 
 ROOT = Path(__file__).resolve().parent.parent
 PARENT = """
 import os, sys, time
-from pipelines.workers import spread
+from byolt.pipelines.convert.workers import spread
 
 if __name__ == "__main__":
     with spread(time.sleep, [0.0, 600.0, 0.0], 2) as pending:

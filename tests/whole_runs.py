@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from model import checkpoint
-from model.digest import digest
+from byolt.model.run import checkpoint
+from byolt.model.run.digest import digest
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12  # of a whole run: 3 epochs of 32 images in batches of 8
@@ -36,7 +36,14 @@ train: {epochs: 3, batch_size: 8, device: cpu, timeout_minutes: 1}
 """
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    ["whole_runs", "train", "model.resume", "model.finite", "model.metrics", "pipelines.loader"]
+    [
+        "whole_runs",
+        "train",
+        "byolt.model.run.resume",
+        "byolt.model.run.guard",
+        "byolt.model.run.log",
+        "byolt.pipelines.loader",
+    ]
 )
 
 
@@ -113,7 +120,7 @@ class Run:
 
     def leftovers(self) -> list[str]:
         """Temporary files of the run's folder."""
-        return [path.name for path in self.out.rglob("*.tmp")]
+        return [path.name for path in self.out.rglob("*.byolt-tmp")]
 
 
 class Process:
@@ -179,7 +186,7 @@ def _train(
     arguments: list[str], environment: dict[str, str], text: Path, before: Callable[[], None] | None
 ) -> None:
     """In the new process."""
-    import train
+    from byolt import train
 
     descriptor = os.open(text, os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):

@@ -6,7 +6,7 @@
 
 An image is both its views. CPU ms are those of all threads and hardly move when others use the machine; images/s do. On
 a GPU, GPU µs are what passes between two events on the step's stream, waits for the host included. The stages and what
-their numbers mean: tools/bench_stages.py; loader, step and both: tools/bench_together.py; peers: tools/bench_peers.py.
+their numbers mean: tools/benchmarks/stages.py; loader, step and both: together.py; peers: peers.py.
 
 The stall is 1 - both / slower of the two alone, in images/s. Without a GPU loader and step share the cores, so there it
 says how they compete, not how long the step waits; and the step is then that of a small encoder (SMALL_STEP), unless
@@ -24,17 +24,18 @@ from typing import Any
 
 import torch
 
-from configs import schema
-from model import distributed, provenance
-from model.step import PRECISIONS
-from pipelines.backends import make_backend
-from pipelines.loader import CorruptBudgetError
-from pipelines.sources import Source, open_source
-from pipelines.torch_backend import UndecodableError
-from tools.bench_peers import run_harness
-from tools.bench_picture import save_picture
-from tools.bench_stages import Cost, measure_stages, rate
-from tools.bench_together import ROUNDS, bottleneck, measure_together, stall
+from byolt.configs import schema
+from byolt.model import distributed
+from byolt.model.run import provenance
+from byolt.model.step import PRECISIONS
+from byolt.pipelines.backends import make_backend
+from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.loader import CorruptBudgetError
+from byolt.pipelines.sources import Source, open_source
+from byolt.tools.benchmarks.peers import run_harness
+from byolt.tools.benchmarks.picture import save_picture
+from byolt.tools.benchmarks.stages import Cost, measure_stages, rate
+from byolt.tools.benchmarks.together import ROUNDS, bottleneck, measure_together, stall
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "throughput.yaml"
 SMALL_STEP = [
@@ -166,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         "--peers",
         nargs="+",
         metavar=("HARNESS", "NAME"),
-        help="a peers' benchmark harness (its interface: tools/bench_peers.py), and which of them; default: all",
+        help="a peers' benchmark harness (its interface: tools/benchmarks/peers.py), and which of them; default: all",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="and a bar chart there")

@@ -25,18 +25,20 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from configs.schema import Config
-from model import distributed, evaluate, failure, probe
-from model.byol import make_encoder
-from model.checkpoint import CheckpointError
-from model.step import PRECISIONS
-from model.trained import Trained, load_trained
-from pipelines.loader import CorruptBudgetError
-from pipelines.sources import Source, open_source
-from pipelines.subset import Subset, drawn, listed_ids
-from tools import frozen, protocols, result
-from tools.frozen import Bench
-from tools.protocols import Outcome
+from byolt.configs.schema import Config
+from byolt.model import distributed
+from byolt.model.quality import linear, scores
+from byolt.model.resnet import make_encoder
+from byolt.model.run import failure
+from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.trained import Trained, load_trained
+from byolt.model.step import PRECISIONS
+from byolt.pipelines.loader import CorruptBudgetError
+from byolt.pipelines.sources import Source, open_source
+from byolt.pipelines.subset import Subset, drawn, listed_ids
+from byolt.tools.evaluation import frozen, protocols, result
+from byolt.tools.evaluation.frozen import Bench
+from byolt.tools.evaluation.protocols import Outcome
 
 LINEAR_LRS = (0.4, 0.3, 0.2, 0.1, 0.05)  # paper, App. C.1
 FINETUNE_LRS = (0.01, 0.02, 0.05, 0.1, 0.005)  # paper, App. C.2
@@ -192,7 +194,7 @@ def measure(args: argparse.Namespace, bench: Bench) -> tuple[list[Outcome], Tens
         chosen = args.labels if args.subset is None else listed_ids(bench.train, args.subset)
         lrs, epochs = args.lr or FINETUNE_LRS, args.epochs or FINETUNE_EPOCHS
         return protocols.finetune(bench, chosen, lrs, epochs, args.batch_size)
-    return protocols.transfer(bench, probe.l2_values(args.l2 or 45), args.max_iterations or 1000)
+    return protocols.transfer(bench, linear.l2_values(args.l2 or 45), args.max_iterations or 1000)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -219,7 +221,7 @@ def _main(args: argparse.Namespace) -> int:
             raise ValueError(
                 f"--train {args.train} has other classes than --data {args.data}: {train.classes} and {test.classes}"
             )
-        evaluate.num_classes(train.labels, test.labels)
+        scores.num_classes(train.labels, test.labels)
         if train.labels.min() == train.labels.max():
             raise ValueError(
                 f"--train {args.train}: all {len(train)} images are of one class: needs two classes or more"

@@ -23,13 +23,13 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from configs import schema
-from model.checkpoint import CheckpointError
-from model.trained import Trained, export_trained, load_trained
-from pipelines.encoded import inspect
-from pipelines.sources import open_source
-from pipelines.subset import spaced
-from tools.model_card import model_card, public
+from byolt.configs import schema
+from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.trained import Trained, export_trained, load_trained
+from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.subset import spaced
+from byolt.tools.reporting.model_card import model_card, public
 
 Features = Callable[[Tensor], Tensor]  # images (N, 3, H, W), normalised -> (N, F)
 LIBRARIES = {"torchvision": "torchvision", "timm": "timm", "huggingface": "transformers"}

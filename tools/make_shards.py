@@ -3,7 +3,7 @@
     python tools/make_shards.py SRC DST [--format beton] [--split train=.9,val=.1] [--max-size 512] ...
     python tools/make_shards.py --index FOLDER      a manifest for WebDataset tars made elsewhere
 
-What becomes of which input is written in `pipelines/convert.py`. Files that cannot be used are listed in
+What becomes of which input is written in `pipelines/convert/rules.py`. Files that cannot be used are listed in
 DST/quarantine.jsonl. Killed and started again it continues, and the result is the same to the byte.
 """
 
@@ -19,17 +19,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pipelines import ffcv_engine
-from pipelines.claim import QUARANTINE, Lock, claim, is_finished, not_strict
-from pipelines.datasets import is_data_set, list_data_set
-from pipelines.encoded import MAX_PIXELS
-from pipelines.index import Index, index_tar
-from pipelines.meter import Meter
-from pipelines.originals import Listing, list_originals
-from pipelines.plan import SUFFIXES, WORK, parse_split, plan, settings_of
-from pipelines.shards import MANIFEST, Manifest, Shard, Temporary, file_sha256, join
-from pipelines.workers import spread
-from pipelines.writer import Done, Job, Unusable, make_shard, read_note, start_worker
+from byolt.files.atomic import sha256_of, writing
+from byolt.pipelines.convert import ffcv_engine
+from byolt.pipelines.convert.destination import QUARANTINE, Lock, claim, is_finished, not_strict
+from byolt.pipelines.convert.from_files import Listing, list_originals
+from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
+from byolt.pipelines.convert.meter import Meter
+from byolt.pipelines.convert.plan import SUFFIXES, WORK, parse_split, plan, settings_of
+from byolt.pipelines.convert.shard_writer import Done, Job, Unusable, make_shard, read_note, start_worker
+from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.formats.encoded import MAX_PIXELS
+from byolt.pipelines.formats.index import Index, index_tar
+from byolt.pipelines.manifest import MANIFEST, Manifest, Shard, join
 
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -135,7 +136,7 @@ def commit(
 
 
 def _write_quarantine(folder: Path, rows: list[dict[str, str]]) -> None:
-    with Temporary(folder / QUARANTINE) as file:
+    with writing(folder / QUARANTINE) as file:
         for row in sorted(rows, key=lambda row: row["file"]):
             file.write(json.dumps(row).encode() + b"\n")
 
@@ -177,7 +178,7 @@ def index(folder: Path, workers: int, strict: bool) -> str:
 
 def _index_one(path: Path) -> tuple[Shard, Index]:
     found = index_tar(path)
-    return Shard(path.name, path.stat().st_size, file_sha256(path), len(found.records)), found
+    return Shard(path.name, path.stat().st_size, sha256_of(path), len(found.records)), found
 
 
 # ── command line ────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,14 +13,13 @@ import sys
 from itertools import cycle
 from pathlib import Path
 
-from configs import schema
-from model import geometry
-from model.checkpoint import replacing
-from pipelines.sources import open_source
-from tools import report_figures as figures
-from tools import report_page as page
-from tools.report_features import features, neighbours
-from tools.report_run import Run, Sample, read_run, take_sample
+from byolt.configs import schema
+from byolt.files.atomic import replacing
+from byolt.model.quality import spectrum
+from byolt.pipelines.sources import open_source
+from byolt.tools.reporting import figures, page
+from byolt.tools.reporting.features import features, neighbours
+from byolt.tools.reporting.run import Run, Sample, read_run, take_sample
 
 _CORRUPT_SHOWN = 20
 
@@ -80,8 +79,8 @@ def write(run: Run, data: str | None, images: int) -> str:
     name = run.folder.resolve().name
     rank, last = None, [page.section("Features and neighbours", [page.note(about)])]
     if sample:
-        principal = geometry.principal_axes(sample.features)
-        rank = geometry.effective_rank(principal.eigenvalues)
+        principal = spectrum.principal_axes(sample.features)
+        rank = spectrum.effective_rank(principal.eigenvalues)
         last = [page.section("Features", [features(sample, principal, rank)], about), neighbours(sample)]
     first = [_header(run, name, rank), *(page.note(problem) for problem in run.problems)]
     parts = [*first, _how(run), _curves(run), _views(run), *last, _corrupt(run)]

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import schema
-from pipelines.backends import make_backend
-from pipelines.sources import open_source
-from pipelines.torch_backend import TorchBackend
-from tools.view_samples import choose, read
-from tools.view_sheets import comparison, contact_sheet, operation_strips
+from byolt.configs import schema
+from byolt.pipelines.backends import make_backend
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.torch_backend import TorchBackend
+from byolt.tools.viewing.samples import choose, read
+from byolt.tools.viewing.sheets import comparison, contact_sheet, operation_strips
 
 MAX_IMAGES = 64
 

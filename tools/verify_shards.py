@@ -18,13 +18,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipelines import encoded
-from pipelines.beton import BetonSource, split_path
-from pipelines.convert import prove
-from pipelines.index import index_beton, index_tar
-from pipelines.plan import SUFFIXES
-from pipelines.shards import MANIFEST, Manifest, Shard, file_sha256
-from pipelines.workers import spread
+from byolt.files.atomic import sha256_of
+from byolt.pipelines.convert.plan import SUFFIXES
+from byolt.pipelines.convert.rules import prove
+from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.formats import encoded
+from byolt.pipelines.formats.beton import BetonSource, split_path
+from byolt.pipelines.formats.index import index_beton, index_tar
+from byolt.pipelines.manifest import MANIFEST, Manifest, Shard
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
@@ -61,7 +62,7 @@ def check_shard(task: Task) -> list[str]:
         return [f"{path} is not a regular file"]
     try:
         size = path.stat().st_size
-        sha256 = file_sha256(path)
+        sha256 = sha256_of(path)
     except OSError as error:
         return [f"{path}: {error.strerror}"]
     problems = []

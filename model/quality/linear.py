@@ -1,0 +1,164 @@
+"""Linear classifiers on features: heads trained side by side, L-BFGS, and the probe of a running training."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from byolt.model import schedules
+from byolt.model.resnet import initialise_
+
+MOMENTUM = 0.9  # of classifiers and fine-tuning (paper, App. C.1 and C.2)
+
+
+class HeadSweep:
+    """One linear classifier per learning rate; all see the same features in one pass.
+
+    SGD with Nesterov momentum, no decay, cosine from base_lr x batch / 256 to 0 without warm-up (paper, App. C.1;
+    the scaling by the batch is the reference's, byol/utils/schedules.py).
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_classes: int,
+        base_lrs: Sequence[float],
+        batch_size: int,
+        total_steps: int,
+        device: torch.device,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            num_features: F.
+            num_classes: C.
+            base_lrs: learning rates at a batch of 256, each > 0.
+            batch_size: samples of a step.
+            total_steps: length of the cosine, >= 1.
+            device: where the features will be.
+            seed: of the weights, which are the same for all heads.
+        """
+        self.base_lrs, self._batch_size, self._total_steps = list(base_lrs), batch_size, total_steps
+        self.heads = [make_head(num_features, num_classes, seed).to(device) for _ in base_lrs]
+        groups = [{"params": head.parameters(), "lr": 0.0} for head in self.heads]
+        self._optimizer = torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
+        self._step = 0
+
+    def step(self, features: Tensor, labels: Tensor) -> None:
+        """One update of every head.
+
+        Args:
+            features: (N, F) float32.
+            labels: (N,) int64 in [0, C).
+        """
+        for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
+            group["lr"] = schedules.learning_rate(
+                self._step,
+                base_lr=base_lr,
+                batch_size=self._batch_size,
+                warmup_steps=0,
+                total_steps=self._total_steps,
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        for head in self.heads:
+            F.cross_entropy(head(features), labels).backward()
+        self._optimizer.step()
+        self._step += 1
+
+    @torch.no_grad()
+    def scores(self, features: Tensor) -> list[Tensor]:
+        """The logits (N, C) of every head, in the order of base_lrs."""
+        return [head(features) for head in self.heads]
+
+
+def make_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
+    """A linear classifier initialised as the reference's, by a seed of its own: torch's global one is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = nn.Linear(num_features, num_classes)
+        initialise_(head)
+    return head
+
+
+class Logistic(NamedTuple):
+    """A fitted classifier: scores are features @ weight.T + bias."""
+
+    weight: Tensor  # (C, F) float64
+    bias: Tensor  # (C,) float64, of mean 0
+    gradient: float  # largest entry of the gradient that is left, of the mean loss in the fit's own units
+    iterations: int
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Logits (N, C) float64 of features (N, F)."""
+        return features.double() @ self.weight.T + self.bias
+
+
+def fit_logistic(
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    l2: float,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-6,
+) -> Logistic:
+    """Multinomial logistic regression by L-BFGS: minimises the SUM of cross entropies + l2 / 2 |weight|^2.
+
+    scikit-learn's LogisticRegression with C = 1 / l2. The bias is not penalised, so features may be centred and
+    scaled by one number before the fit without moving the optimum: it is reached in fewer iterations.
+
+    Args:
+        features: (N, F) floating point, N >= 1.
+        labels: (N,) int64 in [0, num_classes).
+        num_classes: C.
+        l2: strength of the penalty, > 0.
+        max_iterations: of L-BFGS, which stops earlier at the tolerance.
+        tolerance: on the largest entry of the gradient of the mean loss.
+
+    Raises:
+        ValueError: l2 is not more than 0, there is no feature, or not one label for each.
+    """
+    if not l2 > 0:
+        raise ValueError(f"l2 is {l2}: it must be more than 0")
+    if len(features) != len(labels) or len(features) == 0:
+        raise ValueError(f"{len(features)} features, {len(labels)} labels: there must be one of each or more")
+    mean = features.double().mean(dim=0)
+    x = features.double() - mean
+    scale = x.square().mean().sqrt().clamp_min(1e-12)
+    x /= scale
+    count = len(x)
+    weight = x.new_zeros(num_classes, x.shape[1]).requires_grad_()
+    bias = x.new_zeros(num_classes).requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weight, bias],
+        max_iter=max_iterations,
+        max_eval=2 * max_iterations,
+        tolerance_grad=tolerance,
+        tolerance_change=0,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+    )
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = l2 / (2 * count * scale.square()) * weight.square().sum()
+        value = F.cross_entropy(x @ weight.T + bias, labels) + penalty
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+        loss()
+    assert weight.grad is not None and bias.grad is not None
+    left = max(weight.grad.abs().max().item(), bias.grad.abs().max().item())
+    fitted, offset = weight.detach() / scale, bias.detach()
+    offset = offset - fitted @ mean
+    return Logistic(fitted, offset - offset.mean(), left, optimizer.state[weight]["n_iter"])
+
+
+def l2_values(count: int = 45) -> list[float]:
+    """Penalties, logarithmically spaced from 1e-6 to 1e5; 45 are those of Kornblith et al. (arXiv 1805.08974)."""
+    exponents = torch.linspace(math.log(1e-6), math.log(1e5), count, dtype=torch.float64)
+    return [math.exp(exponent) for exponent in exponents]

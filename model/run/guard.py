@@ -1,0 +1,115 @@
+"""Loss or gradient that is not finite: which step, which rank, which samples.
+
+Flags stay on the device until the host waits for it anyway; a step that is not finite changes neither weights nor
+statistics meanwhile (`step.TrainStep`), so the run's state is finite whenever it is saved.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from byolt.configs.schema import Config
+from byolt.model import distributed
+from byolt.model.distributed import World
+from byolt.model.run import checkpoint
+from byolt.model.step import StepResult
+
+
+class FiniteCheck:
+    """Remembers steps until `check` asks whether one was bad."""
+
+    def __init__(self, world: World, overflow_allowed: bool) -> None:
+        """
+        Args:
+            world: the processes.
+            overflow_allowed: a gradient may be infinite where the loss is not (fp16, whose scale is lowered then).
+        """
+        self._world, self._overflow_allowed = world, overflow_allowed
+        self._flags: list[Tensor] = []
+        self._samples: list[tuple[int, Tensor]] = []
+
+    def add(self, step: int, result: StepResult, ids: Tensor) -> None:
+        """Notes a step of this rank: its number, what came out, and its sample ids, int64 (n,) on the CPU."""
+        bad_loss = ~result.loss.isfinite()
+        bad = bad_loss if self._overflow_allowed else bad_loss | ~result.finite
+        self._flags.append(torch.stack([bad, bad_loss]))
+        self._samples.append((step, ids))
+
+    def look(self) -> list[dict[str, Any]]:
+        """What was bad since the last look; every rank must call it at the same step, and waits for its device.
+
+        Returns:
+            For each bad step and rank whose own loss was not finite: step, rank and sample ids. Where all losses of
+            a bad step were finite and only the gradient was not: every rank's.
+        """
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        samples, self._flags, self._samples = self._samples, [], []
+        bad = any(here for here, _ in flags)
+        if not distributed.any_rank(bad, self._world):
+            return []
+        mine = [
+            torch.tensor([[step, self._world.rank, loss, number] for number in ids.tolist()])
+            for (here, loss), (step, ids) in zip(flags, samples, strict=True)
+            if here
+        ]
+        rows = torch.cat(mine) if mine else torch.empty(0, 4, dtype=torch.int64)
+        rows = distributed.gather_rows(rows.to(self._world.device), self._world).cpu()
+        report: list[dict[str, Any]] = []
+        for step in rows[:, 0].unique().tolist():
+            of_step = rows[rows[:, 0] == step]
+            guilty = of_step[of_step[:, 2] == 1] if of_step[:, 2].any() else of_step
+            for rank in guilty[:, 1].unique().tolist():
+                numbers = guilty[guilty[:, 1] == rank][:, 3].tolist()
+                report.append({"step": step, "rank": rank, "samples": numbers})
+        return report
+
+    def check(self, out: Path, state: Callable[[], dict[str, Any]]) -> None:
+        """Stops every rank if a step since the last look was bad; the run's state, which is finite, is set aside.
+
+        Args:
+            out: folder of the run; not-finite.json, with what `look` returns, and aside-STEP.pt go there.
+            state: gives what a checkpoint holds.
+
+        Raises:
+            FloatingPointError: such a step was found; on every rank.
+        """
+        bad = self.look()
+        if not bad:
+            return
+        report, now = out / "not-finite.json", state()
+        aside = out / f"aside-{now['step']:09d}.pt"
+        if self._world.is_main:
+            report.write_text(json.dumps(bad, indent=1) + "\n")
+            checkpoint.write(aside, now)
+        distributed.barrier(self._world)
+        first = ", ".join(map(str, bad[0]["samples"][:8]))
+        raise FloatingPointError(
+            f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
+            f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
+            f"then go on with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
+            "train.precision=fp32"
+        )
+
+
+class CollapseError(Exception):
+    """The projections have collapsed, and train.on_collapse is stop."""
+
+
+def collapse_warning(projection_std: float, config: Config) -> str:
+    """A sentence where the projections' spread is below train.collapse_std; "" otherwise, and where it is ignored.
+
+    Args:
+        projection_std: of the target's projections, averaged over dimensions and ranks (`step.collapse_gauges`).
+        config: its projector_size D says what the spread over the whole sphere is: 1/sqrt(D).
+    """
+    spread = projection_std * config.model.projector_size**0.5
+    if config.train.on_collapse == "ignore" or spread >= config.train.collapse_std:
+        return ""
+    return (
+        f"collapse: the projections' standard deviation is {spread:.2g} of what a sphere's is, below "
+        f"train.collapse_std={config.train.collapse_std:g}"
+    )

@@ -1,0 +1,79 @@
+"""How a run was started: one line of starts.jsonl for each start, so that a result can say what made it."""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from byolt.files.rows import read_rows
+
+FILE = "starts.jsonl"
+_LIBRARIES = ("byolt", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numba", "numpy")
+
+
+def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str, Any]) -> None:
+    """Appends this start to OUT/starts.jsonl; a new run (step 0) begins the file anew.
+
+    Args:
+        out: folder of the run.
+        step: steps done before this start.
+        device: what the run computes on.
+        facts: further things to keep beside command, time, hardware and versions: JSON values.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    row = {
+        "step": step,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "hardware": hardware(device),
+        "versions": versions(),
+        **facts,
+    }
+    with (out / FILE).open("a" if step else "w") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_starts(out: Path) -> list[dict[str, Any]]:
+    """The starts of a run, oldest first; none where it was made before they were recorded."""
+    return read_rows(out / FILE)
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU, if the device is one, then processor and cores this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    host = f"{_processor()}, {cores} core{'s' * (cores > 1)}"
+    if device.type != "cuda":
+        return host
+    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB); {host}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a run's numbers depend on, those that are installed."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}  # with the CUDA it was built for
+
+
+def _processor() -> str:
+    """The processor's name as Linux gives it, else the architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()

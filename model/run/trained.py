@@ -1,0 +1,105 @@
+"""A trained encoder out of a run's folder: from a checkpoint, or from the exported encoder.safetensors."""
+
+import hashlib
+from pathlib import Path
+from textwrap import shorten
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from byolt.configs import schema
+from byolt.model.resnet import make_encoder
+from byolt.model.run import checkpoint
+
+
+class Trained(NamedTuple):
+    """The online encoder of a run and what is known of it."""
+
+    path: Path  # the file it came from
+    encoder: nn.Module  # on the CPU, in eval mode
+    config: schema.Config  # of the run
+    step: int  # optimizer steps done
+    digest: str  # sha256 of the encoder's weights: the same for a checkpoint and what was exported from it
+
+
+def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: int) -> None:
+    """Writes the online encoder after `step` steps as safetensors, with what `load_trained` needs to know."""
+    metadata = {
+        "format": "pt",  # transformers loads no file without it
+        "backbone": config.model.backbone,
+        "stem": config.model.stem,
+        "steps": str(step),
+        "config": schema.to_yaml(config),
+    }
+    checkpoint.export_encoder(path, encoder.state_dict(), metadata)
+
+
+def load_trained(path: Path) -> Trained:
+    """Reads the online encoder.
+
+    Args:
+        path: a checkpoint-*.pt or an encoder.safetensors.
+
+    Raises:
+        CheckpointError: it is neither, is damaged, or is of a run whose settings this version does not know.
+    """
+    state_dict, step, config = (
+        _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
+    )
+    if not 0 <= step < 2**63:
+        raise checkpoint.CheckpointError(
+            f"{path} says that it is of step {shorten(str(step), 30)}: it is damaged"
+        )
+    encoder = make_encoder(config.model.backbone, config.model.stem)
+    try:
+        encoder.load_state_dict(state_dict)
+    except RuntimeError as error:
+        reason = shorten(str(error), 300)  # torch names every key, a line each
+        raise checkpoint.CheckpointError(f"{path} does not fit its own config: {reason}") from None
+    return Trained(path, encoder.eval(), config, step, weights_digest(encoder.state_dict()))
+
+
+def weights_digest(state_dict: dict[str, Tensor]) -> str:
+    """sha256 over names, types, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state_dict.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous().flatten()
+        digest.update(values.view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16 and no float8
+    return digest.hexdigest()
+
+
+def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return state_dict, int(metadata["steps"]), schema.from_yaml(metadata["config"])
+    except (OSError, SafetensorError) as error:
+        raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from None
+    except KeyError as error:
+        raise checkpoint.CheckpointError(
+            f"{path} does not say its {error}: give the encoder.safetensors that train.py wrote, or a checkpoint"
+        ) from None
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+    if path.is_dir():
+        raise checkpoint.CheckpointError(
+            f"{path} is a folder: name its encoder.safetensors or one of its checkpoint-*.pt"
+        )
+    state = checkpoint.load(path)
+    prefix = "online.encoder."
+    try:
+        encoder = {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
+        return encoder, int(state["step"]), schema.from_settings(state["config"])
+    except KeyError as error:
+        raise checkpoint.CheckpointError(f"{path} holds no {error}: it is not a run's checkpoint") from None
+    except (AttributeError, OverflowError, TypeError) as error:
+        raise checkpoint.CheckpointError(f"{path} is not a run's checkpoint: {error}") from None
+    except ValueError as error:
+        raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None

@@ -1,0 +1,79 @@
+"""The folder that a conversion writes to: who is at work there, with which settings, and whether it is finished."""
+
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from byolt.files.atomic import remove_leftovers, writing
+from byolt.pipelines.convert.plan import SUFFIXES, differences
+from byolt.pipelines.convert.shard_writer import Unusable
+from byolt.pipelines.manifest import MANIFEST, Manifest
+from byolt.pipelines.sources import open_source
+
+QUARANTINE = "quarantine.jsonl"
+
+
+def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], strict: bool) -> bool:
+    """Whether all is there already; raises where what is there is another's, damaged or not strict enough."""
+    finished = [name for name in split if (dst / name / MANIFEST).exists()]
+    for name in finished:
+        difference = differences(Manifest.load(dst / name).settings, settings)
+        if difference:
+            raise ValueError(f"DST {dst} holds a finished data set: {difference}: name another folder")
+        open_source(dst / name)  # every shard is there and has its size
+    if len(finished) < len(split):
+        return False
+    if strict and (rows := (dst / QUARANTINE).read_text().splitlines()):
+        raise not_strict(json.loads(rows[0]))
+    return True
+
+
+def not_strict(row: dict[str, str]) -> Unusable:
+    return Unusable(f"{row['file']}: {row['reason']} (--strict)")
+
+
+class Lock:
+    """One run at a time in a folder. POSIX locks: not inherited by workers, gone with the process."""
+
+    def __init__(self, work: Path) -> None:
+        self.path = work / "lock"
+
+    def __enter__(self) -> None:
+        self.file = open(self.path, "w")
+        try:
+            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.close()
+            dst = self.path.parent.parent
+            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either
+                raise ValueError(f"DST {dst}: another make_shards is at work there") from None
+            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(dst)) from None
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+
+def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:
+    """Continues a half-done output of the same settings, refuses another's, removes leftover temporaries."""
+    for name in split:
+        (dst / name).mkdir(exist_ok=True)
+    path = work / "settings.json"
+    if path.exists():
+        difference = differences(json.loads(path.read_bytes()), settings)
+        if difference:
+            raise ValueError(
+                f"DST {dst} is half done with other settings: {difference}: use those, or remove it"
+            )
+    else:
+        shards = [
+            path for name in split for path in (dst / name).iterdir() if path.suffix in SUFFIXES.values()
+        ]
+        if shards:
+            raise ValueError(
+                f"DST {dst} already holds {shards[0].name}, without a manifest: name another folder"
+            )
+        with writing(path) as file:
+            file.write(json.dumps(settings).encode())
+    for folder in (work, dst, *(dst / name for name in split)):
+        remove_leftovers(folder)

@@ -1,0 +1,177 @@
+"""The rules by which an input image becomes a sample, and the proof that one decodes.
+
+    JPEG, grey or colour, small enough     passes byte for byte (EXIF stays; pixels are used as stored)
+    JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
+    JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
+    PNG, WebP, BMP, TIFF, GIF, PPM         first frame, alpha dropped as convert("RGB") does, JPEG --quality
+    16 bits a channel                      the high byte, then as above
+    anything else, damaged, too large      refused with the reason
+
+Into a .beton a colour PPM (P6) goes as raw pixels, whatever --raw-fraction is: those of another .beton come in as one,
+and stay raw. Of all other images --raw-fraction become raw.
+
+What an image is, its bytes say, never its name.
+"""
+
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from byolt.pipelines.formats.beton import LARGEST_SIDE
+from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_SIDE = 65500  # pixels of what is re-encoded, as JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
+_GREY = frozenset(("1", "L", "LA"))
+_SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
+
+
+def to_jpeg(
+    data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: int = MAX_PIXELS, decode: bool = True
+) -> bytes:
+    """The sample made of one input file, proven to decode.
+
+    Args:
+        data: The file's bytes.
+        max_size: Longest side in pixels; 0 for no limit.
+        quality: Of what is re-encoded (JPEG, 1 to 100, chroma halved in both directions).
+        max_pixels: Refused from the header, before decoding, above this.
+        decode: Whether to prove what passes byte for byte; without, only its header and end are checked.
+
+    Raises:
+        ValueError: With the reason why it cannot be used.
+    """
+
+    def encode(image: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return buffer.getvalue()
+
+    header = _checked(data, max_pixels, decode)
+    if header and header.format == "jpeg" and header.channels != 4 and _fits(header, max_size):
+        return data
+    return _reencode(data, max_size, max_pixels, encode)
+
+
+def to_raw(data: bytes, *, max_size: int = 0, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
+    """The same as RGB pixels behind a PPM header, in the one form that `encoded.inspect` takes, for a .beton."""
+
+    def encode(image: Image.Image) -> bytes:
+        return ppm_header(image.height, image.width) + image.convert("RGB").tobytes()
+
+    header = _checked(data, max_pixels, decode)
+    if header and header.format == "ppm" and _fits(header, max_size or LARGEST_SIDE):
+        return data
+    return _reencode(data, max_size, max_pixels, encode)
+
+
+def _checked(data: bytes, max_pixels: int, decode: bool) -> ImageHeader | None:
+    """The header of a JPEG or of raw pixels that are whole; None of what has to be re-encoded."""
+    if not data:
+        raise ValueError("empty")
+    if data[:2] == b"\xff\xd8":
+        header = inspect(data, max_pixels)
+        if decode:
+            prove(data, header)
+        return header
+    try:
+        header = inspect(data, max_pixels)
+    except ValueError:
+        return None  # PIL reads more kinds, and says what is wrong
+    return header if header.format == "ppm" else None
+
+
+def _fits(header: ImageHeader, max_size: int) -> bool:
+    return not max_size or max(header.height, header.width) <= max_size
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """PIL's image, not yet decoded. What goes wrong while it is open becomes a ValueError with the reason.
+
+    PIL's own limit of pixels cannot be raised by an argument; it is lifted while the image is open, and not when
+    this file is imported: other code of the process may rely on it.
+    """
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about palettes with alpha, odd metadata
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                yield image
+    except MemoryError:
+        raise  # no fault of the image's: the run must not go on without it
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
+    except Exception as error:  # PIL's readers raise far more than OSError on damaged bytes
+        raise ValueError(str(error) or type(error).__name__) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reencode(data: bytes, max_size: int, max_pixels: int, encode: Callable[[Image.Image], bytes]) -> bytes:
+    """Hands the first frame, 8 bits grey or RGB and no larger than `max_size`, to `encode`."""
+    with _opened(data) as image:
+        if image.width * image.height > max_pixels:
+            raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
+        if not max_size and max(image.size) > MAX_SIDE:
+            raise ValueError(
+                f"{image.height} x {image.width}: a side has at most {MAX_SIDE} pixels (set --max-size)"
+            )
+        image.load()
+        plain = _eight_bits(image)
+        if max_size and max(plain.size) > max_size:
+            scale = max_size / max(plain.size)
+            size = max(1, round(plain.width * scale)), max(1, round(plain.height * scale))
+            plain = plain.resize(size, Image.Resampling.LANCZOS)
+        return encode(plain)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey stays grey, everything else becomes RGB. PIL takes the high byte of 16-bit colour, but clips grey at 255."""
+    if image.mode in _SIXTEEN_BITS:
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"samples of 32 bits have no stated range (mode {image.mode})")
+    return image.convert("L" if image.mode in _GREY else "RGB")
+
+
+def prove(data: bytes, header: ImageHeader) -> None:
+    """Decodes an image to show that it can be, and that nothing in it is damaged.
+
+    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse
+    transform is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut
+    and got an end marker. PNG: PIL. Raw pixels (PPM) are whole where `inspect` passed them.
+
+    Raises:
+        ValueError: With the decoder's reason.
+    """
+    if header.format == "png":
+        _prove_with_pil(data)
+    if header.format != "jpeg":
+        return
+    colours = "CMYK" if header.channels == 4 else "GRAY"
+    try:
+        simplejpeg.decode_jpeg(
+            data,
+            colours,
+            fastdct=True,
+            fastupsample=True,
+            min_height=1,
+            min_width=1,
+            min_factor=8,
+            strict=True,
+        )
+    except ValueError as error:
+        if "subsampling" not in str(error):
+            raise ValueError(str(error)) from None
+        _prove_with_pil(data)  # only the TurboJPEG API refuses it
+
+
+def _prove_with_pil(data: bytes) -> None:
+    with _opened(data) as image:
+        image.load()

@@ -1,0 +1,325 @@
+"""FFCV's .beton files as a source, without ffcv: version 2 of the format, as ffcv 0.0.3 to 1.0.2 write it.
+
+    header 24 B | fields, 1,041 B each | one metadata record per sample | pages of data | allocation table
+
+A record holds an image's mode, size and pointer; how many bytes the image has stands only in the allocation
+table and is joined by pointer. Everything is checked at opening, in pieces, so that memory stays flat.
+"""
+
+import bisect
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from byolt.pipelines.formats.encoded import ppm_header
+
+VERSION = 2
+HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")]
+)  # table: byte offset of the allocation table, which reaches to the end of the file
+FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 B
+REGION = np.dtype([("pointer", "<u8"), ("size", "<u8")])
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+LARGEST_SIDE = 0xFFFF  # pixels: IMAGE has 16 bits for each
+JPEG, RAW = 0, 1  # IMAGE's mode; raw: height x width x RGB, uint8
+INT_TYPE, IMAGE_TYPE, JSON_TYPE = 1, 2, 5
+TYPES: dict[int, tuple[str, np.dtype]] = {
+    0: ("float", np.dtype("<f8")),
+    INT_TYPE: ("int", np.dtype("<i8")),
+    IMAGE_TYPE: ("RGB image", IMAGE),
+    3: ("bytes", REGION),
+    4: ("array", np.dtype("<u8")),
+    JSON_TYPE: ("json", REGION),
+    6: ("tensor", np.dtype("<u8")),
+}  # what a metadata record holds for a field, by its type
+
+_PIECE = 1 << 14  # records that are read at a time
+_FINGERPRINTED = 64  # images whose bytes go into the fingerprint
+_MAX_NOTE = 1 << 20  # bytes of a sample's JSON; more is damage
+_REMEDY = "copy the file again, or write it again"
+
+
+class BetonSource:
+    """One or several .beton files as one data set. Read by `os.pread`: a cut file is an error, not SIGBUS.
+
+    The image is the first RGB image field and the label the first int field, unless they are named. An image is
+    handed on as it is stored: JPEG as its bytes, raw pixels behind a PPM header, which every decoder reads. See
+    `sources.Source`; beyond that there are, each of shape (len,), `offsets` and `lengths` of the images in their
+    file, in bytes, and `raw`.
+    """
+
+    classes: list[str] | None = None  # the format has no names for labels
+
+    def __init__(
+        self, paths: Sequence[str | os.PathLike[str]], image: str | None = None, label: str | None = None
+    ) -> None:
+        """
+        Args:
+            paths: The files, in the order of their samples.
+            image: Name of the field that holds the image, in each file; None for the first of that type.
+            label: Name of the int field that holds the label, likewise.
+
+        Raises:
+            ValueError: Missing, not a .beton of version 2, unfinished, cut short, without such a field, with a
+                field of a custom type, or with an image that is not where the file says; names file and sample.
+        """
+        self.paths = [os.fspath(path) for path in paths]
+        self._fields = image, label
+        self._descriptors: list[int] = []
+        layouts = []
+        for path in self.paths:
+            self._descriptors.append(_open(path))
+            layouts.append(_layout(path, self._descriptors[-1], image, label))
+        self._layouts = layouts
+        self._ends = list(itertools.accumulate(layout.samples for layout in layouts))
+        total = self._ends[-1]
+        self.labels = np.full(total, -1, np.int64)
+        self.heights, self.widths = np.empty(total, np.int64), np.empty(total, np.int64)
+        self.offsets, self.lengths = np.empty(total, np.int64), np.empty(total, np.int64)
+        self.raw = np.empty(total, bool)
+        for layout, end in zip(layouts, self._ends, strict=True):
+            rows = slice(end - layout.samples, end)
+            self._read_metadata(layout, rows)
+            self._read_sizes(layout, rows)
+        self.fingerprint = self._fingerprint()
+
+    def _read_metadata(self, layout: "_Layout", rows: slice) -> None:
+        for first, piece in _pieces(layout, layout.record, layout.metadata, layout.samples):
+            image = piece[layout.image]
+            mode, pointer = image["mode"], image["pointer"]
+            layout.refuse(first, mode > RAW, "its image is neither JPEG nor raw")
+            layout.refuse(first, (image["height"] == 0) | (image["width"] == 0), "its image has no pixels")
+            layout.refuse(first, pointer < layout.metadata_end, "its image lies inside the header")
+            layout.refuse(first, pointer >= layout.table, "its image lies beyond the data")
+            part = slice(rows.start + first, rows.start + first + len(piece))
+            self.heights[part], self.widths[part] = image["height"], image["width"]
+            self.offsets[part], self.raw[part] = pointer, mode == RAW
+            if layout.label is not None:
+                self.labels[part] = piece[layout.label]
+
+    def _read_sizes(self, layout: "_Layout", rows: slice) -> None:
+        """Joins the allocation table to the images by pointer.
+
+        Its rows are in no order, and an empty region has the same pointer as the one that follows it: the largest
+        size counts.
+        """
+        starts = np.sort(np.append(self.offsets[rows], layout.table))  # np.unique takes .4 s of a million
+        starts = starts[np.append(True, starts[1:] != starts[:-1])]
+        found = np.zeros(len(starts), np.uint64)
+        for _, piece in _pieces(layout, ALLOCATION, layout.table, layout.allocations):
+            pointer = piece["pointer"].view(np.int64)
+            place = np.minimum(np.searchsorted(starts, pointer), len(starts) - 1)
+            hit = starts[place] == pointer
+            np.maximum.at(found, place[hit], piece["size"][hit])
+        for first in range(0, layout.samples, _PIECE):
+            part = slice(rows.start + first, min(rows.start + first + _PIECE, rows.stop))
+            place = np.searchsorted(starts, self.offsets[part])
+            size, room = found[place], starts[place + 1] - starts[place]
+            layout.refuse(first, size == 0, "its image has no bytes in the allocation table")
+            layout.refuse(
+                first, size > room.view(np.uint64), "its image reaches into the next, or beyond the data"
+            )
+            self.lengths[part] = size
+            unfit = self.raw[part] & (self.lengths[part] != 3 * self.heights[part] * self.widths[part])
+            layout.refuse(first, unfit, "its raw image has not 3 x height x width bytes")
+
+    def _fingerprint(self) -> str:
+        """Of labels, sizes and the bytes of a few images; where they lie, and in how many files, is no matter."""
+        digest = hashlib.sha256()
+        for column in (self.labels, self.heights, self.widths, self.lengths, self.raw):
+            digest.update(column.data)
+        for i in np.linspace(0, len(self) - 1, min(_FINGERPRINTED, len(self))).astype(int).tolist():
+            digest.update(self.read(i))
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> bytes:
+        data = self.region(i)
+        return ppm_header(self.heights[i], self.widths[i]) + data if self.raw[i] else data
+
+    def region(self, i: int) -> bytes:
+        """What the file holds for image `i`: a JPEG, or raw pixels without any header. Raises OSError."""
+        length = int(self.lengths[i])
+        try:
+            data = os.pread(self._descriptors[self._locate(i)[0]], length, int(self.offsets[i]))
+        except OSError as error:
+            raise OSError(error.errno, f"{self.describe(i)}: {error.strerror}") from error
+        if len(data) != length:
+            raise OSError(
+                f"{self.describe(i)}: read {len(data)} of {length} bytes: the file was cut since it was opened"
+            )
+        return data
+
+    def note(self, i: int) -> bytes:
+        """The first JSON field of sample `i`, without its final zero; empty where the file has no such field.
+
+        Raises:
+            ValueError: It does not lie in the data.
+        """
+        file, number = self._locate(i)
+        layout = self._layouts[file]
+        if layout.note is None:
+            return b""
+        place = layout.metadata + number * layout.record.itemsize
+        record = np.frombuffer(os.pread(layout.descriptor, layout.record.itemsize, place), layout.record)[0]
+        pointer, size = record[layout.note].item()
+        if size > _MAX_NOTE or pointer < layout.metadata_end or pointer + size > layout.table:
+            raise ValueError(f"{self.describe(i)}: its JSON lies outside the data: {_REMEDY}")
+        return os.pread(layout.descriptor, size, pointer).rstrip(b"\0")
+
+    def unread_fields(self) -> list[str]:
+        """Names of the fields that are neither image nor label nor note, as "file: field"."""
+        return [f"{layout.path}: {name}" for layout in self._layouts for name in layout.unread]
+
+    def describe(self, i: int) -> str:
+        file, number = self._locate(i)
+        return f"{self.paths[file]} sample {number}"
+
+    def _locate(self, i: int) -> tuple[int, int]:
+        """The file of sample `i`, and its number there."""
+        i = range(len(self))[i]
+        file = bisect.bisect_right(self._ends, i)
+        return file, i - (self._ends[file - 1] if file else 0)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BetonSource, (self.paths, *self._fields)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", ()):
+            os.close(descriptor)
+
+
+class _Layout(NamedTuple):
+    """What header and fields of one file say; offsets and sizes in bytes."""
+
+    path: str
+    descriptor: int
+    samples: int
+    record: np.dtype  # of the metadata
+    image: str  # member of `record`
+    label: str | None
+    note: str | None  # the first JSON field
+    unread: list[str]  # names of all other fields
+    metadata: int  # offset
+    metadata_end: int
+    table: int  # offset of the allocation table
+    allocations: int
+
+    def refuse(self, first: int, bad: npt.NDArray[np.bool_], reason: str) -> None:
+        """Raises ValueError if any of the samples from `first` on is bad."""
+        if bad.any():
+            sample = first + int(bad.argmax())
+            raise ValueError(f"{self.path} sample {sample}: {reason}: {_REMEDY}")
+
+
+def split_path(text: str) -> tuple[list[str], dict[str, str]]:
+    """ "a.beton,b.beton?image=img&label=cls" -> ["a.beton", "b.beton"], {"image": "img", "label": "cls"}.
+
+    Raises:
+        ValueError: Something else than image=FIELD and label=FIELD stands behind the question mark.
+    """
+    names, mark, query = (text, "", "") if os.path.exists(text) else text.partition(".beton?")
+    names += mark[:-1]
+    fields = dict(part.partition("=")[::2] for part in query.split("&")) if mark else {}
+    if not (fields.keys() <= {"image", "label"} and all(fields.values())):
+        raise ValueError(
+            f"data path {text!r}: behind the question mark stand image=FIELD, label=FIELD, or both joined by &"
+        )
+    return [names] if os.path.exists(names) else [part.strip() for part in names.split(",")], fields
+
+
+def _open(path: str) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise ValueError(f"data path {path!r} does not exist: name a .beton file that does") from None
+    except OSError as error:
+        raise ValueError(f"data path {path!r} cannot be opened: {error.strerror}") from None
+
+
+def _layout(path: str, descriptor: int, image: str | None, label: str | None) -> _Layout:
+    try:
+        size = os.fstat(descriptor).st_size
+        start = os.pread(descriptor, HEADER.itemsize, 0)
+    except OSError as error:  # a folder
+        raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
+    if len(start) < HEADER.itemsize:
+        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+    header = np.frombuffer(start, HEADER)[0]
+    version, num_fields, samples, table = (int(header[k]) for k in ("version", "fields", "samples", "table"))
+    if version != VERSION:
+        raise ValueError(
+            f"{path} is no .beton of version {VERSION}: it states {version}: write it with ffcv 1.0"
+        )
+    metadata = HEADER.itemsize + num_fields * FIELD.itemsize
+    fields = os.pread(descriptor, metadata - HEADER.itemsize, HEADER.itemsize)
+    if len(fields) < metadata - HEADER.itemsize:
+        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+    members = _members(path, np.frombuffer(fields, FIELD), image, label)
+    record = members[0]
+    if not samples:
+        raise ValueError(f"{path} holds no samples")
+    metadata_end = metadata + samples * record.itemsize
+    if table == 0 or table == size:
+        raise ValueError(
+            f"{path} has no allocation table: its writer was stopped before the end: write it again"
+        )
+    if table < metadata_end:
+        raise ValueError(f"{path} is damaged: its allocation table lies inside the header: {_REMEDY}")
+    if table > size or (size - table) % ALLOCATION.itemsize:
+        raise ValueError(
+            f"{path} is cut short: it has {size:,} bytes, its allocation table begins at {table:,} and has rows "
+            f"of {ALLOCATION.itemsize}: {_REMEDY}"
+        )
+    rows = (size - table) // ALLOCATION.itemsize
+    return _Layout(path, descriptor, samples, *members, metadata, metadata_end, table, rows)
+
+
+def _members(
+    path: str, fields: np.ndarray, image: str | None, label: str | None
+) -> tuple[np.dtype, str, str | None, str | None, list[str]]:
+    """The metadata record, its members that hold image, label and JSON, and the names of the other fields."""
+    names = [name.decode("ascii", "replace") for name in fields["name"].tolist()]
+    types = fields["type"].tolist()
+    for name, kind in zip(names, types, strict=True):
+        if kind not in TYPES:
+            raise ValueError(
+                f"{path}: field {name!r} has the custom type {kind}, and the size of its records is not in the "
+                "file: write it again without that field"
+            )
+    found = ", ".join(f"{name!r} ({TYPES[kind][0]})" for name, kind in zip(names, types, strict=True))
+
+    def place(wanted: int, name: str | None) -> int | None:
+        for k, kind in enumerate(types):
+            if kind == wanted and name in (None, names[k]):
+                return k
+        if name is None and wanted != IMAGE_TYPE:
+            return None
+        raise ValueError(
+            f"{path} has no {TYPES[wanted][0]} field{f' named {name!r}' if name else ''}, only "
+            f"{found or 'none at all'}: name another {'field' if name else 'file'}"
+        )
+
+    places = place(IMAGE_TYPE, image), place(INT_TYPE, label), place(JSON_TYPE, None)
+    record = np.dtype([(f"f{k}", TYPES[kind][1]) for k, kind in enumerate(types)], align=True)
+    of_image, of_label, of_note = (None if k is None else f"f{k}" for k in places)
+    assert of_image is not None  # `place` raised
+    return record, of_image, of_label, of_note, [name for k, name in enumerate(names) if k not in places]
+
+
+def _pieces(layout: _Layout, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """`count` records from byte `offset` on, a piece at a time, with the number of its first record."""
+    for first in range(0, count, _PIECE):
+        length = min(_PIECE, count - first) * dtype.itemsize
+        data = os.pread(layout.descriptor, length, offset + first * dtype.itemsize)
+        if len(data) < length:
+            raise ValueError(f"{layout.path} was cut while it was being opened: {_REMEDY}")
+        yield first, np.frombuffer(data, dtype)

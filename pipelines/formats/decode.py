@@ -1,0 +1,32 @@
+"""Decodes one encoded image without DALI."""
+
+import io
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class UndecodableError(Exception):
+    """Some images of a batch do not decode: `reasons` maps their place in the batch to the reason."""
+
+    def __init__(self, reasons: dict[int, str]) -> None:
+        super().__init__("; ".join(f"image {i} of the batch: {reason}" for i, reason in reasons.items()))
+        self.reasons = reasons
+
+
+def decode(encoded: bytes) -> Tensor:
+    """An encoded image as uint8 (H, W, 3); grey becomes three equal channels, of 16 bits the high byte is taken,
+    EXIF orientation is ignored.
+
+    Raises:
+        ValueError: it does not decode.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            if image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return torch.from_numpy(np.array(image.convert("RGB")))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"does not decode: {error}") from None

@@ -1,0 +1,118 @@
+"""A folder of image files as a source, and the labels that its layout gives."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from byolt.pipelines.formats.encoded import inspect
+
+_NAMED = 5  # unreadable files that an error lists
+
+
+def list_folder(folder: Path) -> list[str]:
+    """Sorted relative names of all files; links to files and folders are followed, hidden ones ignored.
+
+    Within a class folder a real folder is entered once, whatever links lead to it; what cannot be entered or looked
+    at is listed as if it were a file, for whoever reads it to refuse.
+    """
+    return sorted(_walk(folder, "", set()))
+
+
+def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
+    """Labels of image files: they lie in class folders (at any depth), or flat.
+
+    Args:
+        names: Sorted relative names.
+
+    Returns:
+        The names; their labels, an index into the sorted class folder names (-1 in a flat folder); the class
+        names or None; and the names that have no class, beside the class folders.
+
+    Raises:
+        ValueError: Most images lie a level below the class folders, or beside them.
+    """
+    classed = [name for name in names if "/" in name]
+    if not classed:
+        return names, [-1] * len(names), None, []
+    deep = sum(name.count("/") > 1 for name in classed)
+    if 2 * deep > len(classed):
+        tops = sorted({name.split("/", 1)[0] for name in classed})
+        raise ValueError(
+            f"{deep} of {len(classed)} images lie a level below the class folders "
+            f"({', '.join(tops[:_NAMED])}): name one of them"
+        )
+    if len(names) - len(classed) > len(classed):
+        raise ValueError(
+            f"{len(names) - len(classed)} images lie beside the folders and {len(classed)} in them, so that it is "
+            "neither flat nor in classes: name one folder"
+        )
+    classes = sorted({name.split("/", 1)[0] for name in classed})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name.split("/", 1)[0]] for name in classed]
+    return classed, labels, classes, [name for name in names if "/" not in name]
+
+
+def _walk(root: Path, inside: str, entered: set[str]) -> list[str]:
+    real = os.path.realpath(root / inside)
+    if real in entered:  # a link to where we are, or were
+        return []
+    entered.add(real)
+    names = []
+    for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
+        name = f"{inside}/{entry.name}" if inside else entry.name
+        if entry.name.startswith("."):
+            continue
+        try:
+            within = entered if inside else {real}  # each class folder on its own
+            names += _walk(root, name, within) if entry.is_dir() else [name]
+        except OSError:  # a link to itself, or a folder without permission
+            names.append(name)
+    return names
+
+
+class FolderSource:
+    """JPEG and PNG files as they are. Every file is read once at the start; for large sets make shards."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        try:
+            self._names, labels, self.classes, stray = label_names(list_folder(self.folder))
+        except ValueError as error:
+            raise ValueError(f"data path {self.folder}: {error}") from None
+        if not self._names:
+            raise ValueError(f"data path {self.folder} holds no images")
+        problems = [f"{name}: lies beside the class folders" for name in stray]
+        sizes = []
+        digest = hashlib.sha256()
+        for name, label in zip(self._names, labels, strict=True):
+            try:
+                if not (self.folder / name).is_file():
+                    raise ValueError("not a regular file")
+                data = (self.folder / name).read_bytes()
+                header = inspect(data)
+            except (OSError, ValueError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
+                problems.append(f"{name}: {reason}")
+                continue
+            sizes.append((header.height, header.width))
+            digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
+        if problems:
+            first = "; ".join(problems[:_NAMED])
+            raise ValueError(
+                f"data path {self.folder}: {len(problems)} files are not usable ({first}): "
+                f"tools/make_shards.py {self.folder} DST sorts them out into a quarantine list"
+            )
+        self.labels = np.array(labels, np.int64)
+        self.heights, self.widths = np.array(sizes, np.int64).T.copy()
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def read(self, i: int) -> bytes:
+        return (self.folder / self._names[i]).read_bytes()
+
+    def describe(self, i: int) -> str:
+        return f"{self._names[i]} (sample {i})"

@@ -1,0 +1,70 @@
+"""What the Triton kernels of both profiles share: how they read a job, and operations on pixels.
+
+A job is a row of the table (pipelines/kernels/jobs.py), which the GPU has as int32.
+"""
+
+import triton
+import triton.language as tl
+
+from byolt.pipelines.kernels.jobs import JOB
+from byolt.pipelines.views import GRAY_WEIGHTS
+
+
+def field(name: str) -> tl.constexpr:
+    """Where a field of a job begins in its row."""
+    return tl.constexpr(JOB.fields[name][1] // 4)  # type: ignore[index]
+
+
+# What a kernel takes from outside must be a constexpr.
+TILE = tl.constexpr(32)  # side of the square of pixels that is resized together
+TINY = tl.constexpr(1e-30)  # in place of a zero divisor whose dividend is zero
+_LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, GRAY_WEIGHTS)
+
+
+@triton.jit
+def read_float(job, column):
+    """A job's field that is a float."""
+    return tl.load(job + column).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_pointer(job, column, kind: tl.constexpr):
+    """A job's field that is an address, as a pointer to `kind`."""
+    return tl.load((job + column).to(tl.pointer_type(tl.int64))).to(tl.pointer_type(kind))
+
+
+@triton.jit
+def keys(d):
+    """Keys' kernel (a = -0.5) at a distance d >= 0."""
+    near = (1.5 * d - 2.5) * d * d + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    return tl.where(d <= 1, near, tl.where(d < 2, far, 0.0))
+
+
+@triton.jit
+def clip(x):
+    """To [0, 1]."""
+    return tl.minimum(tl.maximum(x, 0.0), 1.0)
+
+
+@triton.jit
+def luma(r, g, b):
+    """The grey image, or the grey of a mean."""
+    return _LUMA_R * r + _LUMA_G * g + _LUMA_B * b
+
+
+@triton.jit
+def hue(r, g, b, turn):
+    """The hue moves on by `turn` sixths, in [0, 6); kernel_rows.py has the formula."""
+    top = tl.maximum(tl.maximum(r, g), b)
+    low = tl.minimum(tl.minimum(r, g), b)
+    spread = top - low
+    safe = tl.maximum(spread, TINY)
+    h = tl.where(top == r, (g - b) / safe, tl.where(top == g, 2.0 + (b - r) / safe, 4.0 + (r - g) / safe))
+    h += turn
+    h = tl.where(h < 0, h + 6, h)
+    h = tl.where(h >= 6, h - 6, h)
+    r = low + spread * clip(tl.abs(h - 3) - 1)
+    g = low + spread * clip(2 - tl.abs(h - 2))
+    b = low + spread * clip(2 - tl.abs(h - 4))
+    return r, g, b

@@ -1,0 +1,116 @@
+"""What a row of the log says of the steps since the last one, and which curves of several runs are drawn."""
+
+import contextlib
+import errno
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from byolt.model.distributed import World
+from byolt.model.run import log as metrics
+from byolt.model.run.log import MetricLog, Window, save_comparison
+
+ALONE = World(0, 0, 1, torch.device("cpu"), "none")
+
+
+def test_row_is_the_mean_of_its_steps_and_the_next_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    window = Window(ALONE, batch_size=8, step=10)
+    for loss, right in ((1.0, 0.25), (2.0, 0.75), (6.0, 0.5)):
+        window.add(torch.tensor(loss), torch.tensor(right))
+    clock[0] += 7
+    with contextlib.suppress(OSError), window.paused():
+        clock[0] += 5  # counts for no rate, whatever comes of it
+        raise OSError
+    with window.paused():
+        clock[0] += 1
+    row = window.row(13, waited=0.7, corrupt=2, gauges={"spread": torch.tensor(0.5)}, probed=True)
+    assert row == pytest.approx(
+        {
+            "loss": 3.0,
+            "images_per_second": 3 * 8 / 7,
+            "data_wait_percent": 10.0,
+            "corrupt_images": 2,
+            "spread": 0.5,
+            "probe_top1": 50.0,
+        }
+    )
+    window.add(torch.tensor(4.0), None)
+    clock[0] += 2
+    assert window.row(14, waited=1.7, corrupt=2, gauges={}, probed=False) == pytest.approx(
+        {"loss": 4.0, "images_per_second": 4.0, "data_wait_percent": 50.0, "corrupt_images": 2}
+    )
+
+
+@pytest.mark.parametrize("error", [None, FloatingPointError("not finite")])
+def test_disk_that_fails_under_tensorboard_is_told_once_and_hides_no_other_error(
+    error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def log_one() -> None:
+        with monkeypatch.context() as disk, MetricLog(tmp_path, 0) as log:
+            disk.setattr(RecordWriter, "write", fail)
+            with contextlib.suppress(OSError):
+                log.add(1, {"loss": 1.0})
+            if error:
+                raise error
+            log.close()
+
+    printed: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    expected, said = (type(error), "not finite") if error else (OSError, "No space left")
+    with pytest.raises(expected, match=said):
+        log_one()
+    assert printed == [] and threading.excepthook == printed.append
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 1.0}\n'
+    with MetricLog(tmp_path, 0):
+        thread = threading.Thread(target=fail)
+        thread.start()
+        thread.join()
+    assert [args.thread for args in printed] == [thread]  # another's is told as ever
+
+
+def test_comparison_draws_each_run_where_it_has_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def save(figure: Any, path: Path, plain: Any = metrics._save_figure) -> None:
+        figures.append(figure)
+        plain(figure, path)
+
+    monkeypatch.setattr(metrics, "_save_figure", save)
+    first = [
+        {"step": 0, "knn_top1": 20.0},
+        {"step": 1, "loss": 3.5},
+        {"step": 2, "loss": 3.0, "knn_top1": 25.0},
+    ]
+    second = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 12)]
+    third = [{"step": 2, "loss": 2.5}]
+    runs = {"baseline": [first, second], "tau_0": [third]}
+    save_comparison(tmp_path / "a.png", runs, {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)"})
+    loss, knn = figures[0].axes
+    assert (loss.get_ylabel(), knn.get_ylabel()) == ("BYOL loss", "kNN top-1 (%)")
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in (loss, knn)]
+    assert drawn[0] == [[[1, 3.5], [2, 3.0]], [[row["step"], row["loss"]] for row in second], [[2, 2.5]]]
+    assert drawn[1] == [[[0, 20.0], [2, 25.0]], [], []]
+    assert [line.get_color() for line in loss.lines] == ["C0", "C0", "C1"]
+    assert [line.get_marker() for line in loss.lines] == ["o", "None", "o"]  # few points are marked
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height > 300
+
+
+@pytest.mark.parametrize("name", ["$x^$", "$\\frac$", "caf\udce9"])
+def test_any_folder_name_can_stand_at_the_confusions(name: str, tmp_path: Path) -> None:
+    metrics.save_confusion(tmp_path / "c.png", torch.eye(2, dtype=torch.int64), [name, "b"], f"title {name}")
+    assert Image.open(tmp_path / "c.png").width > 300

@@ -1,0 +1,66 @@
+"""What the online linear probe adds to a training step, on noise: both are timed in turn, the medians are compared.
+
+python tools/benchmarks/probe.py [--backbone resnet18] [--stem cifar] [--size 32] [--batch 64] [--classes 10]
+"""
+
+import argparse
+import statistics
+import sys
+import time
+
+import torch
+
+from byolt.configs.schema import ModelConfig
+from byolt.model import distributed
+from byolt.model.byol import make_byol
+from byolt.model.optim import LARS
+from byolt.model.quality.probe import OnlineProbe
+from byolt.model.resnet import BACKBONES, STEMS
+from byolt.model.step import TrainStep
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code: 0 measured, 2 a mistake in what was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="bench_probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", default="resnet18", choices=BACKBONES)
+    parser.add_argument("--stem", default="cifar", choices=STEMS)
+    least = {"size": 8, "batch": 2, "classes": 2, "rounds": 1}  # batch norm needs two images
+    for option, value in {"size": 32, "batch": 64, "classes": 10, "rounds": 10}.items():
+        parser.add_argument(f"--{option}", type=int, default=value)
+    args = parser.parse_args(argv)
+    for option, lowest in least.items():
+        if getattr(args, option) < lowest:
+            print(f"bench_probe: --{option} {getattr(args, option)}: at least {lowest}", file=sys.stderr)
+            return 2
+    world = distributed.init()
+    on_gpu = world.device.type == "cuda"
+    torch.manual_seed(0)
+    model = make_byol(ModelConfig(backbone=args.backbone, stem=args.stem))
+    step = TrainStep(model, LARS(model.online.parameters(), 0.0), world, "bf16" if on_gpu else "fp32")
+    probe = OnlineProbe(int(model.online.encoder.num_features), args.classes, world, 0.9, 1e-6, 1e-3)  # type: ignore[arg-type]
+    views = [torch.randn(args.batch, 3, args.size, args.size, device=world.device) for _ in range(2)]
+    labels = torch.arange(args.batch) % args.classes
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(3 + args.rounds):
+        marks = [time.perf_counter()]
+        result = step([(views[0], views[1])], lr=0.1, tau=0.99)
+        for last in (False, True):
+            if last:
+                probe(torch.cat(result.features1), labels, lr=0.1, finite=result.finite)
+            if on_gpu:
+                torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+        times[0].append(marks[1] - marks[0])
+        times[1].append(marks[2] - marks[1])
+    alone, added = (1000 * statistics.median(part[3:]) for part in times)  # the first three warm up
+    print(
+        f"{args.backbone} ({args.stem} stem), {args.size} px, batch {args.batch}, {args.classes} classes, "
+        f"{world.device}: step {alone:.2f} ms, probe {added:.3f} ms = {100 * added / alone:.2f} %"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,156 @@
+"""README.md of an export: what the encoder is, how it was made, what was measured, how to load it.
+
+Names out of settings and files may hold anything: they enter the Markdown on one line, as code. Paths of the machine
+that trained do not: of an absolute path only the last part is published.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from byolt.configs import schema
+from byolt.files.rows import read_metrics
+from byolt.model.run.trained import Trained
+
+
+def public(config: schema.Config) -> schema.Config:
+    """The config as it is published: its paths say nothing about folders of the machine."""
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"out": _public_path(config.run.out)}),
+            "data": config.data.model_copy(update={"path": _public_path(config.data.path)}),
+            "eval": config.eval.model_copy(
+                update={"path": config.eval.path and _public_path(config.eval.path)}
+            ),
+        }
+    )
+
+
+def model_card(trained: Trained, library: str, loading: str, resizing: str) -> str:
+    """The text.
+
+    Args:
+        trained: the encoder.
+        library: name on the Hugging Face hub of the library that loads it.
+        loading: lines of Python that load it.
+        resizing: a sentence about what the library makes of the preprocessing, or "".
+    """
+    config = public(trained.config)
+    measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
+    recipe = schema.to_yaml(config).rstrip()
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])  # longer than any inside
+    size, mean, std = config.augment.size, list(config.augment.mean), list(config.augment.std)
+    return f"""---
+library_name: {library}
+tags: [image-feature-extraction, self-supervised, byol]
+---
+# {config.model.backbone}, pre-trained with BYOL
+
+The online encoder of a BYOL run ([arXiv 2006.07733](https://arxiv.org/abs/2006.07733)), without projector and
+predictor: images to {trained.encoder.num_features} features. Trained without labels.
+
+- Images: {_code(config.data.path)}{_number_of_images(trained)}
+- Length: {_epochs_done(trained)}
+- Stem: {config.model.stem}; views of {size} px
+- Preprocessing: centre crop of 7/8 of the short side, or of all of it where that is {size} px or less; bicubic to
+  {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink: numbers
+  may differ a little); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
+- sha256 of the weights: `{trained.digest}`
+
+## Measured
+
+{measured}
+
+## Load
+
+```python
+{loading}
+```
+
+## Recipe
+
+{fence}yaml
+{recipe}
+{fence}
+"""
+
+
+def _evaluated(trained: Trained) -> list[str]:
+    """What tools/evaluate.py measured on exactly these weights, as their sha256 shows, beside the checkpoint."""
+    lines = []
+    for path in sorted(trained.path.parent.glob("evaluate-*.json")):
+        try:
+            document = json.loads(path.read_text())
+            if document["encoder_sha256"] == trained.digest:
+                lines += [_result(document, result) for result in document["results"] if "top1" in result]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is no result of tools/evaluate.py ({error}): remove it") from None
+    return lines
+
+
+def _result(document: dict[str, Any], result: dict[str, Any]) -> str:
+    tops = [_percent(result, f"top{k}") for k in (1, 5) if f"top{k}" in result]
+    test, train = document["test"], document["train"]
+    learned = "bank" if document["protocol"] == "knn" else "training set"
+    return (
+        f"- {_code(document['protocol'])}, {_code(result['name'])}: {', '.join(tops)}; {result['images']:d} images of "
+        f"{_code(_public_path(test['path']))}; {learned}: {train['images']:d} images of "
+        f"{_code(_public_path(train['path']))}"
+    )
+
+
+def _percent(result: dict[str, Any], name: str) -> str:
+    value, (low, high) = result[name], result[f"{name}_interval"]
+    if not all(0 <= number <= 100 for number in (value, low, high)):
+        raise ValueError(f"{name} or its interval is not in per cent")
+    return f"{name.replace('top', 'top-')} {value:.2f} % ({low:.2f} to {high:.2f})"
+
+
+def _during_training(trained: Trained) -> list[str]:
+    """The run's own kNN: metrics.jsonl knows steps but no weights, which the line says."""
+    config = public(trained.config)
+    rows = [row for row in _rows(trained) if "knn_top1" in row]
+    if not rows:
+        return []
+    sets = f" of {_code(config.eval.path or '')}; bank: {_code(config.data.path)}" if config.eval.path else ""
+    return [
+        f"- kNN during training (k = {config.eval.k}, temperature {config.eval.temperature:g}): top-1 "
+        f"{rows[-1]['knn_top1']:.2f} %; at most {config.eval.max_images} images{sets}. "
+        f"From metrics.jsonl beside the checkpoint, step {trained.step}: not checked to be of these weights"
+    ]
+
+
+def _epochs_done(trained: Trained) -> str:
+    """How long was trained, as far as the run's folder says."""
+    epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
+    done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown part"
+    return f"{trained.step} steps of {train.batch_size} images; {done} of {train.epochs:g} epochs"
+
+
+def _number_of_images(trained: Trained) -> str:
+    """Of the training set, from epoch = step * batch / images."""
+    for row in reversed(_rows(trained)):
+        if row.get("epoch", 0) > 0:
+            images = row["step"] * trained.config.train.batch_size / row["epoch"]
+            return f", {images:,.0f} images by metrics.jsonl" if 1 <= images < 2**63 else ""
+    return ""
+
+
+def _rows(trained: Trained) -> list[dict[str, float]]:
+    """The rows of this step in the metrics.jsonl beside the checkpoint."""
+    rows = read_metrics(trained.path.parent / "metrics.jsonl")
+    return [row for row in rows if row["step"] == trained.step]
+
+
+def _public_path(path: str) -> str:
+    """A path relative to where training was started as it is, of any other the last part."""
+    parts = path.split(",")  # .beton files
+    private = any(part.strip().startswith(("/", "~")) or ".." in Path(part).parts for part in parts)
+    return ",".join(Path(part).name for part in parts) if private else path
+
+
+def _code(text: str) -> str:
+    """On one line as code: no character of it means anything to Markdown or HTML."""
+    line = " ".join(str(text).split()).replace("`", "'")
+    return f"`{''.join(character for character in line if character.isprintable())}`"

@@ -1,0 +1,165 @@
+"""What a report reads: the files that a run left, finished or not, and the features of a sample of images."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from byolt.configs import schema
+from byolt.files.rows import read_metrics, read_rows
+from byolt.model.quality.features import extract_features
+from byolt.model.run import provenance
+from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.trained import Trained, load_trained
+from byolt.pipelines.plain import plain_images
+from byolt.pipelines.sources import Source
+from byolt.pipelines.subset import spaced
+
+_THUMBNAIL = 96  # pixels; larger images are shrunk, so that 2,000 take 55 MB
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})\.pt")
+
+
+class Run(NamedTuple):
+    """A run's files, as far as they are there."""
+
+    folder: Path
+    rows: list[dict[str, float]]  # of metrics.jsonl, by step
+    starts: list[dict[str, Any]]
+    corrupt: list[dict[str, Any]]  # of corrupt.jsonl, one an image
+    config: schema.Config | None
+    trained: Trained | None  # the newest encoder
+    problems: list[str]  # sentences about files that are damaged
+
+    @property
+    def step(self) -> int:
+        """Last logged step."""
+        return int(max((row["step"] for row in self.rows), default=0))
+
+    @property
+    def encoder_origin(self) -> str:
+        """File and step of the encoder."""
+        return f"{self.trained.path.name}, step {self.trained.step}" if self.trained else ""
+
+    @property
+    def images(self) -> int | None:
+        """Training images, from the rows: epoch = step * batch / images."""
+        if self.config is None:
+            return None
+        batch = self.config.train.batch_size
+        found = (row["step"] * batch / row["epoch"] for row in reversed(self.rows) if row.get("epoch"))
+        return next((round(images) for images in found if 1 <= images < 2**63), None)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole schedule."""
+        return self.config.total_steps(self.images) if self.config and self.images else None
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(step, value) of one column."""
+        return [(row["step"], row[key]) for row in self.rows if key in row]
+
+    def last(self, key: str) -> float | None:
+        """Newest value of one column."""
+        return next((value for _, value in reversed(self.series(key))), None)
+
+
+class Sample(NamedTuple):
+    """Images through the encoder."""
+
+    features: Tensor  # (N, F) float32 on the CPU
+    labels: np.ndarray  # (N,) int64, -1 where unknown
+    thumbnails: list[np.ndarray]  # (h, w, 3) uint8 each, as the encoder saw them but for shrinking
+    classes: list[str] | None
+    asked: int  # images tried; N is less where some do not decode
+
+    def name(self, label: int) -> str:
+        """Of a class."""
+        if label < 0:
+            return "no label"
+        return self.classes[label] if self.classes and label < len(self.classes) else str(label)
+
+
+def read_run(folder: Path) -> Run:
+    """Collects a run's files.
+
+    Raises:
+        ValueError: the folder is not there, or no run of train.py has left anything in it.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name the run.out of a run")
+    problems: list[str] = []
+    rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
+    starts = provenance.read_starts(folder)
+    trained = _newest_encoder(folder, problems)
+    if not (rows or starts or trained or problems):
+        raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; name the run.out of a run")
+    config = trained.config if trained else None
+    if not config and starts and (settings := starts[-1].get("config")):
+        try:
+            config = schema.from_settings(settings)
+        except ValueError as error:
+            problems.append(f"The run's settings are not those of this version: {error}")
+    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", key="id")}.values())
+    return Run(folder, rows, starts, corrupt, config, trained, problems)
+
+
+def _newest_encoder(folder: Path, problems: list[str]) -> Trained | None:
+    """The exported one, unless a whole checkpoint of a later step is there: the run was continued."""
+    exported = folder / "encoder.safetensors"
+    newest = _load(exported, problems) if exported.exists() else None
+    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in sorted(folder.glob("*.pt"), reverse=True)}
+    for path, step in steps.items():
+        if step and int(step[1]) > (newest.step if newest else -1):
+            later = _load(path, problems)
+            if later:
+                return later
+    return newest
+
+
+def _load(path: Path, problems: list[str]) -> Trained | None:
+    try:
+        return load_trained(path)
+    except CheckpointError as error:
+        problems.append(f"{error}; passed over.")
+        return None
+
+
+def take_sample(run: Run, source: Source, images: int) -> Sample:
+    """Features of evenly spaced images of a data set, on the GPU if there is one.
+
+    Args:
+        run: with an encoder.
+        source: labelled or not.
+        images: at most so many.
+
+    Raises:
+        ValueError: none of the images can be decoded.
+    """
+    assert run.trained
+    config = run.trained.config
+    ids = spaced(len(source), images)
+    thumbnails: list[np.ndarray] = []
+    batches = _keeping_thumbnails(plain_images(source, ids, config), config, thumbnails)
+    encoder = run.trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    features, labels = extract_features(encoder, batches)
+    if not len(features):
+        raise ValueError(f"none of {len(ids)} images decodes; run tools/verify_shards.py on the data set")
+    return Sample(features.cpu(), labels.cpu().numpy(), thumbnails, source.classes, len(ids))
+
+
+def _keeping_thumbnails(
+    batches: Iterator[tuple[Tensor, Tensor]], config: schema.Config, thumbnails: list[np.ndarray]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Passes the batches through and appends a small picture of each image."""
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.augment.mean, config.augment.std))
+    for images, labels in batches:
+        pixels = (images * std + mean).clamp(0, 1)
+        if config.augment.size > _THUMBNAIL:
+            pixels = F.interpolate(pixels, size=_THUMBNAIL, mode="area")
+        thumbnails += list((pixels * 255).round().byte().permute(0, 2, 3, 1).numpy())
+        yield images, labels

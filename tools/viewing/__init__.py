@@ -1,0 +1,1 @@
+"""Parts of `tools/show_views.py`. Begin with `samples.py`."""

@@ -1,0 +1,198 @@
+"""What tools/show_views.py shows: samples with what is drawn for them, their views, and each operation alone.
+
+Nothing is drawn or applied here in its own way: bytes come from a source, parameters from `pipelines.views.draw`,
+pixels from a back end.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from byolt.configs.schema import Config, ViewConfig
+from byolt.pipelines import order
+from byolt.pipelines.backends import Backend
+from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.formats.encoded import check
+from byolt.pipelines.sources import Source
+from byolt.pipelines.views import ViewParams, draw
+
+Pixels = npt.NDArray[np.float32]  # (..., size, size, 3) in [0, 1]
+Row = tuple[str, tuple[str, ...], bool]  # name, values beside one another, whether the operation is applied
+Strip = tuple[str, list[tuple[str, ViewParams]]]  # name; labels with the parameters of one view
+
+JITTER = ("brightness", "contrast", "saturation", "hue")  # as pipelines.views numbers them
+PLAIN = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0} | dict.fromkeys(JITTER, 0.0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Some samples of a data set with what is drawn for them."""
+
+    ids: npt.NDArray[np.int64]  # (N,)
+    places: list[str]  # where each is
+    classes: list[str]  # "" where it has none
+    encoded: list[bytes]
+    params: tuple[ViewParams, ViewParams]
+
+
+def choose(config: Config, source: Source, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The first `count` sample ids of an epoch, in training's order; fewer where the data set has fewer."""
+    total = len(source)
+    return order.global_batch(config.run.seed, epoch, 0, total, min(count, total), config.data.order)
+
+
+def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64]) -> Samples:
+    """Reads samples and draws both views of each, as the loader does.
+
+    Raises:
+        ValueError: an id is unknown, or a sample is no whole image of the size that the index states.
+    """
+    unknown = [number for number in ids.tolist() if not 0 <= number < len(source)]
+    if unknown:
+        raise ValueError(f"--ids {' '.join(map(str, unknown))}: the data set has ids 0 to {len(source) - 1}")
+    encoded = []
+    for number in ids.tolist():
+        data = source.read(number)
+        try:
+            check(data, int(source.heights[number]), int(source.widths[number]))
+        except ValueError as error:
+            raise ValueError(
+                f"{source.describe(number)}: {error}: show others with --ids, and run tools/verify_shards.py"
+            ) from None
+        encoded.append(data)
+    sides = source.heights[ids], source.widths[ids]
+    views = config.augment.view1, config.augment.view2
+    first, second = (draw_view(config, view, i, epoch, ids, *sides) for i, view in enumerate(views))
+    labels = source.labels[ids].tolist()
+    classes = [source.classes[label] if source.classes and label >= 0 else "" for label in labels]
+    return Samples(ids, [source.describe(i) for i in ids.tolist()], classes, encoded, (first, second))
+
+
+def draw_view(
+    config: Config,
+    view: ViewConfig,
+    index: int,
+    epoch: int,
+    ids: npt.NDArray[np.int64],
+    heights: npt.NDArray[np.int64],
+    widths: npt.NDArray[np.int64],
+) -> ViewParams:
+    """`pipelines.views.draw` with a run's seed and profile: the one place of this file that draws."""
+    return draw(view, config.run.seed, epoch, ids, index, heights, widths, config.augment.profile)
+
+
+def neutral_jitter(config: Config) -> dict[str, float]:
+    """The value of each colour operation that changes nothing: the middle of its range."""
+    none, one = config.augment.view1.model_copy(update=PLAIN), np.ones(1, np.int64)
+    drawn = draw_view(config, none, 0, 0, one, one, one)
+    return {name: float(getattr(drawn, name)[0]) for name in JITTER}
+
+
+def make_views(
+    config: Config, backend: Backend, samples: Samples, params: tuple[ViewParams, ViewParams] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both views of every sample as training gets them: (N, 3, size, size), normalised, on the CPU.
+
+    Raises:
+        ValueError: a sample does not decode.
+    """
+    try:
+        first, second = backend(samples.encoded, *(params or samples.params))
+    except UndecodableError as error:
+        lines = [f"{samples.places[place]}: {reason}" for place, reason in error.reasons.items()]
+        raise ValueError(f"{'; '.join(lines)}: show others with --ids") from None
+    return first.cpu(), second.cpu()
+
+
+def to_pixels(config: Config, view: torch.Tensor) -> Pixels:
+    """(N, size, size, 3), not normalised any more."""
+    mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
+    pixels: Pixels = (view.float().permute(0, 2, 3, 1) * std + mean).numpy()
+    return pixels
+
+
+def signed(value: float, neutral: float) -> str:
+    """An offset with its sign, a factor with a multiplication sign."""
+    return f"×{value:.2f}" if neutral == 1 else f"{value:+.2f}".replace("-", "−")
+
+
+def table(view: ViewParams, i: int, height: int, width: int, neutral: dict[str, float]) -> list[Row]:
+    """Parameters of sample i, of an image of this size, as rows of a table."""
+    rows, columns = int(view.height[i]), int(view.width[i])
+    share, jitter = 100 * rows * columns / (height * width), bool(view.jitter[i])
+    steps = [
+        f"{place} {JITTER[j]} {signed(float(getattr(view, JITTER[j])[i]), neutral[JITTER[j]])}"
+        for place, j in enumerate(view.order[i], start=1)
+    ]
+
+    def switch(name: str, on: bool, value: str = "yes") -> Row:
+        return name, (value if on else "no",), on
+
+    return [
+        ("crop", (f"{share:.1f} % of the area, ratio {columns / rows:.2f}",), True),
+        ("", (f"{columns} × {rows} px at ({view.left[i]}, {view.top[i]})",), True),
+        switch("flip", bool(view.flip[i])),
+        ("jitter", (steps[0], steps[1]) if jitter else ("no",), jitter),
+        ("", (steps[2], steps[3]) if jitter else (), jitter),
+        switch("grey", bool(view.gray[i])),
+        switch("blur", bool(view.blur[i]), f"sigma {view.sigma[i]:.2f} px"),
+        switch("solarize", bool(view.solarize[i])),
+    ]
+
+
+def operations(config: Config, samples: Samples, height: int, width: int) -> list[Strip]:
+    """Name of each strip and, in it, labels with the parameters of one view, on the image's central square."""
+    views = config.augment.view1, config.augment.view2
+    side = min(height, width)
+    shape = np.array([height]), np.array([width])
+
+    def alone(**update: object) -> ViewParams:
+        view = views[0].model_copy(update=PLAIN | update)
+        drawn = draw_view(config, view, 0, 0, samples.ids[:1], *shape)
+        if "crop_area" not in update:
+            drawn = replace(drawn, height=np.full(1, side, np.int32), width=np.full(1, side, np.int32))
+        top, left = (height - drawn.height) // 2, (width - drawn.width) // 2
+        return replace(drawn, top=top.astype(np.int32), left=left.astype(np.int32))
+
+    def crop(area: float, ratio: float) -> ViewParams:
+        return alone(crop_area=(area, area), crop_ratio=(ratio, ratio))
+
+    def spread(low: float, high: float) -> list[float]:
+        return [low, (low + high) / 2, high]
+
+    areas = spread(*widest(config, "crop_area"))
+    low_ratio, high_ratio = widest(config, "crop_ratio")
+    ratios = [low_ratio, (low_ratio * high_ratio) ** 0.5, high_ratio]
+
+    def colour(name: str, value: float) -> ViewParams:
+        changed: dict[str, Any] = {name: np.array([value], np.float32)}
+        return replace(alone(jitter=1.0), **changed)
+
+    strips: list[Strip] = [
+        (
+            "crop: share of the area, at the middle ratio",
+            [(f"{100 * a:.0f} %", crop(a, ratios[1])) for a in areas],
+        ),
+        ("crop: width / height, at the middle area", [(f"{r:.2f}", crop(areas[1], r)) for r in ratios]),
+    ]
+    for name, neutral in neutral_jitter(config).items():
+        reach = max(getattr(view, name) for view in views)
+        values = spread(neutral - reach, neutral + reach)
+        title = "hue: share of a turn" if name == "hue" else name
+        strips.append((title, [(signed(value, neutral), colour(name, value)) for value in values]))
+    sigmas = spread(*widest(config, "blur_sigma"))
+    strips.append(("blur: sigma", [(f"{s:.2f} px", alone(blur=1.0, blur_sigma=(s, s))) for s in sigmas]))
+    switches = ("flip", "flip"), ("grey", "gray"), ("solarize", "solarize")
+    strips.append(("switches", [(label, alone(**{name: 1.0})) for label, name in switches]))
+    return strips
+
+
+def widest(config: Config, name: str) -> tuple[float, float]:
+    """From the lower of both views' lower bounds to the higher of their upper ones."""
+    low, high = zip(
+        *(getattr(view, name) for view in (config.augment.view1, config.augment.view2)), strict=True
+    )
+    return min(low), max(high)
