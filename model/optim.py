@@ -1,4 +1,7 @@
-"""LARS (arXiv 1708.03888) and EMA: the two walks over all weights, multi-tensor, no wait for the device."""
+"""The two updates of all weights: LARS (arXiv 1708.03888) and the target's moving average.
+
+Both use multi-tensor operations; the host never waits for the device.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -8,22 +11,21 @@ from torch import Tensor
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by |weights| / |gradient|, as in the reference.
+    """SGD with momentum whose step is scaled per tensor by |p| / |u|, as in the reference.
 
         u = g + weight_decay p;   u *= trust_coefficient |p| / |u|   (factor 1 if either norm is 0)
         m = momentum m + u;       p -= lr m
 
-    Parameters with ndim <= 1 (biases, batch norm) take the raw gradient: no decay, no scaling. `lr` is read
-    from param_groups at every step. All parameters with a gradient are on one device, in float32.
+    Parameters with ndim <= 1 (biases, batch norm) use u = g: no decay, no scaling. `step` reads `lr` from
+    param_groups. All parameters with a gradient are float32 tensors on one device.
 
-    A 0-dim float32 tensor on that device may be set as the attribute `found_inf` before `step` (torch.amp's name):
-    where it is not 0, parameters and momentum keep their values, whatever the gradients hold. The host does not
-    read it.
+    Set the attribute `found_inf` (torch.amp's name), a 0-dim float32 tensor on that device, to gate a step: where it
+    is not 0, parameters and momentum keep their values even if gradients are NaN. The host does not read it.
 
     Args:
         params: parameters, or groups of them.
         lr: learning rate, >= 0.
-        momentum: 0 .. 1.
+        momentum: 0 .. 1, heavy ball.
         weight_decay: >= 0.
         trust_coefficient: > 0.
         backend: "auto" or "foreach"; both are torch's multi-tensor operations.
@@ -44,13 +46,13 @@ class LARS(torch.optim.Optimizer):
         backend: str = "auto",
     ) -> None:
         if not lr >= 0:
-            raise ValueError(f"lr is {lr}; it must be 0 or more")
+            raise ValueError(f"lr={lr} must be at least 0")
         if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum is {momentum}; it must lie in 0 .. 1")
+            raise ValueError(f"momentum={momentum} must be in 0 .. 1")
         if not weight_decay >= 0:
-            raise ValueError(f"weight_decay is {weight_decay}; it must be 0 or more")
+            raise ValueError(f"weight_decay={weight_decay} must be at least 0")
         if not trust_coefficient > 0:
-            raise ValueError(f"trust_coefficient is {trust_coefficient}; it must be more than 0")
+            raise ValueError(f"trust_coefficient={trust_coefficient} must be above 0")
         if backend == "apex":
             raise ValueError(
                 "optimizer.backend is 'apex': this version has no path through apex's amp_C, which is built "
@@ -69,11 +71,13 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns what `closure`, if given, returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Updates every parameter that has a gradient.
+
+        Returns:
+            The result of `closure`, which recomputes the loss; None without it.
+        """
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -81,15 +85,14 @@ class LARS(torch.optim.Optimizer):
         return loss
 
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """The u of each parameter, in new tensors."""
+        """Returns u of each parameter in new tensors."""
         gradients = [p.grad for p in params if p.grad is not None]
-        u = list(torch._foreach_mul(gradients, 1.0))  # a copy: the gradients themselves stay as they are
+        u = list(torch._foreach_mul(gradients, 1.0))  # a copy: the gradients stay unchanged
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
         if adapted:
             weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]
             torch._foreach_add_(scaled, weights, alpha=group["weight_decay"])
-            factors = trust_ratios(weights, scaled, group["trust_coefficient"])
-            torch._foreach_mul_(scaled, factors)
+            torch._foreach_mul_(scaled, trust_ratios(weights, scaled, group["trust_coefficient"]))
         return u
 
     def _update(self, params: list[Tensor], u: list[Tensor], group: dict[str, Any]) -> None:
@@ -102,7 +105,7 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(momenta, u)
             torch._foreach_add_(params, momenta, alpha=-group["lr"])
             return
-        # 0 x NaN is NaN, but 0 x its bits is 0: the gate multiplies u as integers, then m by 1 and lr by 0.
+        # 0 * NaN is NaN, so the gate multiplies the bits of u by 0, then momentum by 1 and lr by 0.
         keep = self.found_inf == 0
         torch._foreach_mul_([x.view(torch.int32) for x in u], keep.to(torch.int32))
         torch._foreach_mul_(momenta, torch.where(keep, group["momentum"], 1.0).to(torch.float32))
@@ -111,7 +114,7 @@ class LARS(torch.optim.Optimizer):
 
 
 def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
-    """trust_coefficient |w| / |u| per pair as 0-dim tensors; 1 where a norm is 0. No epsilon, no clipping."""
+    """Returns trust_coefficient |w| / |u| per pair, 0-dim; 1 where either norm is 0. No epsilon, no clipping."""
     weight_norms = torch.stack(torch._foreach_norm(weights))
     update_norms = torch.stack(torch._foreach_norm(updates))
     nonzero = (weight_norms > 0) & (update_norms > 0)
@@ -120,26 +123,26 @@ def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient
 
 @torch.no_grad()
 def ema_update_(target: list[Tensor], online: list[Tensor], tau: float, finite: Tensor | None = None) -> None:
-    """t <- t + (1 - tau) (p - t) for every pair, in place, in multi-tensor calls (paper, eq. 1).
+    """Moves the target in place: t <- tau t + (1 - tau) p for every pair (paper, eq. 1).
 
     Args:
-        target: tensors to move, floating point; float32 where `finite` is given.
-        online: as many tensors of the same shapes.
-        tau: 1 leaves the target where it is, 0 copies the online network.
+        target: floating-point tensors; float32 if `finite` is given.
+        online: tensors of the same shapes, in the same order.
+        tau: 0 .. 1; 1 leaves the target unchanged, 0 copies the online network.
         finite: 0-dim bool on their device, not read by the host; where False the target keeps its bits.
 
     Raises:
-        ValueError: the lists differ in length, or tau is not in 0 .. 1.
+        ValueError: the lists differ in length, or tau is out of its range.
     """
     if len(target) != len(online):
         raise ValueError(f"target has {len(target)} tensors and online {len(online)}; they must be paired")
     if not 0 <= tau <= 1:
-        raise ValueError(f"tau is {tau}; it must lie in 0 .. 1")
+        raise ValueError(f"tau={tau} must be in 0 .. 1")
     if finite is None:
         torch._foreach_lerp_(target, online, 1 - tau)
         return
-    # A multi-tensor lerp takes its weight from the host only (a 0-dim tensor would be waited for), so the gate chooses
-    # between old and new by their bits, as in LARS: exact, whatever they hold. On a GPU its cost is not yet measured.
+    # A multi-tensor lerp takes its weight from the host (it would wait for a 0-dim tensor), so the gate selects old or
+    # new by their bits, as in LARS: exact for every value, NaN included.
     moved = [t.view(torch.int32) for t in torch._foreach_lerp(target, online, 1 - tau)]
     kept = [t.view(torch.int32) for t in target]
     torch._foreach_mul_(moved, finite.to(torch.int32))

@@ -1,4 +1,4 @@
-"""Batch norm with statistics over all ranks, as arithmetic on the CPU and by torch's kernels on CUDA."""
+"""Batch norm with statistics over all ranks: plain torch operations on the CPU, torch's fused kernels on CUDA."""
 
 from typing import Any
 
@@ -10,7 +10,11 @@ from byolt.model.distributed import World, all_reduce_sum_, gather_stacked
 
 
 def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
-    """Let every batch norm inside take its statistics over all ranks; parameters and buffers stay."""
+    """Replaces every batch norm of the module by a `SyncBatchNorm` with the same parameters and buffers.
+
+    Returns:
+        The module itself, or a `SyncBatchNorm` if it is a batch norm; unchanged for a single rank.
+    """
     if world.size == 1:
         return module
     if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
@@ -23,15 +27,19 @@ def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
 class SyncBatchNorm(_BatchNorm):
     """A batch norm (1-d or 2-d) with statistics over all ranks, each of which has at least one image.
 
-    Not torch's own: that one refuses CPU tensors, and on CUDA it looks which ranks have images, for which the host
-    waits for the device about three times a norm.
+    torch's own refuses CPU tensors; on CUDA it checks which ranks have images, for which the host waits for the device
+    about three times per layer.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum)
         self.weight, self.bias = norm.weight, norm.bias
-        self.running_mean, self.running_var = norm.running_mean, norm.running_var
-        self.num_batches_tracked = norm.num_batches_tracked
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            setattr(self, name, getattr(norm, name))
         self.training = norm.training
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -42,90 +50,75 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
-        # None, a cumulative average, is for calibration alone: the host waits for the counter, as in torch's own.
-        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         normalize = _FusedSyncNormalize if input.is_cuda else _SyncNormalize
-        running = self.running_mean, self.running_var
-        return normalize.apply(input, self.weight, self.bias, *running, momentum, self.eps)
+        return normalize.apply(input, self.weight, self.bias, self)
+
+    @property
+    def batch_weight(self) -> float:
+        """Weight of the newest batch in the running statistics."""
+        if self.momentum is not None:
+            return self.momentum
+        return 1.0 / float(self.num_batches_tracked)  # cumulative average, for calibration: the host waits
 
 
 class _SyncNormalize(torch.autograd.Function):
-    """weight * (x - mean) / sqrt(variance + eps) + bias, mean and variance over the batches of all ranks.
+    """Computes weight * (x - mean) / sqrt(variance + eps) + bias; mean and variance are those of all ranks' batches.
 
-    Running statistics move by momentum towards those of the batch; their variance is unbiased, as torch's.
+    The running statistics move towards the batch's by `batch_weight`; their variance is unbiased, as in torch.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: SyncBatchNorm) -> Tensor:
         axes, shape = _axes(x), _channel_shape(x)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         size = x.numel() // x.shape[1]
-        # Sum and sum of squares are exchanged in float64, where their difference keeps float32's digits.
+        # float64: the difference of the exchanged sums keeps float32's digits.
         variance, mean = (s.double() for s in torch.var_mean(wide, axes, correction=0))
         sums = torch.cat([size * mean, size * (variance + mean * mean), mean.new_tensor([size])])
         all_reduce_sum_(sums)
         mean, square = (sums[:-1] / sums[-1]).chunk(2)
         variance = (square - mean * mean).clamp_min(0)
-        scale = (variance + eps).rsqrt()
+        scale = (variance + norm.eps).rsqrt()
         mean, variance, scale, count = (s.to(wide.dtype) for s in (mean, variance, scale, sums[-1]))
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_(variance * count / (count - 1), momentum)
-        normalised = (wide - mean.view(shape)) * scale.view(shape)
-        ctx.save_for_backward(normalised, weight, scale, count)
-        return (normalised * weight.view(shape) + bias.view(shape)).to(x.dtype)
+        norm.running_mean.lerp_(mean, norm.batch_weight)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.batch_weight)
+        normalized = (wide - mean.view(shape)) * scale.view(shape)
+        ctx.save_for_backward(normalized, weight, scale, count)
+        return (normalized * weight.view(shape) + bias.view(shape)).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        normalised, weight, scale, count = ctx.saved_tensors
-        axes, shape = _axes(normalised), _channel_shape(normalised)
-        gradient = gradients[0].to(normalised.dtype)
+        normalized, weight, scale, count = ctx.saved_tensors
+        axes, shape = _axes(normalized), _channel_shape(normalized)
+        gradient = gradients[0].to(normalized.dtype)
         bias_gradient = gradient.sum(axes)
-        weight_gradient = (gradient * normalised).sum(axes)
+        weight_gradient = (gradient * normalized).sum(axes)
         means = torch.cat([bias_gradient, weight_gradient])
         all_reduce_sum_(means)
         gradient_mean, product_mean = (m.view(shape) for m in (means / count).chunk(2))
-        input_gradient = (gradient - gradient_mean - normalised * product_mean) * (weight * scale).view(shape)
-        return input_gradient.to(gradients[0].dtype), weight_gradient, bias_gradient, None, None, None, None
+        input_gradient = (gradient - gradient_mean - normalized * product_mean) * (weight * scale).view(shape)
+        return input_gradient.to(gradients[0].dtype), weight_gradient, bias_gradient, None
 
 
 class _FusedSyncNormalize(torch.autograd.Function):
-    """What _SyncNormalize computes, by torch's kernels for CUDA; the host waits for nothing.
+    """Computes the same as `_SyncNormalize` with torch's CUDA kernels; the host does not wait for the device.
 
-    They take x of lower precision than weights and statistics, and know two layouts, contiguous and channels_last.
+    The kernels accept x in lower precision than the weights, and two layouts: contiguous and channels_last.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        momentum: float,
-        eps: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: SyncBatchNorm) -> Tensor:
         x, channels = x.contiguous(memory_format=_layout(x)), x.shape[1]
-        mean, scale = torch.batch_norm_stats(x, eps)  # scale: 1 / sqrt(variance + eps)
+        mean, scale = torch.batch_norm_stats(x, norm.eps)  # scale: 1 / sqrt(variance + eps)
         mine = torch.cat([mean, scale, mean.new_full((1,), x.numel() // channels)])
         means, scales, counts = gather_stacked(mine).split([channels, channels, 1], dim=1)
         counts = counts.flatten()
         mean, scale = torch.batch_norm_gather_stats_with_counts(
-            x, means, scales, running_mean, running_var, momentum, eps, counts
+            x, means, scales, norm.running_mean, norm.running_var, norm.batch_weight, norm.eps, counts
         )
         ctx.save_for_backward(x, weight, mean, scale, counts.int())
-        return torch.batch_norm_elemt(x, weight, bias, mean, scale, eps)
+        return torch.batch_norm_elemt(x, weight, bias, mean, scale, norm.eps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
@@ -134,13 +127,13 @@ class _FusedSyncNormalize(torch.autograd.Function):
         *sums, weight_gradient, bias_gradient = torch.batch_norm_backward_reduce(
             gradient, x, mean, scale, weight, True, True, True
         )
-        total = torch.cat(sums)  # of the gradient, and of the gradient times (x - mean)
+        total = torch.cat(sums)  # sums of the gradient and of the gradient * (x - mean)
         all_reduce_sum_(total)
         of_gradient, of_product = total.chunk(2)
         input_gradient = torch.batch_norm_backward_elemt(
             gradient, x, mean, scale, weight, of_gradient, of_product, counts
         )
-        return input_gradient, weight_gradient, bias_gradient, None, None, None, None
+        return input_gradient, weight_gradient, bias_gradient, None
 
 
 def _layout(x: Tensor) -> torch.memory_format:
