@@ -133,6 +133,7 @@ def train(
     failpoint.reach("import")
     import torch
 
+    from byolt.files.progress import Meter
     from byolt.files.rows import read_rows
     from byolt.model import distributed, schedules
     from byolt.model.quality.probe import make_probe
@@ -214,7 +215,7 @@ def train(
 
         # -------------------------------------------------------------------------------------------- loop
         begun, saved = True, time.monotonic()
-        display = metrics.Display(step, last_step, enabled=world.is_main)
+        display = Meter("step", last_step, step, enabled=world.is_main)
 
         def run_state() -> dict[str, Any]:
             """What a checkpoint holds; the same on every rank."""
@@ -299,7 +300,7 @@ def train(
                 window.add(result.loss, right)
                 finite.add(step + 1, result, torch.cat([b.id for b in batch]))
                 step += 1
-                display.step(step)
+                display.update(step)
                 tracing.step(step)
 
                 # On a GPU a look or a vote makes the host wait for the device.
@@ -316,7 +317,11 @@ def train(
                             step, loader.waited, loader.corrupt_count, result.gauges._asdict(), bool(probe)
                         ),
                     }
-                    display.row(step, row)
+                    display.update(
+                        step,
+                        f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {lr:.4g}  tau {tau:.5f}  "
+                        f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.1f} %",
+                    )
                     if log:
                         with writing():
                             failpoint.reach("log", step)

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import sha256_of, writing
+from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.destination import QUARANTINE, Lock, claim, is_finished, not_strict
 from byolt.pipelines.convert.from_files import Listing, list_originals
 from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
-from byolt.pipelines.convert.meter import Meter
 from byolt.pipelines.convert.plan import SUFFIXES, WORK, parse_split, plan, settings_of
 from byolt.pipelines.convert.shard_writer import Done, Job, Unusable, make_shard, read_note, start_worker
 from byolt.pipelines.convert.workers import spread
@@ -90,11 +90,14 @@ def run(jobs: list[Job], workers: int, num_images: int) -> None:
     kept = num_images - sum(len(job.entries) for job in jobs)
     with spread(make_shard, jobs, workers, start_worker, (counters,)) as pending:
         try:
-            with Meter(num_images, kept) as meter:
+            start = time.perf_counter()
+            with Meter("image", num_images, kept, line_every=5.0) as meter:
                 waiting = set(pending)
                 while waiting:
                     finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
-                    meter.update(*counters[:2])
+                    seconds, (images, size) = time.perf_counter() - start, counters[:2]
+                    rate = f"{images / seconds:,.0f} images/s, {size / seconds / 1e6:,.1f} MB/s"
+                    meter.update(kept + images, rate)
                     for future in finished:
                         future.result()
         except BaseException:

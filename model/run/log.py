@@ -10,9 +10,6 @@ from typing import Any
 
 import matplotlib
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -139,54 +136,6 @@ class Window:
             **dict(zip(gauges, others, strict=True)),
         }
         return row | ({"probe_top1": 100 * right} if probed else {})
-
-
-class Display:
-    """A progress bar with a line of numbers on a terminal; elsewhere one line per row. Silent unless enabled."""
-
-    def __init__(self, first_step: int, total_steps: int, enabled: bool) -> None:
-        self._enabled, self._total = enabled, total_steps
-        self._start, self._first = time.perf_counter(), first_step
-        self._console = Console(stderr=True, highlight=False)
-        self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
-        self._task = self._bar.add_task("", total=total_steps, completed=first_step)
-        self._live = Live(self._bar, console=self._console) if self._console.is_terminal and enabled else None
-
-    def __enter__(self) -> "Display":
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def step(self, step: int) -> None:
-        """Moves the bar to so many steps done."""
-        self._bar.update(self._task, completed=step)
-
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows a row of numbers."""
-        text = (
-            f"epoch {values['epoch']:.2f}  loss {values['loss']:.4f}  lr {values['lr']:.4g}  "
-            f"tau {values['tau']:.5f}  {values['images_per_second']:.0f} images/s  "
-            f"data wait {values['data_wait_percent']:.1f} %"
-        )
-        if self._live:
-            self._live.update(Group(text, self._bar))
-            return
-        left = (time.perf_counter() - self._start) / max(step - self._first, 1) * (self._total - step)
-        self.say(f"step {step}/{self._total}  {text}  ETA {_clock(left)}")
-
-    def say(self, text: str) -> None:
-        """Prints one line, above the bar if there is one."""
-        if self._enabled:
-            self._console.print(text, soft_wrap=True, markup=False)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def save_view_pairs(
