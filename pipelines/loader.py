@@ -20,13 +20,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from byolt.configs.schema import Config
+from byolt.configs.schema import Config, Profile, ViewConfig, from_settings
 from byolt.pipelines import order
-from byolt.pipelines.backends import Backend
+from byolt.pipelines.backends import Backend, make_backend, make_resident
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.formats.encoded import check
 from byolt.pipelines.resident import Resident
-from byolt.pipelines.sources import ParallelReader, Source
+from byolt.pipelines.sources import ParallelReader, Source, open_source
 from byolt.pipelines.views import ViewParams, draw_both
 
 
@@ -262,3 +262,69 @@ class Loader:
             remedy = f"Run tools/verify_shards.py on {path}"
         last = f"the last: {self._source.describe(number)}: {reason}"
         raise CorruptBudgetError(f"{what}; {last}. {remedy}{earlier}")
+
+
+def open_loader(
+    path: str | Path,
+    batch_size: int,
+    *,
+    size: int = 224,
+    seed: int = 0,
+    view1: ViewConfig | None = None,
+    view2: ViewConfig | None = None,
+    profile: Profile = "byol",
+    threads: int = 4,
+    max_corrupt: int = 100,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    rank: int = 0,
+    world_size: int = 1,
+    first_step: int = 0,
+) -> Loader:
+    """A Loader for a training loop of one's own, without the config of a BYOL run.
+
+    Args:
+        path: what data.path takes: shards, a folder of images, .beton files, synthetic:COUNT:HxW.
+        batch_size: images per step over all ranks.
+        size: side of a view in pixels.
+        seed: of the sample order and of every augmentation.
+        view1: the augmentation of the first view; the paper's by default.
+        view2: the augmentation of the second view; the paper's by default.
+        profile: whose definitions the augmentations follow, "byol" or "torchvision".
+        threads: CPU threads that read, decode and, without a GPU, augment.
+        max_corrupt: undecodable images per rank that are replaced before the loader raises CorruptBudgetError.
+        device: where the views are made and delivered; by default the current GPU, or the CPU without one.
+        dtype: of the views: float32, float16 or bfloat16.
+        rank: this process, 0 <= rank < world_size.
+        world_size: processes that share each batch.
+        first_step: the step to begin with; its batch is the same as in a run that began at step 0.
+
+    Returns:
+        A loader to be used in a with statement. Each step is a list of one Batch: `for (batch,) in loader`.
+
+    Raises:
+        ValueError: the data set cannot be opened, or the batch does not fit it or the number of ranks.
+    """
+    config = from_settings(
+        {
+            "data": {"path": str(path), "threads": threads, "max_corrupt": max_corrupt},
+            "augment": {
+                "profile": profile,
+                "size": size,
+                "view1": view1 or ViewConfig(blur=1.0, solarize=0.0),
+                "view2": view2 or ViewConfig(blur=0.1, solarize=0.2),
+            },
+            "train": {"batch_size": batch_size, "epochs": 1},
+            "run": {"out": "", "seed": seed},
+            # The rest is not read by a loader.
+            "model": {},
+            "optimizer": {"base_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "base_tau": 1},
+        }
+    )
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    source = open_source(config.data.path)
+    order.steps_per_epoch(len(source), batch_size)  # refuses a batch larger than the data set before any work
+    backend, _ = make_resident(config, source, where, dtype) or make_backend(config, where, dtype)
+    return Loader(
+        config, source, backend, rank=rank, world_size=world_size, first_step=first_step, device=where
+    )
