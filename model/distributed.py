@@ -104,8 +104,8 @@ def _place(device: str, local_rank: int) -> torch.device:
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ValueError(
-            f"train.device={device}, but process {local_rank} of this machine finds {gpus} GPUs; "
-            "set train.device=cpu or lower torchrun's --nproc-per-node"
+            f"device {device}, but process {local_rank} of this machine finds {gpus} GPUs; "
+            "set the device to cpu or lower torchrun's --nproc-per-node"
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)

@@ -1,4 +1,4 @@
-"""tools/evaluate.py as its users run it: every protocol on images whose class is their colour, on one and two ranks."""
+"""tools/evaluate.py as its users run it: every protocol on images whose class is their color, on one and two ranks."""
 
 import io
 import json
@@ -24,9 +24,8 @@ from byolt.model.run.trained import load_trained, weights_digest
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools import evaluate
-from byolt.tools.evaluation import finetuning as training
-from byolt.tools.evaluation import frozen, protocols
-from byolt.tools.evaluation.frozen import Bench
+from byolt.tools.evaluation import finetuning, frozen, inputs, protocols
+from byolt.tools.evaluation.frozen import Setup
 from byolt.tools.reporting import model_card
 
 CONFIG = """
@@ -43,7 +42,7 @@ optimizer: {base_lr: 1.0, warmup_epochs: 0, weight_decay: 1.0e-6, base_tau: 0.9}
 train: {epochs: 2, batch_size: 8}
 eval: {path: DATA/val}
 """
-COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
+COLORS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 FAST = {
     "knn": ["--k", "5"],
     "linear": ["--epochs", "15", "--batch-size", "16", "--lr", "0.5", "1"],
@@ -54,16 +53,16 @@ FAST = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run's folder with a checkpoint, an exported encoder and images of three colours: 24 to learn from, 7 to test."""
-    root = tmp_path_factory.mktemp("colours")
+    """A run's folder with a checkpoint, an exported encoder and images of three colors: 24 to learn from, 7 to test."""
+    root = tmp_path_factory.mktemp("colors")
     rng = np.random.default_rng(0)
     for split, count in (("train", 24), ("val", 7)):
-        for name, colour in COLOURS.items():
+        for name, color in COLORS.items():
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(count):
                 noise = rng.normal(0, 40, (18, 20, 3))
-                pixels = np.clip(np.array(colour) + noise, 0, 255).astype(np.uint8)
+                pixels = np.clip(np.array(color) + noise, 0, 255).astype(np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     (root / "config.yaml").write_text(CONFIG.replace("DATA", str(root)))
     config = schema.load(root / "config.yaml")
@@ -103,7 +102,7 @@ def test_checkpoint_and_export_hold_the_same_encoder(run: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", FAST)
-def test_every_protocol_finds_the_colours(
+def test_every_protocol_finds_the_colors(
     protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     document = _measure(run, tmp_path, "--protocol", protocol, *FAST[protocol])
@@ -134,7 +133,7 @@ def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
 
 def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     listing = tmp_path / "some.txt"
-    listing.write_text("".join(f"{name}/{i}.png\n" for name in COLOURS for i in range(8)))
+    listing.write_text("".join(f"{name}/{i}.png\n" for name in COLORS for i in range(8)))
     options = ["--subset", str(listing), *FAST["finetune"][2:-2], "--batch-size", "8"]
     document = _measure(run, tmp_path / "out", "--protocol", "finetune", *options)
     assert document["results"][0]["settings"]["train_images"] == 24
@@ -149,18 +148,18 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "linear", "--batch-size", "67"], "a batch of 67 on 1 ranks does not fit 66"),
         (
             ["--protocol", "knn", "--seed", str(2**63)],
-            "--seed 9223372036854775808: it must be 0 or more, and below 2**63",
+            "--seed 9223372036854775808 must be at least 0 and below 2**63",
         ),
-        (["--protocol", "knn", "--threads", str(2**31)], "--threads 2147483648: it must be 1024 or less"),
-        (["--protocol", "transfer", "--l2", "99999"], "--l2 99999: it must be 10000 or less"),
+        (["--protocol", "knn", "--threads", str(2**31)], "--threads 2147483648 must be at most 1024"),
+        (["--protocol", "transfer", "--l2", "99999"], "--l2 99999 must be at most 10000"),
         (
             ["--protocol", "knn", "--device", "cuda"],
-            "--device cuda, but process 0 of this machine finds 0 GPUs; set --device cpu",
+            "device cuda, but process 0 of this machine finds 0 GPUs; set the device to cpu",
         ),
-        (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0: it must be a number more than 0"),
-        (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0: it must be a number more than 0"),
-        (["--protocol", "linear", "--epochs", "inf"], "--epochs inf: it must be a number more than 0"),
-        (["--protocol", "knn", "--temperature", "nan"], "--temperature nan: it must be a number more than 0"),
+        (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0 must be a number more than 0"),
+        (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0 must be a number more than 0"),
+        (["--protocol", "linear", "--epochs", "inf"], "--epochs inf must be a number more than 0"),
+        (["--protocol", "knn", "--temperature", "nan"], "--temperature nan must be a number more than 0"),
         (["--protocol", "linear", "--epochs", "1", "2"], "takes one number"),
         (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear, not knn"),
         (["--protocol", "knn", "--labels", "1.0"], "--labels is an option of --protocol finetune, not knn"),
@@ -172,10 +171,10 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         ),
         (
             ["--protocol", "finetune", "--subset", "x", "--max-images", "9"],
-            "--subset with --max-images: ids would",
+            "--subset cannot be combined with --max-images",
         ),
         (["--protocol", "knn", "--data", "/nowhere"], "--data: data path '/nowhere' does not exist"),
-        (["--protocol", "knn", "--data", "FLAT"], "holds unlabelled images"),
+        (["--protocol", "knn", "--data", "FLAT"], "holds unlabeled images"),
         (["--protocol", "knn", "--train", "synthetic:10:8x8"], "has other classes than"),
     ],
 )
@@ -201,10 +200,10 @@ def test_mistakes_are_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def _bench(run: Path, train: Source, test: Source) -> Bench:
+def _setup(run: Path, train: Source, test: Source) -> Setup:
     trained, world = load_trained(run / "encoder.safetensors"), distributed.init("cpu")
     progress = Progress(disable=True)
-    return Bench(trained.config, trained.encoder, world, train, test, 0, torch.float32, progress)
+    return Setup(trained.config, trained.encoder, world, train, test, 0, torch.float32, progress)
 
 
 class _Cut:
@@ -226,9 +225,9 @@ class _Cut:
 
 def test_an_image_that_does_not_decode_does_not_hang_a_batch_of_all(run: Path) -> None:
     train, test = open_source(run / "train"), open_source(run / "val")
-    fit = protocols._hold_out(_bench(run, train, test))[0]
-    bench = _bench(run, _Cut(train, int(fit._ids[5])), test)
-    [outcome], _ = protocols.linear(bench, [0.5], 3, len(fit), fast=True)
+    fit = protocols._hold_out(_setup(run, train, test))[0]
+    setup = _setup(run, _Cut(train, int(fit._ids[5])), test)
+    [outcome], _ = protocols.evaluate_linear(setup, [0.5], 3, len(fit), fast=True)
     settings = outcome.settings
     assert (settings["batch_size"], settings["train_images"], settings["steps"]) == (65, 65, 3)
 
@@ -312,7 +311,7 @@ def test_labels_that_are_ids_are_refused(
 ) -> None:
     source = open_source(run / "train")
     source.labels, source.classes = source.labels + 10**12, None
-    monkeypatch.setattr(evaluate, "open_source", lambda path: source)
+    monkeypatch.setattr(inputs, "open_source", lambda path: source)
     assert _main(run, tmp_path, "--protocol", "knn") == 2
     assert "the largest label is 1,000,000,000,002" in capsys.readouterr().err
 
@@ -338,16 +337,16 @@ def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytes
 def _features(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
     trained, world = load_trained(run / "encoder.safetensors"), distributed.init("cpu", timeout=30)
     source, progress = open_source(run / "train"), Progress(disable=True)
-    bench = Bench(trained.config, trained.encoder, world, source, source, 0, torch.float32, progress)
+    setup = Setup(trained.config, trained.encoder, world, source, source, 0, torch.float32, progress)
     try:
-        return frozen.plain_features(bench, source, "features")
+        return frozen.plain_features(setup, source, "features")
     finally:
         distributed.shutdown(world)
 
 
 def _worker(rank: int, ports: list[int], run: str, out: str) -> None:
     torch.set_num_threads(1)
-    frozen.AT_A_TIME = 8  # so that there are batches for both
+    frozen.BATCH = 8  # so that there are batches for both
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
     for (protocol, options), port in zip(FAST.items(), ports, strict=False):
@@ -373,7 +372,7 @@ def test_two_ranks_measure_what_one_measures(
             server.bind(("127.0.0.1", 0))
             ports.append(server.getsockname()[1])
     torch.multiprocessing.spawn(_worker, (ports, str(run), str(tmp_path / "two")), nprocs=2)
-    monkeypatch.setattr(frozen, "AT_A_TIME", 8)
+    monkeypatch.setattr(frozen, "BATCH", 8)
     whole, labels = _features(run)
     assert whole.shape == (72, 128) and labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24
     for rank in range(2):
@@ -401,24 +400,22 @@ def test_untrained_is_the_same_network_with_fresh_weights(
     assert documents[0]["encoder_sha256"] is None and documents[0]["step"] == 0
     assert (tmp_path / "0" / "evaluate-knn-untrained.json").exists()
     assert "knn: resnet8 (cifar stem), untrained" in capsys.readouterr().out
-    first, again, other = (
-        evaluate.untrained(load_trained(run / "encoder.safetensors"), s) for s in (0, 0, 1)
-    )
+    first, again, other = (inputs.untrained(load_trained(run / "encoder.safetensors"), s) for s in (0, 0, 1))
     weights = [trained.encoder.conv1.weight for trained in (first, again, other)]  # type: ignore[union-attr]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])  # type: ignore[arg-type]
 
 
 def test_batch_norms_of_an_untrained_encoder_fit_the_training_images(run: Path) -> None:
     train = open_source(run / "train")
-    bench = _bench(run, train, train)
-    bench.encoder = evaluate.untrained(load_trained(run / "encoder.safetensors"), 0).encoder
-    frozen.calibrate(bench)
+    setup = _setup(run, train, train)
+    setup.encoder = inputs.untrained(load_trained(run / "encoder.safetensors"), 0).encoder
+    frozen.calibrate(setup)
     inside: list[torch.Tensor] = []
-    norm = bench.encoder.bn1
+    norm = setup.encoder.bn1
     norm.register_forward_hook(lambda module, inputs, output: inside.append(output.clone()))  # type: ignore[operator,union-attr]
-    images = torch.cat([images for images, _ in plain_images(train, np.arange(72), bench.config)])
+    images = torch.cat([images for images, _ in plain_images(train, np.arange(72), setup.config)])
     with torch.no_grad():
-        bench.encoder(images)
+        setup.encoder(images)
     [normalised] = inside  # of the very batch that was averaged over: mean 0 and deviation 1 in each channel
     deviation, mean = torch.std_mean(normalised, dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(32), atol=1e-4, rtol=0)
@@ -448,7 +445,7 @@ def fourth(run: Path, tmp_path: Path) -> list[str]:
 def test_a_class_that_has_a_name_and_no_image_is_drawn(
     run: Path, fourth: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "drawn", lambda total, count: np.arange(0, total - 1, 2))  # no white
+    monkeypatch.setattr(inputs, "drawn", lambda total, count: np.arange(0, total - 1, 2))  # no white
     options = ["--protocol", "knn", "--k", "5", "--max-images", "20"]
     document = _measure(run, tmp_path / "out", *options, *fourth)
     assert document["classes"] == 4 and document["results"][0]["top1"] == 100.0
@@ -464,12 +461,12 @@ def test_a_picture_that_fails_is_a_warning(
     _measure(run, tmp_path, *options)
     monkeypatch.setattr("byolt.model.run.log.save_confusion", fail)
     assert _main(run, tmp_path, *options) == 0
-    assert "cannot be drawn: no such font" in capsys.readouterr().err
+    assert "could not be drawn: no such font" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone
 
 
 def test_thinned_images_are_of_all_classes(run: Path) -> None:
-    source = evaluate.open_labelled("--data", "synthetic:1000:8x8", 100)  # labels are i mod 10
+    source = inputs.open_labeled("--data", "synthetic:1000:8x8", 100)  # labels are i mod 10
     counts = np.bincount(source.labels, minlength=10)
     assert counts.sum() == 100 and counts.min() >= 3
 
@@ -508,7 +505,7 @@ def test_a_folder_that_takes_no_file_is_refused_before_the_work(
     monkeypatch.setattr(evaluate, "run", None)
     (tmp_path / "file").write_text("")
     assert _main(run, tmp_path / "file" / "below", "--protocol", "knn") == 2
-    assert "(Not a directory): give another folder by --out" in capsys.readouterr().err
+    assert "cannot be written (Not a directory): give another folder by --out" in capsys.readouterr().err
 
 
 def test_images_that_were_learned_are_no_test(
@@ -546,10 +543,10 @@ def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
     whole = evaluate.measure
 
-    def measure(args: Any, bench: Bench) -> Any:
+    def measure(args: Any, setup: Setup) -> Any:
         if rank == 1:
             raise FloatingPointError("a feature is not finite")
-        return whole(args, bench)
+        return whole(args, setup)
 
     evaluate.measure = measure
     sys.stderr = (Path(out) / f"{rank}.err").open("w")
@@ -632,7 +629,7 @@ def test_rows_are_named_by_the_neighbours_that_voted(run: Path, tmp_path: Path) 
 
 def test_a_class_of_one_image_is_learned(run: Path, fourth: list[str]) -> None:
     train = open_source(fourth[1])
-    fit, held = protocols._hold_out(_bench(run, train, train))
+    fit, held = protocols._hold_out(_setup(run, train, train))
     assert np.bincount(fit.labels).tolist() == [22, 22, 22, 1] and np.bincount(held.labels).tolist() == [
         2,
         2,
@@ -645,7 +642,9 @@ def test_one_class_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureF
         shutil.copytree(run / split / "red", tmp_path / split / "red")
     options = ["--train", str(tmp_path / "train"), "--data", str(tmp_path / "val")]
     assert _main(run, tmp_path / "out", "--protocol", "knn", *options) == 2
-    assert "all 24 images are of one class: needs two classes or more" in capsys.readouterr().err
+    assert (
+        "all 24 images are of one class: give a data set with two classes or more" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
@@ -653,19 +652,19 @@ def test_one_class_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_default_batches_fit_the_ranks(ranks: int, images: int, size: int, run: Path) -> None:
     train = open_source(run / "train")
-    bench = _bench(run, train, train)
-    bench.world = distributed.World(0, 0, ranks, torch.device("cpu"), "gloo")
-    assert training.batch_size_for(bench, None, images) == size
+    setup = _setup(run, train, train)
+    setup.world = distributed.World(0, 0, ranks, torch.device("cpu"), "gloo")
+    assert finetuning.batch_size_for(setup, None, images) == size
 
 
 def test_one_back_end_for_all_trainings(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, make = [], training.make_backend
+    made, make = [], finetuning.make_backend
 
     def counted(*args: Any) -> Any:
         made.append(make(*args))
         return made[-1]
 
-    monkeypatch.setattr(training, "make_backend", counted)
+    monkeypatch.setattr(finetuning, "make_backend", counted)
     options = ["--labels", "0.5", "--epochs", "1", "2", "--lr", "0.2", "0.1", "--batch-size", "16"]
     document = _measure(run, tmp_path, "--protocol", "finetune", *options)
     assert len(document["results"][0]["settings"]["held_out_top1"]) == 4 and len(made) == 1

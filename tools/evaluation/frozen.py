@@ -1,11 +1,11 @@
-"""A frozen encoder on the ranks: its features of whole data sets, in a fixed order, for tools/evaluation/protocols.py.
+"""A frozen encoder on all ranks, and its features of whole data sets in a fixed order.
 
-Ranks share images, never the arithmetic of one: the features are the same for any number of ranks.
+Ranks share the images of a data set, never the arithmetic of one image: the features do not depend on their number.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,17 +20,17 @@ from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source
 from byolt.pipelines.subset import drawn
 
-# Images of one forward pass of a frozen encoder: so that its rounding does not depend on the ranks.
-CHUNK = 64
-AT_A_TIME = 256  # images that a rank takes
-CALIBRATION = 2048  # images over which the batch norms of an untrained encoder average, at most
+T = TypeVar("T")
+CHUNK = 64  # images of one forward pass: a fixed number, so that rounding does not depend on the ranks
+BATCH = 256  # images that a rank decodes before it takes the next ones
+CALIBRATION = 2048  # largest number of images over which batch norms of an untrained encoder are averaged
 
 
 @dataclass
-class Bench:
-    """What every protocol works with."""
+class Setup:
+    """The encoder, the data and the ranks of one evaluation; every protocol works on a Setup."""
 
-    config: Config  # of the run: size, mean, std and threads are used
+    config: Config  # the run's; size, mean, std and threads are used
     encoder: nn.Module  # (N, 3, H, W) -> (N, num_features), on world.device
     world: World
     train: Source
@@ -41,7 +41,7 @@ class Bench:
 
     @property
     def classes(self) -> int:
-        """Number of classes: those that have a name, or more if there are larger labels."""
+        """Number of classes: the number of class names, or more if a label is larger."""
         named = self.test.classes or self.train.classes or []
         return max(len(named), scores.num_classes(self.train.labels, self.test.labels))
 
@@ -51,71 +51,82 @@ class Bench:
         return int(self.encoder.num_features)  # type: ignore[arg-type]
 
     def autocast(self) -> torch.autocast:
-        """Where the encoder runs in the chosen precision."""
+        """The context in which the encoder runs in the chosen precision."""
         enabled = self.precision != torch.float32
         return torch.autocast(self.world.device.type, self.precision, enabled=enabled)
 
 
-def calibrate(bench: Bench) -> None:
-    """Gives an untrained encoder's batch norms the statistics of whole batches of plain training images.
+def calibrate(setup: Setup) -> None:
+    """Sets the batch-norm statistics of an untrained encoder from whole batches of plain training images.
 
-    They are still 0 and 1 otherwise, and the comparison would flatter the trained encoder. Every rank takes the same
-    images, so that the statistics do not depend on the ranks.
+    They would stay at mean 0 and variance 1, and the comparison would flatter the trained encoder. All ranks use the
+    same images, so the statistics do not depend on the number of ranks.
     """
-    count = min(CALIBRATION, len(bench.train))
-    ids = drawn(len(bench.train), count // AT_A_TIME * AT_A_TIME or count)
-    with bench.autocast():
-        features.calibrate_batch_norm(bench.encoder, plain_images(bench.train, ids, bench.config, AT_A_TIME))
+    count = min(CALIBRATION, len(setup.train))
+    ids = drawn(len(setup.train), count // BATCH * BATCH or count)
+    with setup.autocast():
+        features.calibrate_batch_norm(setup.encoder, plain_images(setup.train, ids, setup.config, BATCH))
 
 
-def plain_features(bench: Bench, source: Source, what: str) -> tuple[Tensor, Tensor]:
+def plain_features(setup: Setup, source: Source, description: str) -> tuple[Tensor, Tensor]:
     """Features (n, F) float32 of the unaugmented images and labels (n,), in the order of the source, on every rank.
 
-    Each rank takes whole batches, the same whatever the number of ranks. What does not decode is left out.
+    Images that do not decode are left out.
+
+    Args:
+        setup: encoder and ranks.
+        source: the images.
+        description: label of the progress bar; begins error messages.
 
     Raises:
+        ValueError: no image decodes.
         FloatingPointError: a feature is not finite.
     """
-    batches = np.split(np.arange(len(source)), range(AT_A_TIME, len(source), AT_A_TIME))
-    task = bench.progress.add_task(what, total=len(source))
+    batches = np.split(np.arange(len(source)), range(BATCH, len(source), BATCH))
+    task = setup.progress.add_task(description, total=len(source))
     parts, label_parts = [], []
-    for i, ids in mine(batches, bench.world):
-        for images, labels in plain_images(source, ids, bench.config, len(ids)):
-            parts.append((i, encode(bench, images)))
-            label_parts.append((i, labels.to(bench.world.device)))
-        bench.progress.update(task, advance=len(ids) * bench.world.size)
-    bench.progress.update(task, completed=len(source))
-    nothing = torch.zeros(0, bench.width, device=bench.world.device)
-    features = in_order(parts, bench.world, nothing)
-    labels = in_order(label_parts, bench.world, nothing.new_zeros(0, dtype=torch.int64))
+    for i, ids in share_of_rank(batches, setup.world):
+        for images, labels in plain_images(source, ids, setup.config, len(ids)):
+            parts.append((i, encode(setup, images)))
+            label_parts.append((i, labels.to(setup.world.device)))
+        setup.progress.update(task, advance=len(ids) * setup.world.size)
+    setup.progress.update(task, completed=len(source))
+    empty = torch.zeros(0, setup.width, device=setup.world.device)
+    features = gather_in_order(parts, setup.world, empty)
+    labels = gather_in_order(label_parts, setup.world, empty.new_zeros(0, dtype=torch.int64))
     if not len(features):
-        raise ValueError(f"{what}: no image decodes; run tools/verify_shards.py on the data set")
+        raise ValueError(f"{description}: no image decodes; run tools/verify_shards.py on the data set")
     if not features.isfinite().all():
         raise FloatingPointError(
-            f"{what} are not finite: the encoder is not usable, or --precision fp32 is needed"
+            f"{description} are not finite: the encoder is not usable, or --precision fp32 is needed"
         )
     return features, labels
 
 
 @torch.no_grad()
-def encode(bench: Bench, images: Tensor) -> Tensor:
+def encode(setup: Setup, images: Tensor) -> Tensor:
     """Features (n, F) float32 on the device, batch norm in eval mode."""
-    bench.encoder.eval()
-    with bench.autocast():
-        chunks = [bench.encoder(chunk.to(bench.world.device)) for chunk in images.split(CHUNK)]
+    setup.encoder.eval()
+    with setup.autocast():
+        chunks = [setup.encoder(chunk.to(setup.world.device)) for chunk in images.split(CHUNK)]
     return torch.cat(chunks).float()
 
 
-def mine(items: Sequence[Any], world: World) -> Iterator[tuple[int, Any]]:
-    """This rank's part of the items, with their numbers."""
+def share_of_rank(items: Sequence[T], world: World) -> Iterator[tuple[int, T]]:
+    """The items that this rank works on, every world.size-th, each with its index."""
     for i in range(world.rank, len(items), world.size):
         yield i, items[i]
 
 
-def in_order(parts: list[tuple[int, Tensor]], world: World, nothing: Tensor) -> Tensor:
-    """The rows of all ranks' numbered parts, by number; `nothing` has no rows and the right shape and type."""
-    rows = torch.cat([nothing, *(part for _, part in parts)])
-    numbers = torch.cat([torch.full((len(part),), i, device=rows.device) for i, part in parts] or
-                        [torch.zeros(0, dtype=torch.int64, device=rows.device)])  # fmt: skip
-    order = distributed.gather_rows(numbers, world).argsort(stable=True)
-    return distributed.gather_rows(rows, world)[order]
+def gather_in_order(parts: list[tuple[int, Tensor]], world: World, empty: Tensor) -> Tensor:
+    """The rows of all ranks' parts, sorted by the index of the part, on every rank.
+
+    Args:
+        parts: index and rows (n, ...) of each part of this rank.
+        world: the ranks.
+        empty: a tensor without rows, of the shape and dtype of the parts.
+    """
+    rows = torch.cat([empty, *(part for _, part in parts)])
+    indices = [i for i, part in parts for _ in range(len(part))]
+    order = distributed.gather_rows(torch.tensor(indices, dtype=torch.int64, device=rows.device), world)
+    return distributed.gather_rows(rows, world)[order.argsort(stable=True)]
