@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from byolt.configs import fixed, schema
 from byolt.files import failpoint
-from byolt.files.lock import RunLock
+from byolt.files.lock import Lock
 
 if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
     from torch import nn
@@ -82,7 +82,7 @@ def main() -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     try:
-        with RunLock(Path(config.run.out)) as lock:
+        with Lock(Path(config.run.out, "run.lock"), f"run.out={config.run.out}") as lock:
             return train(config, args.resume, args.allow_change, args.trace or 0, Stop(), lock)
     except KeyboardInterrupt:
         return 130
@@ -127,7 +127,7 @@ def describe(config: schema.Config) -> str:
 
 
 def train(
-    config: schema.Config, resume: str | None, allowed: list[str], trace_steps: int, stop: Stop, lock: RunLock
+    config: schema.Config, resume: str | None, allowed: list[str], trace_steps: int, stop: Stop, lock: Lock
 ) -> int:
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")

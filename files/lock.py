@@ -1,9 +1,9 @@
-"""One run, one folder: a second process that would write to it is refused.
+"""A lock on a folder: refuses a second process that would write to it.
 
-The lock is the kernel's (flock) on `run.lock`, so it ends with its process, however that ends; what the file says is
-only who it was. Between machines it holds where the file system passes flock on: NFS since Linux 2.6.12, Lustre mounted
-with `-o flock`, GPFS, CephFS. Lustre's `localflock` and some FUSE file systems keep it to one machine: there a second
-run on another machine is noticed only by what the file says, and warned of.
+The lock is the kernel's (flock), so it ends with its process, however that ends; the lock file's content only says who
+holds it. Between machines it works where the file system passes flock on: NFS since Linux 2.6.12, Lustre mounted with
+`-o flock`, GPFS, CephFS. Lustre's `localflock` and some FUSE file systems keep it to one machine: there the file's
+content reveals a process on another machine, and `take` warns of it.
 """
 
 import errno
@@ -11,106 +11,110 @@ import fcntl
 import json
 import os
 import socket
+import stat
 from pathlib import Path
-from types import TracebackType
-
-NAME = "run.lock"
 
 
-class RunLock:
-    """The right to write to the folder of a run; released when the `with` block or the process ends."""
+class Lock:
+    """The right to write to a folder; ends with the `with` block or the process.
 
-    def __init__(self, folder: Path) -> None:
-        self._path, self._descriptor = folder / NAME, -1
+    Args:
+        path: the lock file; `take` creates it and its folder.
+        folder: the protected folder as messages name it: "run.out=runs/a".
+    """
+
+    def __init__(self, path: Path, folder: str) -> None:
+        self._path, self._folder, self._descriptor = path, folder, -1
 
     def take(self) -> str:
         """Takes the lock.
 
         Returns:
-            "", or a sentence for the user: it was taken over from a process that ended without releasing it, or the
-            file system has no locks.
+            "", or a sentence for the user: the last holder ended without releasing the lock, or the file system has no
+            locks.
 
         Raises:
-            ValueError: another process holds it; names its host and pid. Or the folder, which is made where it is not
-                there, cannot be written.
+            ValueError: another process holds the lock (names its host and pid), the folder cannot be written, or the
+                lock file is not a regular file.
             OSError: the file system failed.
         """
+        descriptor = self._open()
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise ValueError(
-                f"run.out={self._path.parent} cannot be written: {error.strerror or error}; choose another folder"
-            ) from None
-        try:
-            locked = self._lock(descriptor)
+            holder = _holder(descriptor)
+            locked = self._lock(descriptor, holder)
         except BaseException:
-            os.close(descriptor)  # the file is another's: `release` must not empty it
+            os.close(descriptor)  # it is another's file: `release` must not empty it
             raise
         self._descriptor = descriptor
-        holder = _holder(descriptor)
-        os.ftruncate(self._descriptor, 0)
+        os.ftruncate(descriptor, 0)
         mine = {"host": socket.gethostname(), "pid": os.getpid()}
-        os.pwrite(self._descriptor, json.dumps(mine).encode() + b"\n", 0)
+        os.pwrite(descriptor, json.dumps(mine).encode() + b"\n", 0)
         if not locked:
-            return (
-                f"{self._path}: this file system has no locks; see that no other machine runs in this folder"
-            )
+            return f"{self._path}: this file system has no locks; use {self._folder} on one machine only"
         if not holder:
             return ""
         taken = (
             f"took over {self._path} from pid {holder[1]} on {holder[0]}, which ended without releasing it"
         )
         if holder[0] != socket.gethostname():
-            taken += " (or goes on, if this file system keeps locks to one machine: then stop one of the two)"
+            taken += (
+                " (or still runs, if this file system keeps locks to one machine: then stop one of the two)"
+            )
         return taken
 
     def release(self) -> None:
-        """Gives the lock back, if it was taken. The file stays: removing it would race with the next one's open."""
+        """Releases the lock if it was taken. The file stays: removing it would race with another process's open."""
         if self._descriptor >= 0:
             os.ftruncate(self._descriptor, 0)
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> "Lock":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
-    def _lock(self, descriptor: int) -> bool:
-        """True if locked; False where the file system has no locks and no live local holder is named.
+    def _open(self) -> int:
+        """Opens the lock file; never follows a symbolic link nor waits for a FIFO's other end."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            is_link = error.errno == errno.ELOOP
+            reason = f"{self._path.name} is a symbolic link" if is_link else error.strerror
+            raise ValueError(f"{self._folder} cannot be written: {reason}; choose another folder") from None
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise ValueError(
+                f"{self._folder} cannot be locked: {self._path} is not a regular file; remove it"
+            )
+        return descriptor
 
-        Raises:
-            ValueError: another process holds it.
-            OSError: the file system failed.
-        """
-        holder = _holder(descriptor)
+    def _lock(self, descriptor: int, holder: tuple[str, int] | None) -> bool:
+        """Returns True if locked, False if the file system has no locks and the named holder is not running here."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._refusal(holder) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-            if holder and holder[0] == socket.gethostname() and Path(f"/proc/{holder[1]}").exists():
-                raise self._refusal(holder) from None
+            held = error.errno in (errno.EAGAIN, errno.EACCES)
+            if not held and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(self._path)) from None
+            here = holder and holder[0] == socket.gethostname()
+            if held or (holder and here and Path(f"/proc/{holder[1]}").exists()):
+                who = (
+                    f"pid {holder[1]} on {holder[0]}" if holder else "a process that has not named itself yet"
+                )
+                raise ValueError(
+                    f"{self._folder} is in use by {who}: wait for it, stop it, or choose another folder"
+                ) from None
             return False
         return True
 
-    def _refusal(self, holder: tuple[str, int] | None) -> ValueError:
-        who = f"pid {holder[1]} on {holder[0]}" if holder else "a process that has not yet written its name"
-        return ValueError(
-            f"run.out={self._path.parent} is in use by {who}: wait for it or stop it, or choose another run.out"
-        )
-
 
 def _holder(descriptor: int) -> tuple[str, int] | None:
-    """Host and pid that the file names, None where it names none."""
+    """Host and pid that the lock file names; None if it names none."""
     try:
-        said = json.loads(os.pread(descriptor, 4096, 0))
-        return str(said["host"]), int(said["pid"])
+        content = json.loads(os.pread(descriptor, 4096, 0))
+        return str(content["host"]), int(content["pid"])
     except (ValueError, KeyError, TypeError):
         return None

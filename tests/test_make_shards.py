@@ -712,8 +712,13 @@ def test_sample_that_training_would_refuse_goes_to_quarantine(
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (BlockingIOError(errno.EAGAIN, "x"), 2, "another make_shards is at work there"),
-        (OSError(errno.ENOLCK, "No locks available"), 1, "dst: cannot be locked: No locks available"),
+        (
+            BlockingIOError(errno.EAGAIN, "x"),
+            2,
+            "dst is in use by a process that has not named itself yet: wait",
+        ),
+        (OSError(errno.ENOLCK, "No locks available"), 0, "lock: this file system has no locks; use DST"),
+        (OSError(errno.EIO, "broken"), 1, "dst/.make_shards/lock: cannot be locked: broken"),
     ],
 )
 def test_lock_says_what_is_wrong(
@@ -728,7 +733,7 @@ def test_lock_says_what_is_wrong(
     def refuse(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     assert run(source, tmp_path / "dst") == code
     assert message in capsys.readouterr().err
 

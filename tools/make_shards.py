@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import sha256_of, writing
+from byolt.files.lock import Lock
 from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
-from byolt.pipelines.convert.destination import QUARANTINE, Lock, claim, is_finished, not_strict
+from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished, not_strict
 from byolt.pipelines.convert.from_files import Listing, list_originals
 from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
 from byolt.pipelines.convert.plan import SUFFIXES, WORK, parse_split, plan, settings_of
@@ -51,7 +52,9 @@ def make(args: argparse.Namespace) -> str:
     work = args.dst / WORK
     is_new = not args.dst.exists()
     work.mkdir(parents=True, exist_ok=True)
-    with Lock(work):
+    with Lock(work / "lock", f"DST {args.dst}") as lock:
+        if note := lock.take():
+            print(f"make_shards: note: {note}", file=sys.stderr)
         try:
             listing = list_data_set(args.src) if is_made else list_originals(args.src, args.inside, work)
             settings = settings_of(listing, args)

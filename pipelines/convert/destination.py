@@ -1,6 +1,5 @@
 """The folder that a conversion writes to: who is at work there, with which settings, and whether it is finished."""
 
-import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -31,27 +30,6 @@ def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], st
 
 def not_strict(row: dict[str, str]) -> Unusable:
     return Unusable(f"{row['file']}: {row['reason']} (--strict)")
-
-
-class Lock:
-    """One run at a time in a folder. POSIX locks: not inherited by workers, gone with the process."""
-
-    def __init__(self, work: Path) -> None:
-        self.path = work / "lock"
-
-    def __enter__(self) -> None:
-        self.file = open(self.path, "w")
-        try:
-            fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            dst = self.path.parent.parent
-            if isinstance(error, (BlockingIOError, PermissionError)):  # POSIX allows either
-                raise ValueError(f"DST {dst}: another make_shards is at work there") from None
-            raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(dst)) from None
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
 
 
 def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:
