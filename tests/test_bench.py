@@ -176,62 +176,28 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_peers_are_compared_with_ours() -> None:
-    summary = [
-        {"peer": "slow", "cpu_ms_per_image": 12.0, "wall2": 100.0},
-        {"peer": "broken", "error": "no such package"},
-        {"peer": "byolt", "cpu_ms_per_image": 1.5, "wall2": 800.0},
-    ]
-    assert compare(summary, 2) == [
-        {"peer": "byolt", "cpu_ms": 1.5, "images_per_s": 800.0, "ratio": 1.0},
-        {"peer": "slow", "cpu_ms": 12.0, "images_per_s": 100.0, "ratio": 8.0},
-        {"peer": "broken", "error": "no such package"},
-    ]
+    ours = {"peer": "byolt", "cpu_ms": 1.5, "images_per_s": 800.0}
+    slow = {"peer": "slow", "cpu_ms": 12.0, "images_per_s": 100.0}
+    broken = {"peer": "broken", "error": "no such package"}
+    assert compare([slow, broken, ours]) == [ours | {"ratio": 1.0}, slow | {"ratio": 8.0}, broken]
     with pytest.raises(ValueError, match="could not run our loader: out of luck"):
-        compare([{"peer": "byolt", "error": "out of luck"}], 2)
-
-
-HARNESS = '''
-"""Runs what --extra names for one batch, as a harness would."""
-import argparse, importlib.util, json, types
-parser = argparse.ArgumentParser()
-for name in ("data", "out", "extra"):
-    parser.add_argument("--" + name)
-for name in ("warmup", "batches", "batch-size", "size", "workers", "repeats", "retries", "quiet-wait"):
-    parser.add_argument("--" + name, type=int)
-parser.add_argument("--peers", nargs="+")
-args = parser.parse_args()
-name, _, spec = args.extra.partition("=")
-path, _, function = spec.partition(":")
-found = importlib.util.spec_from_file_location("extra", path)
-module = importlib.util.module_from_spec(found)
-found.loader.exec_module(module)
-job = types.SimpleNamespace(data=args.data, batch_size=args.batch_size, size=args.size, workers=args.workers)
-first, second = next(getattr(module, function)(job))
-assert args.peers == [name, "pil"] and (args.batches, args.repeats) == (5, 2)
-ours = {"peer": name, "cpu_ms_per_image": float(len(first)), "wall1": float(second.shape[-1])}
-theirs = {"peer": "pil", "cpu_ms_per_image": 12.0, "wall1": 1.0}
-json.dump({"throughput": {"summary": [theirs, ours]}}, open(args.out, "w"))
-'''
+        compare([{"peer": "byolt", "error": "out of luck"}])
 
 
 @pytest.mark.slow
 def test_harness_runs_our_loader(tmp_path: Path) -> None:
-    pytest.importorskip("nvidia.dali")
-    images, harness = tmp_path / "images", tmp_path / "harness.py"
-    images.mkdir()
-    harness.write_text(HARNESS)
-    for i in range(6):
-        Image.fromarray(np.full((30, 40, 3), 30 * i, np.uint8)).save(images / f"{i}.jpg")
-    overrides = [f"data.path={images}", "augment.size=16", "train.batch_size=4"]
+    """The real harness, ours beside the peer that needs no library of its own."""
+    for i in range(12):
+        Image.effect_noise((40, 30), 5 * i).convert("RGB").save(tmp_path / f"{i}.jpg")
+    overrides = [f"data.path={tmp_path}", "augment.size=16", "train.batch_size=4", "data.backend=torch"]
     config = bench.schema.load(ROOT / "configs" / "throughput.yaml", overrides)
-    rows = run_harness(harness, ["pil"], config, workers=1, batches=5, repeats=2)
-    assert rows == [
-        {"peer": "byolt", "cpu_ms": 4.0, "images_per_s": 16.0, "ratio": 1.0},
-        {"peer": "pil", "cpu_ms": 12.0, "images_per_s": 1.0, "ratio": 3.0},
-    ]
-    harness.write_text("raise SystemExit(3)")
+    ours, peer = run_harness(["mocov3"], config, workers=1, batches=20, repeats=1)
+    assert (ours["peer"], ours["ratio"], peer["peer"]) == ("byolt", 1.0, "mocov3")
+    assert ours["images_per_s"] > 0 and peer["ratio"] == peer["cpu_ms"] / ours["cpu_ms"] > 0
+    broken = tmp_path / "harness.py"
+    broken.write_text("raise SystemExit(3)")
     with pytest.raises(ValueError, match="ended with 3"):
-        run_harness(harness, ["pil"], config, workers=1, batches=5, repeats=2)
+        run_harness(["mocov3"], config, workers=1, batches=5, repeats=2, harness=broken)
 
 
 def test_harness_is_given_the_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,13 +209,13 @@ def test_harness_is_given_the_whole_run(tmp_path: Path, monkeypatch: pytest.Monk
     harness.write_text(
         "import json, os, shutil, sys\n"
         f"shutil.copy(os.environ[{CONFIG!r}], {str(kept)!r})\n"
-        "summary = [{'peer': 'byolt', 'cpu_ms_per_image': 1.0, 'wall1': 1.0}]\n"
-        "json.dump({'throughput': {'summary': summary}}, open(sys.argv[sys.argv.index('--out') + 1], 'w'))\n"
+        "rows = [{'peer': 'byolt', 'cpu_ms': 1.0, 'images_per_s': 1.0}]\n"
+        "json.dump({'peers': rows}, open(sys.argv[sys.argv.index('--out') + 1], 'w'))\n"
     )
     overrides = [f"data.path={images}", "data.backend=torch", "run.seed=3", "train.batch_size=4"]
     overrides += ["augment.size=16", "augment.profile=torchvision", "augment.view1.blur=0.0"]
     config = bench.schema.load(ROOT / "configs" / "throughput.yaml", overrides)
-    run_harness(harness, ["pil"], config, workers=1, batches=1, repeats=1)
+    run_harness(["pil"], config, workers=1, batches=1, repeats=1, harness=harness)
     monkeypatch.setenv(CONFIG, str(kept))
     job = SimpleNamespace(data=str(images), batch_size=4, size=16, workers=1)
     first, second = next(loader(job))
@@ -261,5 +227,5 @@ def test_harness_is_given_the_whole_run(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_missing_harness_is_named() -> None:
     config = bench.schema.load(ROOT / "configs" / "throughput.yaml")
-    with pytest.raises(ValueError, match=r"--peers nowhere\.py: no such file"):
-        run_harness(Path("nowhere.py"), [], config, workers=1, batches=1, repeats=1)
+    with pytest.raises(ValueError, match=r"--peers needs nowhere\.py"):
+        run_harness([], config, workers=1, batches=1, repeats=1, harness=Path("nowhere.py"))

@@ -2,7 +2,7 @@
 
     python tools/bench.py SHARDS --threads 1 2 --torchvision
     python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json bench.json --picture bench.png
-    python tools/bench.py FOLDER_OF_JPEGS --peers HARNESS.py mocov3 lightly
+    python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
 
 An image is both its views. CPU ms are those of all threads and hardly move when others use the machine; images/s do. On
 a GPU, GPU µs are what passes between two events on the step's stream, waits for the host included. The stages and what
@@ -115,8 +115,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             name: asdict(cost) | {"images_per_s": cost.images_per_s} for name, cost in costs.items()
         }
         results.append(row)
-    if args.peers:
-        peers = run_harness(Path(args.peers[0]), args.peers[1:], config, threads, args.batches, ROUNDS)
+    if args.peers is not None:
+        peers = run_harness(args.peers, config, threads, args.batches, ROUNDS)
         print(f"\n{'peer':14} {'images/s':>9} {'CPU ms':>8} {'ratio':>8}")
         for peer in peers:
             numbers = "{images_per_s:>9,.0f} {cpu_ms:>8.3f} {ratio:>8.1f}"
@@ -165,9 +165,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--peers",
-        nargs="+",
-        metavar=("HARNESS", "NAME"),
-        help="a peers' benchmark harness (its interface: tools/benchmarks/peers.py), and which of them; default: all",
+        nargs="*",
+        metavar="NAME",
+        help="other pipelines on the same JPEGs (benchmarks/peers), by name; default: all that are installed",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
     parser.add_argument("--picture", type=Path, metavar="FILE.png", help="and a bar chart there")
