@@ -12,7 +12,6 @@ from PIL import Image
 from test_make_shards import hashes, quarantine, run, samples, write_bad, write_images
 
 from byolt.pipelines.convert import beton_writer
-from byolt.pipelines.convert import destination as claim
 from byolt.pipelines.convert import plan as planning
 from byolt.pipelines.convert import shard_writer as writer
 from byolt.pipelines.convert.beton_writer import BetonWriter, page_size_for
@@ -21,7 +20,6 @@ from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.formats.encoded import inspect, ppm_header
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.sources import BetonFolder, TarSource, open_source
-from byolt.tools import make_shards
 from byolt.tools.verify_shards import main as verify
 
 NAME = "shard-000000.beton"
@@ -455,4 +453,3 @@ def test_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest.Capt
         assert code == 2, args
         assert message in capsys.readouterr().err, args
     assert not (tmp_path / "d").exists()
-    assert claim.QUARANTINE == make_shards.QUARANTINE == "quarantine.jsonl"

@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from byolt.pipelines.convert import make as making
 from byolt.pipelines.convert import plan as planning
 from byolt.pipelines.convert import shard_writer as writer
-from byolt.pipelines.convert.from_files import Reader, list_originals
+from byolt.pipelines.convert.from_files import FileReader, list_files
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.sources import TarSource
@@ -279,7 +280,7 @@ def test_finished_shard_that_was_cut_is_made_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        patch.setattr(making, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(source, tmp_path / "dst")
     os.truncate(tmp_path / "dst/shard-000000.tar", 1000)
@@ -336,7 +337,7 @@ def test_other_settings_or_source_are_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        patch.setattr(making, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(source, tmp_path / "dst")
     assert run(source, tmp_path / "dst", "--seed", 1) == 2
@@ -368,11 +369,11 @@ def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest
         ((tmp_path / "file", "dst2"), 2, "not an uncompressed tar"),
         ((tmp_path / "deep", "dst2"), 2, r"(train): name one of them with --inside"),
         ((source, "file/dst"), 1, "Not a directory"),
-        ((source, "src/dst"), 2, "lies inside SRC"),
+        ((source, "src/dst"), 2, "or inside of it"),
         ((source, "dst2", "--split", "train=.9,val=.2"), 2, "sum to 1"),
         ((source, "dst2", "--split", "train=.99,val=.01"), 2, "no image is left"),
         ((source, "dst2", "--inside", "nothing"), 2, "is not a folder"),
-        ((source, "--index"), 2, "no .tar in it"),
+        ((source, "--index"), 2, "holds no .tar"),
     ]:
         rest = [args[1] if str(args[1]).startswith("--") else tmp_path / args[1], *args[2:]]
         assert run(args[0], *rest) == code, args
@@ -398,7 +399,7 @@ def test_index_of_tars_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixt
                     out.addfile(info, io.BytesIO(data))
     before = hashes(tmp_path)
     assert run(tmp_path, "--index") == 0
-    assert "6 samples in 2 shards, 0 labelled" in capsys.readouterr().out
+    assert "6 samples in 2 shards, 0 labeled" in capsys.readouterr().out
     source = TarSource(tmp_path)
     assert source.heights.tolist() == [8, 9, 10] * 2
     assert source.labels.tolist() == [-1] * 6
@@ -457,7 +458,7 @@ def test_split_named_like_the_source_is_refused(tmp_path: Path, capsys: pytest.C
     source = write_images(tmp_path / "d/train")
     before = hashes(tmp_path)
     assert run(source, tmp_path / "d", "--split", "train=.5,val=.5") == 2
-    assert "is or lies inside SRC" in capsys.readouterr().err
+    assert "or inside of it" in capsys.readouterr().err
     assert hashes(tmp_path) == before
 
 
@@ -541,7 +542,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path, "--index", "--strict") == 1
     assert "a.tar: bad: offset" in capsys.readouterr().err
     assert run(tmp_path, "--index") == 0
-    assert "1 samples in 1 shards, 0 labelled, 1 in quarantine, 2 names without" in capsys.readouterr().out
+    assert "1 samples in 1 shards, 0 labeled, 1 in quarantine, 2 names without" in capsys.readouterr().out
     assert "cut short" in quarantine(tmp_path)["a.tar: bad"]
     assert TarSource(tmp_path).read(0) == jpeg()
     assert verify([str(tmp_path)]) == 0
@@ -556,7 +557,7 @@ def test_index_without_any_sample_says_why(tmp_path: Path, capsys: pytest.Captur
 
 def half_done(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(make_shards, "commit", lambda *_: 1 / 0)
+        patch.setattr(making, "commit", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(source, dst)
 
@@ -586,10 +587,10 @@ def test_strict_holds_for_shards_of_a_laxer_start(
 
 
 def test_file_that_changes_while_it_is_read_is_refused(source: Path, tmp_path: Path) -> None:
-    listing = list_originals(source, "", tmp_path)
-    (source / listing.entries[0].name).write_bytes(jpeg())
+    listing = list_files(source, "", tmp_path)
+    (source / listing.images[0].name).write_bytes(jpeg())
     with pytest.raises(ValueError, match=r"has \d+ bytes, and had [\d,]+ when SRC was listed"):
-        Reader(listing.path, listing.kind, listing.prefix).read(listing.entries[0])
+        FileReader(listing.path).read(listing.images[0])
 
 
 def test_folder_whose_files_cannot_be_looked_at(
@@ -647,7 +648,7 @@ def test_entry_of_a_zip_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path)
     assert "269,484,032 bytes" in quarantine(tmp_path / "dst")["a/bomb.png"]
 
 
-def test_directory_of_a_zip_is_parsed_once_for_all_shards(
+def test_directory_of_a_zip_is_parsed_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
@@ -656,15 +657,15 @@ def test_directory_of_a_zip_is_parsed_once_for_all_shards(
     opened = []
 
     class Counted(zipfile.ZipFile):
-        def __init__(self, *args: Any) -> None:
-            opened.append(args)
-            super().__init__(*args)
+        def __init__(self, file: Any) -> None:
+            super().__init__(file)
+            opened.append(len(self.infolist()))
 
     monkeypatch.setattr(zipfile, "ZipFile", Counted)
     monkeypatch.setattr(planning, "_chunks", lambda entries, size: _chunks_of(entries, 5))
     assert run(tmp_path / "a.zip", tmp_path / "dst") == 0
     assert len(Manifest.load(tmp_path / "dst").shards) == 4
-    assert len(opened) == 2  # to list it, and in the one worker
+    assert sorted(opened) == [0] * 20 + [20]  # to list it; reading a member takes its entry alone
 
 
 def test_zip_with_a_version_nobody_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -739,8 +740,8 @@ def test_lock_says_what_is_wrong(
 
 
 def test_shares_that_sum_to_almost_one_lose_no_image(source: Path, tmp_path: Path) -> None:
-    listing = list_originals(source, "", tmp_path)
-    entries = listing.entries * 30_000  # 600,000: a millionth of it rounds to one
-    args = make_shards.parse([str(source), str(tmp_path / "dst"), "--split", "a=.5,b=.499999"])
-    jobs = planning.plan(listing._replace(entries=entries), args, planning.parse_split(args.split))
-    assert sum(len(job.entries) for part in jobs.values() for job in part) == len(entries)
+    listing = list_files(source, "", tmp_path)
+    images = listing.images * 30_000  # 600,000: a millionth of it rounds to one
+    options = planning.ConversionOptions(source, tmp_path / "dst", split="a=.5,b=.499999")
+    tasks = planning.plan(listing._replace(images=images), options)
+    assert sum(len(task.images) for part in tasks.values() for task in part) == len(images)

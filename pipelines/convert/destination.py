@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import remove_leftovers, writing
+from byolt.pipelines.convert.from_files import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
-from byolt.pipelines.convert.shard_writer import Unusable
+from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.sources import open_source
 
@@ -24,12 +25,8 @@ def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], st
     if len(finished) < len(split):
         return False
     if strict and (rows := (dst / QUARANTINE).read_text().splitlines()):
-        raise not_strict(json.loads(rows[0]))
+        raise strict_error([RefusedFile(**json.loads(rows[0]))])
     return True
-
-
-def not_strict(row: dict[str, str]) -> Unusable:
-    return Unusable(f"{row['file']}: {row['reason']} (--strict)")
 
 
 def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:

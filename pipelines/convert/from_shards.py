@@ -1,40 +1,39 @@
-"""A data set as what a conversion begins with: tars or .beton files, with the labels, keys and notes of their samples.
+"""A data set as the input of a conversion: tars or .beton files, with the labels, keys and notes of their samples.
 
-A sample's note is the JSON beside its image: the .json of a tar, the first JSON field of a .beton, where the key is
-part of it.
+The note of a sample is the JSON beside its image: the .json of a tar, the first JSON field of a .beton, which includes
+the key.
 """
 
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byolt.pipelines.convert.from_files import Entry, Listing, Refused
+from byolt.pipelines.convert.from_files import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.index import IMAGE_EXTENSIONS, UNLABELLED, keyed_members
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.sources import TarSource, open_source
 
-KIND = "data set"  # of a Listing
 _MAX_KEY = 90  # bytes: with its extension it must go into a tar's header
-_Note = tuple[str, dict[str, Any]]  # key ("" for none) and all else
+_Note = tuple[str, dict[str, Any]]  # key ("" for none) and everything else
 
 
 def is_data_set(source: Path) -> bool:
-    """Whether it is a folder with a manifest, or .beton files."""
+    """Whether `source` is a folder with a manifest, or names .beton files."""
     return (source / MANIFEST).is_file() or split_path(os.fspath(source))[0][0].endswith(".beton")
 
 
-def list_data_set(source: Path) -> Listing:
+def list_data_set(source: Path) -> Inputs:
     """Lists the samples in their order.
 
-    Keys are kept where all of them differ and can name the members of a tar; else samples are numbered, and the
+    Keys are kept if all of them differ and can name the members of a tar. Otherwise samples are numbered, and the
     notes keep the keys as "original_key".
 
     Raises:
@@ -47,32 +46,31 @@ def list_data_set(source: Path) -> Listing:
         notes = [_parse(found.note(i)) for i in range(len(found))]
         left_out = found.unread_fields()
     else:
-        raise ValueError(f"SRC {source} is no data set")
+        raise ValueError(f"SRC {source} is not a data set")
     keys = {key for key, _ in notes}
     if len(keys) < len(notes) or not all(map(_can_name_a_member, keys)):
         notes = [("", {"original_key": key, **info} if key else info) for key, info in notes]
     modified = max(os.stat(path).st_mtime_ns for path in found.paths)
-    entries, refused = [], []
+    images, refused = [], []
     for i, (key, info) in enumerate(notes):
         name = found.describe(i).rpartition("/")[2]
         label = int(found.labels[i])
         if UNLABELLED <= label <= np.iinfo(np.int32).max:
             text = json.dumps(info) if info else ""
-            entries.append(Entry(name, label, i, int(found.lengths[i]), modified, key, text))
+            images.append(InputImage(name, label, i, int(found.lengths[i]), modified, key, text))
         else:
-            refused.append(Refused(name, f"its label is {label}: at least -1, and of 32 bits, is possible"))
-    if not entries:
+            refused.append(RefusedFile(name, f"its label is {label}: it must be at least -1 and below 2^31"))
+    if not images:
         raise ValueError(
-            f"SRC {source} holds no sample that can be used, as {refused[0].file}: {refused[0].reason}"
+            f"SRC {source} holds no usable sample, for example {refused[0].file}: {refused[0].reason}"
         )
     made_with = Manifest.load(source).settings if (source / MANIFEST).is_file() else {}
-    return Listing(
+    return Inputs(
         source,
-        KIND,
-        "",
-        entries,
+        images,
         found.classes,
         refused,
+        is_data_set=True,
         left_out=tuple(left_out),
         fingerprint=found.fingerprint,
         proven=bool(made_with.get("decode")),
@@ -80,14 +78,14 @@ def list_data_set(source: Path) -> Listing:
 
 
 def _can_name_a_member(key: str) -> bool:
-    """Whether a tar's reader would find the same key again: it ends at the first dot of the last part."""
+    """Whether a tar's reader would find the same key: it ends at the first dot of the last part."""
     parts = key.split("/")
     sound = key.isprintable() and not {"", ".", ".."} & set(parts) and not parts[-1].startswith("__")
     return sound and "." not in parts[-1] and len(key.encode()) <= _MAX_KEY
 
 
 def _parse(text: bytes, key: str | None = None) -> _Note:
-    """A note's key, taken out of it, and the rest; a tar has given the key."""
+    """Splits a note into its key and the rest; in a tar the name of the member gives the key."""
     try:
         info = json.loads(text) if text else {}
     except ValueError:
@@ -101,7 +99,7 @@ def _parse(text: bytes, key: str | None = None) -> _Note:
 
 
 def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
-    """The note of each sample of the manifest, and what else the samples have, by extension."""
+    """The note of each sample of the manifest, and the extensions of their other members."""
     manifest = Manifest.load(folder)
     notes: list[_Note] = []
     extensions: set[str] = set()
@@ -112,7 +110,7 @@ def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
             found = dict(_notes_by_offset(path, descriptor, extensions))
         if not found.keys() >= set(offsets):
             raise ValueError(
-                f"SRC {path} is not as its manifest says: tools/verify_shards.py {folder} tells where"
+                f"SRC {path} differs from its manifest: tools/verify_shards.py {folder} says where"
             )
         notes += [found[offset] for offset in offsets]
     return notes, [f"members .{extension}" for extension in sorted(extensions)]
@@ -121,10 +119,9 @@ def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
 def _notes_by_offset(path: Path, descriptor: int, extensions: set[str]) -> Iterator[tuple[int, _Note]]:
     for key, group in groupby(keyed_members(path, descriptor), lambda item: item[0]):
         members = {extension: member for _, extension, member in group}
-        images: Iterable[str] = IMAGE_EXTENSIONS & members.keys()
         note = members.get("json")
         text = tar.read_at(path, descriptor, note.length, note.offset) if note else b""
-        for extension in images:
+        for extension in IMAGE_EXTENSIONS & members.keys():
             yield members[extension].offset, _parse(text, key)
         extensions |= members.keys() - IMAGE_EXTENSIONS - {"json", "cls"}
 
@@ -136,12 +133,13 @@ class DataSetReader:
         self._source = open_source(path)
         self._crcs = Manifest.load(path).samples["crc32"] if (path / MANIFEST).is_file() else None
 
-    def read(self, entry: Entry) -> bytes:
-        """The encoded image. Raises ValueError where it cannot be read, or is not what the manifest describes."""
+    def read(self, image: InputImage) -> bytes:
+        """The encoded image. Raises ValueError where it cannot be read, or differs from the manifest."""
+        assert isinstance(image.place, int)  # its number
         try:
-            data = self._source.read(entry.offset)
+            data = self._source.read(image.place)
         except OSError as error:
             raise ValueError(f"cannot be read: {error.strerror or error}") from None
-        if self._crcs is not None and zlib.crc32(data[-entry.length :]) != self._crcs[entry.offset]:
+        if self._crcs is not None and zlib.crc32(data[-image.length :]) != self._crcs[image.place]:
             raise ValueError("its bytes are not those that the manifest describes (crc32)")
         return data

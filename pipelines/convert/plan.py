@@ -1,26 +1,77 @@
-"""What make_shards will do: which input file becomes which sample of which shard, under which settings.
+"""Plans a conversion: which input image becomes which sample of which shard, under which options.
 
-Pure functions of the source's listing and the command line, so that a run that was killed can be continued and ends in
-the same bytes.
+Pure functions of the inputs and the options, so that a killed run can be continued and ends in the same bytes.
 """
 
-import argparse
 import re
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byolt.pipelines.convert.from_files import Entry, Listing
-from byolt.pipelines.convert.from_shards import KIND
-from byolt.pipelines.convert.shard_writer import Job
+from byolt.pipelines.convert.from_files import InputImage, Inputs
+from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.order import global_batch
 
-WORK = ".make_shards"  # in DST until it is finished
-SUFFIXES = {"webdataset": ".tar", "beton": ".beton"}  # by --format
+WORK = ".make_shards"  # the folder in DST that holds the state of an unfinished conversion
+SUFFIXES = {"webdataset": ".tar", "beton": ".beton"}  # by format
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """The options of a conversion; `tools/make_shards.py --help` explains each.
+
+    Attributes:
+        max_size: Longest side in pixels; 0 for no limit.
+        max_pixels: Larger images are refused before they are decoded.
+        decode: Whether JPEGs that pass byte for byte are decoded once, to prove that they can be.
+        split: "NAME=SHARE,...", or None for one data set.
+        shard_size: MB.
+        engine: "own", or "ffcv" for that library's writer.
+    """
+
+    src: Path
+    dst: Path
+    format: str = "webdataset"
+    raw_fraction: float = 0.0
+    engine: str = "own"
+    inside: str = ""
+    max_size: int = 0
+    quality: int = 95
+    max_pixels: int = MAX_PIXELS
+    decode: bool = True
+    split: str | None = None
+    seed: int = 0
+    shard_size: int = 256
+    workers: int = 1
+    strict: bool = False
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to write.
+
+    Attributes:
+        source: The file or folder to read from, and whether it is a data set.
+        images: The images with their sample numbers.
+        digits: Width of a sample number in a key.
+        shard: The file to write.
+        note: The JSON file that is written after the shard and says that it is whole.
+        decode: As in the options, but False where the source's own conversion has proven its images.
+    """
+
+    source: tuple[Path, bool]
+    images: list[tuple[int, InputImage]]
+    digits: int
+    shard: Path
+    note: Path
+    decode: bool
+    options: ConversionOptions
 
 
 def parse_split(text: str | None) -> dict[str, float]:
-    """ "train=.9,val=.1" -> {"train": .9, "val": .1}; no split is one part without a name."""
+    """Parses "train=.9,val=.1" to {"train": .9, "val": .1}; None gives one part without a name."""
     if text is None:
         return {"": 1.0}
     parts = [re.fullmatch(r"([A-Za-z0-9_-]+)=(\d*\.?\d+)", part.strip()) for part in text.split(",")]
@@ -32,51 +83,46 @@ def parse_split(text: str | None) -> dict[str, float]:
     return split
 
 
-def plan(listing: Listing, args: argparse.Namespace, split: dict[str, float]) -> dict[str, list[Job]]:
-    """Which entry goes to which shard: a pure function of the source's names and sizes and the settings.
+def plan(inputs: Inputs, options: ConversionOptions) -> dict[str, list[ShardTask]]:
+    """Assigns every image to a shard of a part of the split.
 
-    Files are shuffled; the samples of a data set stay in its order, also those of a part of it, which is drawn.
+    Files are shuffled. The samples of a data set keep their order; a split draws the samples of each part.
+
+    Raises:
+        ValueError: The split is malformed, or leaves a part without an image.
     """
-    number = len(listing.entries)
-    order = global_batch(args.seed, 0, 0, number, number)  # the same with every release of numpy
-    suffix = SUFFIXES[args.format]
-    bounds = np.rint(np.cumsum([0.0, *split.values()]) * len(order)).astype(int)
-    bounds[-1] = len(order)  # the shares may sum to 1 - 1e-6
-    jobs: dict[str, list[Job]] = {}
+    total = len(inputs.images)
+    order = global_batch(options.seed, 0, 0, total, total)  # the same with every release of numpy
+    split = parse_split(options.split)
+    bounds = np.rint(np.cumsum([0.0, *split.values()]) * total).astype(int)
+    bounds[-1] = total  # the shares may sum to 1 - 1e-6
+    tasks: dict[str, list[ShardTask]] = {}
     for (name, share), start, stop in zip(split.items(), bounds[:-1], bounds[1:], strict=True):
         if start == stop:
-            raise ValueError(f"--split {name}={share}: no image is left for it, SRC has {len(order)} files")
-        part = order[start:stop] if listing.kind != KIND else np.sort(order[start:stop])
-        entries = [listing.entries[i] for i in part]
-        jobs[name] = []
-        for number, chunk in enumerate(_chunks(entries, args.shard_size * 1_000_000)):
+            raise ValueError(f"--split {name}={share}: no image is left for it, SRC has {total} files")
+        part = np.sort(order[start:stop]) if inputs.is_data_set else order[start:stop]
+        tasks[name] = []
+        chunks = _chunks([inputs.images[i] for i in part], options.shard_size * 1_000_000)
+        for number, chunk in enumerate(chunks):
             stem = f"{name or 'shard'}-{number:06d}"
-            jobs[name].append(
-                Job(
-                    source=(listing.path, listing.kind, listing.prefix),
-                    entries=chunk,
-                    digits=max(6, len(str(len(entries)))),
-                    shard=args.dst / name / f"{stem}{suffix}",
-                    note=args.dst / WORK / f"{stem}.json",
-                    rules={
-                        "max_size": args.max_size,
-                        "max_pixels": args.max_pixels,
-                        "decode": args.decode and not listing.proven,
-                    },
-                    quality=args.quality,
-                    strict=args.strict,
-                    seed=args.seed,
-                    raw_fraction=args.raw_fraction,
-                    engine=args.engine,
+            tasks[name].append(
+                ShardTask(
+                    (inputs.path, inputs.is_data_set),
+                    chunk,
+                    digits=max(6, len(str(len(part)))),
+                    shard=options.dst / name / f"{stem}{SUFFIXES[options.format]}",
+                    note=options.dst / WORK / f"{stem}.json",
+                    decode=options.decode and not inputs.proven,
+                    options=options,
                 )
             )
-    return jobs
+    return tasks
 
 
-def _chunks(entries: list[Entry], shard_bytes: int) -> list[list[tuple[int, Entry]]]:
-    chunks: list[list[tuple[int, Entry]]] = [[]]
+def _chunks(images: list[InputImage], shard_bytes: int) -> list[list[tuple[int, InputImage]]]:
+    chunks: list[list[tuple[int, InputImage]]] = [[]]
     size = 0
-    for numbered in enumerate(entries):
+    for numbered in enumerate(images):
         if size >= shard_bytes:
             chunks.append([])
             size = 0
@@ -85,26 +131,26 @@ def _chunks(entries: list[Entry], shard_bytes: int) -> list[list[tuple[int, Entr
     return chunks
 
 
-def settings_of(listing: Listing, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the bytes of the result depend on."""
+def recorded_settings(inputs: Inputs, options: ConversionOptions) -> dict[str, Any]:
+    """Everything that the bytes of the result depend on, as the manifest records it."""
     return {
-        "format": args.format,
-        "engine": args.engine,
-        "raw_fraction": args.raw_fraction,
-        "decode": args.decode or listing.proven,
-        "source_files": len(listing.entries),
-        "source_bytes": sum(entry.length for entry in listing.entries),
-        "source_sha256": listing.sha256(),
-        "max_size": args.max_size,
-        "quality": args.quality,
-        "max_pixels": args.max_pixels,
-        "seed": args.seed,
-        "shard_size": args.shard_size,
-        "split": args.split,
+        "format": options.format,
+        "engine": options.engine,
+        "raw_fraction": options.raw_fraction,
+        "decode": options.decode or inputs.proven,
+        "source_files": len(inputs.images),
+        "source_bytes": sum(image.length for image in inputs.images),
+        "source_sha256": inputs.sha256(),
+        "max_size": options.max_size,
+        "quality": options.quality,
+        "max_pixels": options.max_pixels,
+        "seed": options.seed,
+        "shard_size": options.shard_size,
+        "split": options.split,
     }
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names what two settings disagree in, or ""."""
+    """Names the settings in which the two disagree, with both values; "" if there are none."""
     keys = [key for key in new if old.get(key) != new[key]]
     return ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in keys)

@@ -1,10 +1,9 @@
-"""Writes one shard: input files through the rules of `convert` into a WebDataset tar or a .beton, in a worker."""
+"""Writes one shard, in a worker: reads its images, applies the rules, and writes a WebDataset tar or a .beton."""
 
 import io
 import json
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -15,9 +14,10 @@ import numpy.typing as npt
 from byolt.files.atomic import sha256_of, writing
 from byolt.pipelines import philox
 from byolt.pipelines.convert import ffcv_engine
-from byolt.pipelines.convert import from_shards as datasets
 from byolt.pipelines.convert.beton_writer import PAGE_SIZE, BetonWriter, PageTooSmallError, page_size_for
-from byolt.pipelines.convert.from_files import Entry, Reader
+from byolt.pipelines.convert.from_files import FileReader, InputImage, RefusedFile
+from byolt.pipelines.convert.from_shards import DataSetReader
+from byolt.pipelines.convert.plan import ShardTask
 from byolt.pipelines.convert.rules import to_jpeg, to_raw
 from byolt.pipelines.formats.encoded import inspect, ppm_pixels
 from byolt.pipelines.formats.index import SAMPLE, index_beton, index_tar
@@ -26,45 +26,25 @@ from byolt.pipelines.manifest import Shard
 _RAW_STREAM = 0xFFFE  # of random numbers: which samples become raw
 
 
-class Unusable(Exception):
-    """An input that --strict does not forgive; the message is for the user."""
+class UnusableInputError(Exception):
+    """No input can be used, or with --strict one cannot. The message is for the user."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """One shard: which entries, under which sample numbers, to which file (.tar or .beton), by which rules.
-
-    `rules` are keyword arguments of `convert.to_raw`; `engine` is "own", or "ffcv" for that library's writer.
-    """
-
-    source: tuple[Path, str, str]
-    entries: list[tuple[int, Entry]]
-    digits: int
-    shard: Path
-    note: Path
-    rules: dict[str, Any]
-    quality: int
-    strict: bool
-    seed: int = 0
-    raw_fraction: float = 0.0
-    engine: str = "own"
-
-
-class Done(NamedTuple):
-    """What a finished shard's note says. `shard` is None where no sample was left for it."""
+class FinishedShard(NamedTuple):
+    """The content of a finished shard's note. `shard` is None if all of its images were refused."""
 
     shard: Shard | None
     records: np.ndarray
-    quarantine: list[dict[str, str]]
+    refused: list[RefusedFile]
 
 
-class Sample(NamedTuple):
-    """A usable input: how it is called, its encoded image, what is noted with it, and where it came from."""
+class ConvertedImage(NamedTuple):
+    """A sample before it is written: its key, encoded image, note, and origin."""
 
     key: str
     data: bytes
     info: dict[str, Any]
-    entry: Entry
+    origin: InputImage
 
 
 _counters: Any = None  # images done, bytes done, and 1 to stop; shared by all workers
@@ -78,103 +58,134 @@ def start_worker(counters: Any) -> None:
 
 
 @lru_cache(maxsize=1)
-def _reader(source: tuple[Path, str, str]) -> Reader | datasets.DataSetReader:
-    """One for all shards of a worker: the directory of a zip is parsed when it is opened."""
-    return datasets.DataSetReader(source[0]) if source[1] == datasets.KIND else Reader(*source)
+def _reader(path: Path, is_data_set: bool) -> FileReader | DataSetReader:
+    """One for all shards of a worker."""
+    return DataSetReader(path) if is_data_set else FileReader(path)
 
 
-def make_shard(job: Job) -> None:
-    """Streams the entries of one shard into its file; its note, written last, says that it is whole."""
+def make_shard(task: ShardTask) -> None:
+    """Writes the shard, then its note, which says that the shard is whole."""
     page_size, counted = PAGE_SIZE, 0
     while True:
-        samples = _Samples(job, counted)
+        samples = _Samples(task, counted)
         try:
-            with writing(job.shard) as file:
-                number = _write(job, file, samples, page_size)
+            with writing(task.shard) as file:
+                number = _write(task, file, samples, page_size)
             break
-        except PageTooSmallError as error:  # known only when the image was made
+        except PageTooSmallError as error:  # the size of a raw image is known only when it was decoded
             page_size, counted = error.page_size, samples.counted
     if number:
-        records = index_tar(job.shard).records if job.shard.suffix == ".tar" else index_beton(job.shard)
-        shard = Shard(job.shard.name, job.shard.stat().st_size, sha256_of(job.shard), number)
+        records = index_tar(task.shard).records if task.shard.suffix == ".tar" else index_beton(task.shard)
+        shard = Shard(task.shard.name, task.shard.stat().st_size, sha256_of(task.shard), number)
     else:
-        job.shard.unlink()
+        task.shard.unlink()
         records, shard = np.empty(0, SAMPLE), None
-    note = {"shard": shard, "records": records.tolist(), "quarantine": samples.quarantine}
-    with writing(job.note) as file:
+    quarantine = [row._asdict() for row in samples.refused]
+    with writing(task.note) as file:
+        note = {"shard": shard, "records": records.tolist(), "quarantine": quarantine}
         file.write(json.dumps(note).encode())
 
 
+def read_note(task: ShardTask) -> FinishedShard | None:
+    """Reads the note of a finished shard; None if the shard has to be made (again)."""
+    try:
+        note = json.loads(task.note.read_bytes())
+        shard = Shard(*note["shard"]) if note["shard"] else None
+        if shard and task.shard.stat().st_size != shard.size:
+            return None
+    except (FileNotFoundError, ValueError):
+        return None
+    records = np.array([tuple(row) for row in note["records"]], SAMPLE)
+    return FinishedShard(shard, records, [RefusedFile(**row) for row in note["quarantine"]])
+
+
 class _Samples:
-    """Iterates once over what can be used of a job's entries; the rest is in `quarantine` afterwards."""
+    """Iterates once over the usable images of a task; afterwards `refused` lists the others."""
 
-    def __init__(self, job: Job, counted: int) -> None:
-        """`counted` entries were counted as done before."""
-        self.job, self.counted = job, counted
-        self.quarantine: list[dict[str, str]] = []
+    def __init__(self, task: ShardTask, counted: int) -> None:
+        """The first `counted` images are in the counters already."""
+        self.task, self.counted = task, counted
+        self.refused: list[RefusedFile] = []
 
-    def __iter__(self) -> Iterator[Sample]:
-        job, reader = self.job, _reader(self.job.source)
-        numbers = np.array([number for number, _ in job.entries])
-        raw = philox.uniform(job.seed, 0, numbers, _RAW_STREAM, 1)[0] < job.raw_fraction
-        for place, (number, entry) in enumerate(job.entries):
+    def __iter__(self) -> Iterator[ConvertedImage]:
+        task, options = self.task, self.task.options
+        numbers = np.array([number for number, _ in task.images])
+        raw = philox.uniform(options.seed, 0, numbers, _RAW_STREAM, 1)[0] < options.raw_fraction
+        for place, (number, image) in enumerate(task.images):
             if _counters[2]:
-                raise Unusable("stopped")
+                raise UnusableInputError("stopped")
             try:
-                data = _convert(job, reader.read(entry), bool(raw[place]))
+                data = _convert(task, image, bool(raw[place]))
                 inspect(data)  # training refuses more than MAX_PIXELS, whatever --max-pixels is
             except ValueError as error:
-                if job.strict:
-                    raise Unusable(f"{entry.name}: {error} (--strict)") from None
-                self.quarantine.append({"file": entry.name, "reason": str(error)})
+                self.refused.append(RefusedFile(image.name, str(error)))
+                if options.strict:
+                    raise strict_error(self.refused) from None
             else:
-                info = json.loads(entry.info) if entry.info else {"file": entry.name}
-                yield Sample(entry.key or f"{number:0{job.digits}d}", data, info, entry)
+                info = json.loads(image.info) if image.info else {"file": image.name}
+                yield ConvertedImage(image.key or f"{number:0{task.digits}d}", data, info, image)
             if place >= self.counted:
                 self.counted = place + 1
                 with _counters.get_lock():
                     _counters[0] += 1
-                    _counters[1] += entry.length
+                    _counters[1] += image.length
 
 
-def _convert(job: Job, data: bytes, raw: bool) -> bytes:
-    if job.shard.suffix == ".beton" and (raw or data[:3] == b"P6\n"):
-        return to_raw(data, **job.rules)
-    return to_jpeg(data, quality=job.quality, **job.rules)
+def strict_error(refused: list[RefusedFile]) -> UnusableInputError:
+    """The error for the first refused file of a conversion with --strict."""
+    return UnusableInputError(f"{refused[0].file}: {refused[0].reason} (--strict)")
 
 
-def _write(job: Job, file: BinaryIO, samples: _Samples, page_size: int) -> int:
+def _convert(task: ShardTask, image: InputImage, raw: bool) -> bytes:
+    data, options = _reader(*task.source).read(image), task.options
+    max_size, max_pixels = options.max_size, options.max_pixels
+    if options.format == "beton" and (raw or data[:3] == b"P6\n"):
+        return to_raw(data, max_size=max_size, max_pixels=max_pixels, decode=task.decode)
+    return to_jpeg(
+        data, max_size=max_size, quality=options.quality, max_pixels=max_pixels, decode=task.decode
+    )
+
+
+def _write(task: ShardTask, file: BinaryIO, samples: _Samples, page_size: int) -> int:
     """Writes the shard; returns the number of its samples."""
-    if job.engine == "ffcv":
-        return _write_with_ffcv(job, Path(file.name), samples)
-    number = 0
-    if job.shard.suffix == ".beton":
-        with BetonWriter(file, len(job.entries), page_size) as beton:
+    if task.options.engine == "ffcv":
+        return _write_with_ffcv(task, Path(file.name), samples)
+    if task.options.format == "beton":
+        with BetonWriter(file, len(task.images), page_size) as beton:
             for sample in samples:
-                beton.add(sample.key, sample.data, sample.entry.label, sample.info)
+                beton.add(sample.key, sample.data, sample.origin.label, sample.info)
         return beton.count
+    number = 0
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as out:
         for sample in samples:
             number += 1
             _add(out, f"{sample.key}.jpg", sample.data)
-            if sample.entry.label >= 0:
-                _add(out, f"{sample.key}.cls", str(sample.entry.label).encode())
+            if sample.origin.label >= 0:
+                _add(out, f"{sample.key}.cls", str(sample.origin.label).encode())
             _add(out, f"{sample.key}.json", json.dumps(sample.info).encode())
     return number
 
 
-def _write_with_ffcv(job: Job, path: Path, samples: _Samples) -> int:
+def _add(out: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # its defaults are fixed: mode 0644, uid, gid and mtime 0
+    info.size = len(data)
+    out.addfile(info, io.BytesIO(data))
+
+
+def _write_with_ffcv(task: ShardTask, path: Path, samples: _Samples) -> int:
     """ffcv takes pixels and encodes them itself: the images are proven first, and read again for it."""
-    entries, rows, largest = [], [], 0
+    options = task.options
+    images, rows, largest = [], [], 0
     for sample in samples:
         header = inspect(sample.data)
         note = {"key": sample.key, **sample.info}
         largest = max(largest, 3 * (header.height + 1) * (header.width + 1) + len(json.dumps(note)) + 1)
-        entries.append(sample.entry)
-        rows.append((sample.entry.label, note))
+        images.append(sample.origin)
+        rows.append((sample.origin.label, note))
 
     def pixels(i: int) -> npt.NDArray[np.uint8]:
-        data = to_raw(_reader(job.source).read(entries[i]), max_pixels=job.rules["max_pixels"], decode=False)
+        data = _reader(*task.source).read(images[i])
+        data = to_raw(data, max_pixels=options.max_pixels, decode=False)
         header = inspect(data)
         return np.frombuffer(ppm_pixels(data, header), np.uint8).reshape(header.height, header.width, 3)
 
@@ -184,27 +195,9 @@ def _write_with_ffcv(job: Job, path: Path, samples: _Samples) -> int:
             pixels,
             rows,
             page_size=page_size_for(largest),
-            raw_fraction=job.raw_fraction,
-            max_size=job.rules["max_size"],
-            quality=job.quality,
-            seed=job.seed + job.entries[0][0],
+            raw_fraction=options.raw_fraction,
+            max_size=options.max_size,
+            quality=options.quality,
+            seed=options.seed + task.images[0][0],
         )
     return len(rows)
-
-
-def _add(out: tarfile.TarFile, name: str, data: bytes) -> None:
-    info = tarfile.TarInfo(name)  # its defaults are fixed: mode 0644, uid, gid and mtime 0
-    info.size = len(data)
-    out.addfile(info, io.BytesIO(data))
-
-
-def read_note(job: Job) -> Done | None:
-    """The note of a finished shard, or None where the shard has to be made (again)."""
-    try:
-        note = json.loads(job.note.read_bytes())
-        shard = Shard(*note["shard"]) if note["shard"] else None
-        if shard and job.shard.stat().st_size != shard.size:
-            return None
-    except (FileNotFoundError, ValueError):
-        return None
-    return Done(shard, np.array([tuple(row) for row in note["records"]], SAMPLE), note["quarantine"])

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,11 @@ from PIL import Image
 from byolt.configs.schema import AugmentConfig, ViewConfig
 from byolt.pipelines import order
 from byolt.pipelines.convert import ffcv_engine
+from byolt.pipelines.convert.make import make
+from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.views import draw
-from byolt.tools.make_shards import main as make_shards
 
 SIZE, BATCH = 224, 64
 CROP = ViewConfig(flip=0.0, jitter=0.0, gray=0.0, blur=0.0, solarize=0.0)
@@ -52,11 +53,9 @@ class Photos:
             return np.array(image.convert("RGB")), 0
 
 
-def writing(source: Path, target: Path, *options: str) -> None:
+def writing(source: Path, target: Path, **options: Any) -> None:
     """Ours, by one process."""
-    with redirect_stdout(StringIO()):
-        if make_shards([str(source), str(target), "--format", "beton", "--workers", "1", *options]):
-            raise RuntimeError("make_shards failed")
+    make(ConversionOptions(source, target, format="beton", **options), print)
 
 
 def writing_with_ffcv(source: Path, target: Path) -> None:
@@ -147,7 +146,7 @@ def bench_writing(source: Path, images: int, repeats: int, scratch: Path) -> dic
     """Rounds of our writer, with and without proof, and of ffcv's, in turn."""
     ways: dict[str, Callable[[Path, Path], None]] = {
         "ours": writing,
-        "ours, --no-decode": lambda source, target: writing(source, target, "--no-decode"),
+        "ours, --no-decode": lambda source, target: writing(source, target, decode=False),
         "ffcv": writing_with_ffcv,
     }
     rounds = {name: Rounds() for name in ways}
@@ -205,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         few.mkdir()
         for i, file in enumerate(files[:512]):
             (few / f"{i:06d}.jpg").symlink_to(file)
-        writing(few, scratch / "raw", "--raw-fraction", "1", "--shard-size", "100000")
+        writing(few, scratch / "raw", raw_fraction=1, shard_size=100_000)
         read = bench_reading(scratch / "raw/shard-000000.beton", args.threads, args.repeats)
     result: dict[str, Any] = {"images": args.images, "repeats": args.repeats, "threads": args.threads}
     for what, rounds in (("writing", written), ("reading raw", read)):

@@ -1,0 +1,204 @@
+"""Makes data sets: runs a conversion from SRC to DST, or writes the manifest of tars that were made elsewhere.
+
+Steps of a conversion: list the inputs, plan the shards, write those that are missing, write the manifests. A killed
+conversion continues with the shards that have no note yet.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from concurrent import futures
+from contextlib import suppress
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from byolt.files.atomic import sha256_of, writing
+from byolt.files.lock import Lock
+from byolt.files.progress import Meter
+from byolt.pipelines.convert import ffcv_engine
+from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished
+from byolt.pipelines.convert.from_files import Inputs, RefusedFile, list_files
+from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
+from byolt.pipelines.convert.plan import (
+    WORK,
+    ConversionOptions,
+    ShardTask,
+    parse_split,
+    plan,
+    recorded_settings,
+)
+from byolt.pipelines.convert.shard_writer import (
+    FinishedShard,
+    UnusableInputError,
+    make_shard,
+    read_note,
+    start_worker,
+    strict_error,
+)
+from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.formats.index import Index, index_tar
+from byolt.pipelines.manifest import MANIFEST, Manifest, Shard, join
+
+
+def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
+    """Makes the data set, or one for each part of the split.
+
+    Args:
+        options: Of the conversion.
+        say: Called with each note to the user.
+
+    Returns:
+        A line that says what was made.
+
+    Raises:
+        ValueError: A mistake in the options or in SRC; DST holds something else.
+        UnusableInputError: No image can be used, or with `strict` one cannot.
+        OSError: The disk is full or fails.
+    """
+    src, dst = options.src, options.dst
+    split = parse_split(options.split)
+    for folder in (dst, *(dst / name for name in split)):
+        if src.is_dir() and folder.resolve().is_relative_to(src.resolve()):
+            raise ValueError(f"DST {folder} is SRC {src}, or inside of it: name another folder")
+    if options.engine == "ffcv":
+        ffcv_engine.require()
+    if is_data_set(src):
+        if options.inside:
+            raise ValueError(f"--inside {options.inside}: SRC {src} is a data set, which has no folders")
+    elif not src.exists():
+        raise ValueError(f"SRC {src} does not exist")
+    work = dst / WORK
+    is_new = not dst.exists()
+    work.mkdir(parents=True, exist_ok=True)
+    with Lock(work / "lock", f"DST {dst}") as lock:
+        if note := lock.take():
+            say(note)
+        try:
+            inputs = list_data_set(src) if is_data_set(src) else list_files(src, options.inside, work)
+            settings = recorded_settings(inputs, options)
+            if options.strict and inputs.refused:
+                raise strict_error(inputs.refused)
+            tasks = plan(inputs, options)
+            if is_finished(dst, split, settings, options.strict):
+                shutil.rmtree(work)
+                return f"{dst}: already done"
+            claim(work, dst, split, {**settings, "source_modified": inputs.modified()})
+        except BaseException:
+            if not (work / "settings.json").exists():
+                shutil.rmtree(work, ignore_errors=True)
+                with suppress(OSError):
+                    if is_new:
+                        dst.rmdir()
+            raise
+        if inputs.left_out:
+            say(f"left out: {', '.join(inputs.left_out)}")
+        start = time.perf_counter()
+        todo = [task for part in tasks.values() for task in part if read_note(task) is None]
+        _run(todo, options.workers, len(inputs.images))
+        summary = commit(dst, tasks, inputs, settings, options.strict)
+        seconds = time.perf_counter() - start
+        shutil.rmtree(work)
+    made = sum(len(task.images) for task in todo)
+    return f"{summary}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
+
+
+def _run(tasks: list[ShardTask], workers: int, num_images: int) -> None:
+    """Writes the shards of these tasks; `num_images` includes those of finished shards."""
+    counters = get_context("spawn").Array("q", 3)
+    kept = num_images - sum(len(task.images) for task in tasks)
+    with spread(make_shard, tasks, workers, start_worker, (counters,)) as pending:
+        try:
+            start = time.perf_counter()
+            with Meter("image", num_images, kept, line_every=5.0) as meter:
+                waiting = set(pending)
+                while waiting:
+                    finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
+                    images, size = counters[:2]
+                    seconds = time.perf_counter() - start
+                    text = f"{images / seconds:,.0f} images/s  {size / seconds / 1e6:,.1f} MB/s"
+                    meter.update(kept + images, text if images else "")
+                    for future in finished:
+                        future.result()
+        except BaseException:
+            counters[2] = 1  # each worker ends at its next image
+            raise
+
+
+def commit(
+    dst: Path, tasks: dict[str, list[ShardTask]], inputs: Inputs, settings: dict[str, Any], strict: bool
+) -> str:
+    """Writes the quarantine list, then the manifest of each part; returns a summary."""
+    parts = {name: [_finished(task) for task in part] for name, part in tasks.items()}
+    refused = inputs.refused + [row for part in parts.values() for note in part for row in note.refused]
+    if strict and refused:  # in shards that an earlier start made, without --strict
+        raise strict_error(refused)
+    _write_quarantine(dst, refused)
+    manifests = {}
+    for name, part in parts.items():
+        shards = [note.shard for note in part if note.shard is not None]
+        if not shards:
+            shutil.rmtree(dst / WORK)  # another SRC may be tried
+            raise UnusableInputError(
+                f"SRC: no file{f' for {name}' if name else ''} is an image, see {dst / QUARANTINE}"
+            )
+        records = join(note.records for note in part if note.shard is not None)
+        manifests[name] = Manifest(shards, records, inputs.classes, settings)
+    for name, manifest in manifests.items():
+        manifest.save(dst / name)
+    samples = " + ".join(f"{len(manifest.samples):,}" for manifest in manifests.values())
+    number = sum(len(manifest.shards) for manifest in manifests.values())
+    classes = f"{len(inputs.classes)} classes" if inputs.classes else "no labels"
+    return f"{dst}: {samples} samples in {number} shards, {classes}, {len(refused)} in quarantine"
+
+
+def _finished(task: ShardTask) -> FinishedShard:
+    note = read_note(task)
+    if note is None:
+        raise UnusableInputError(f"{task.shard} was changed by another process: start again")
+    return note
+
+
+def _write_quarantine(folder: Path, refused: list[RefusedFile]) -> None:
+    with writing(folder / QUARANTINE) as file:
+        for row in sorted(refused, key=lambda row: row.file):
+            file.write(json.dumps(row._asdict()).encode() + b"\n")
+
+
+def index(folder: Path, workers: int, strict: bool) -> str:
+    """Writes manifest and quarantine list beside the WebDataset tars of a folder; returns a summary.
+
+    Raises:
+        ValueError: Nothing to index, a damaged tar, or a manifest is there already.
+        UnusableInputError: With `strict`, a sample that cannot be used.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--index {folder}: not a folder")
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"--index {folder}: {MANIFEST} exists already: remove it to index again")
+    paths = sorted(folder.glob("*.tar"))
+    if not paths:
+        raise ValueError(f"--index {folder}: holds no .tar (decompress .tar.gz: it has no random access)")
+    with spread(_index_one, paths, workers) as pending:
+        results = [future.result() for future in pending]
+    refused = [
+        RefusedFile(f"{shard.name}: {key}", why) for shard, found in results for key, why in found.refused
+    ]
+    if strict and refused:
+        raise strict_error(refused)
+    records = join(found.records for _, found in results)
+    imageless = sum(found.imageless for _, found in results)
+    counts = f"{len(refused)} in quarantine, {imageless} names without an image (.jpg, .jpeg or .png)"
+    if not len(records):
+        example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
+        raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
+    _write_quarantine(folder, refused)
+    Manifest([shard for shard, _ in results], records, None, {"indexed": True}).save(folder)
+    labeled = int((records["label"] >= 0).sum())
+    return f"{folder}: {len(records):,} samples in {len(paths)} shards, {labeled:,} labeled, {counts}"
+
+
+def _index_one(path: Path) -> tuple[Shard, Index]:
+    found = index_tar(path)
+    return Shard(path.name, path.stat().st_size, sha256_of(path), len(found.records)), found

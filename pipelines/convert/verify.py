@@ -1,0 +1,156 @@
+"""Verifies a data set: reads it again and names each difference from its manifest, with file, offset and sample.
+
+.beton files without a manifest, as ffcv writes them, have their structure and every image checked.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from byolt.files.atomic import sha256_of
+from byolt.pipelines.convert.plan import SUFFIXES
+from byolt.pipelines.convert.rules import prove
+from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.formats import encoded
+from byolt.pipelines.formats.beton import BetonSource, split_path
+from byolt.pipelines.formats.index import index_beton, index_tar
+from byolt.pipelines.manifest import MANIFEST, Manifest, Shard
+
+_TOGETHER = 1024  # samples of a .beton without manifest that one task checks
+
+_Check = Callable[[], list[str]]  # finds the problems of a shard, or of a range of samples
+
+
+class Verified(NamedTuple):
+    """What `verify` found: samples in all, problems in their order, shards that the manifest does not name."""
+
+    samples: int
+    problems: list[str]
+    strangers: list[Path]
+
+
+def verify(dataset: str, decode: bool, workers: int) -> Verified:
+    """Checks every shard of a folder, or .beton files ("a.beton,b.beton?image=FIELD&label=FIELD").
+
+    Raises:
+        ValueError: The manifest itself cannot be used, or the structure of a .beton without one.
+    """
+    files, fields = split_path(dataset)
+    folder = Path(dataset)
+    if folder.is_dir() or not files[0].endswith(".beton"):
+        betons = sorted(folder.glob("*.beton"))
+        if (folder / MANIFEST).exists() or not betons:
+            return _verify_manifest(folder, None, decode, workers)
+        files = [str(path) for path in betons]
+    folders = {Path(file).parent for file in files}
+    if not fields and len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).exists():
+        names = {Path(file).name for file in files}
+        if names <= {shard.name for shard in Manifest.load(folder).shards}:
+            return _verify_manifest(folder, names, decode, workers)
+    samples = len(BetonSource(files, **fields))
+    ranges = [range(start, min(start + _TOGETHER, samples)) for start in range(0, samples, _TOGETHER)]
+    checks = [partial(_check_samples, files, fields, part, decode) for part in ranges]
+    return Verified(samples, _problems(checks, workers), [])
+
+
+def _verify_manifest(folder: Path, names: set[str] | None, decode: bool, workers: int) -> Verified:
+    """Checks the shards of these names, or all of them."""
+    manifest = Manifest.load(folder)
+    chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
+    checks = [
+        partial(_check_shard, folder / shard.name, shard, np.array(records), first, decode)
+        for shard, first, records in chosen
+    ]
+    present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
+    strangers = present - {folder / shard.name for shard in manifest.shards}
+    samples = sum(len(records) for _, _, records in chosen)
+    return Verified(samples, _problems(checks, workers), sorted(strangers))
+
+
+def _problems(checks: Sequence[_Check], workers: int) -> list[str]:
+    with spread(_call, checks, workers) as pending:
+        return [problem for future in pending for problem in future.result()]
+
+
+def _call(check: _Check) -> list[str]:
+    return check()
+
+
+def _check_shard(path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool) -> list[str]:
+    """Problems of one shard, whose first sample is number `first` of the data set."""
+    if path.exists() and not path.is_file():
+        return [f"{path} is not a regular file"]
+    try:
+        size = path.stat().st_size
+        sha256 = sha256_of(path)
+    except OSError as error:
+        return [f"{path}: {error.strerror}"]
+    problems = []
+    if size != shard.size:
+        problems.append(f"{path}: {size:,} bytes, the manifest states {shard.size:,}")
+    if sha256 != shard.sha256:
+        problems.append(f"{path}: sha256 is {sha256}, the manifest states {shard.sha256}")
+    is_beton = path.suffix == ".beton"
+    found = None
+    try:
+        found = index_beton(path) if is_beton else index_tar(path).records
+    except ValueError as error:
+        problems.append(str(error))
+    if found is not None and len(found) != len(records):
+        problems.append(f"{path}: holds {len(found)} samples, the manifest states {len(records)}")
+        found = None
+    raw = BetonSource([path]).raw if is_beton and found is not None else np.zeros(len(records), bool)
+    with open(path, "rb", buffering=0) as file:
+        for number, record in enumerate(records):
+            data = os.pread(file.fileno(), int(record["length"]), int(record["offset"]))
+            problem = _check_sample(data, record, bool(raw[number]), decode)
+            if not problem and found is not None:
+                problem = _compare(found[number], record)
+            if problem:
+                problems.append(f"{path}: offset {record['offset']}: sample {first + number}: {problem}")
+    return problems
+
+
+def _check_sample(data: bytes, record: np.ndarray, raw: bool, decode: bool) -> str:
+    """The problem of one encoded image, or of raw pixels; "" if there is none."""
+    if len(data) != record["length"]:
+        return f"{len(data)} of {record['length']} bytes are there"
+    if zlib.crc32(data) != record["crc32"]:
+        return "its bytes are not those that the manifest describes (crc32)"
+    height, width = int(record["height"]), int(record["width"])
+    try:
+        header = encoded.check(encoded.ppm_header(height, width) + data if raw else data, height, width)
+        if decode:
+            prove(data, header)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _compare(found: np.ndarray, record: np.ndarray) -> str:
+    for name in ("offset", "length", "label"):
+        if found[name] != record[name]:
+            return f"{name} is {found[name]} in the file, the manifest states {record[name]}"
+    return ""
+
+
+def _check_samples(files: list[str], fields: dict[str, str], numbers: range, decode: bool) -> list[str]:
+    """Problems of these samples of .beton files."""
+    source = BetonSource(files, **fields)
+    problems = []
+    for i in numbers:
+        try:
+            data = source.read(i)
+            header = encoded.check(data, int(source.heights[i]), int(source.widths[i]))
+            if decode:
+                prove(data, header)
+        except ValueError as error:
+            problems.append(f"{source.describe(i)}: {error}")
+        except OSError as error:  # names the sample itself
+            problems.append(str(error))
+    return problems
