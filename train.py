@@ -137,7 +137,7 @@ def train(
     from byolt.files.rows import read_rows
     from byolt.model import distributed, schedules
     from byolt.model.quality.probe import make_probe
-    from byolt.model.run import checkpoint, digest, failure, guard, provenance, trace
+    from byolt.model.run import checkpoint, digest, failure, guard, pictures, provenance, trace
     from byolt.model.run import log as metrics
     from byolt.model.run.resume import begin
     from byolt.model.run.trained import export_trained
@@ -287,7 +287,7 @@ def train(
                 if step == 0 and world.is_main:
                     mean, std = config.augment.mean, config.augment.std
                     with writing():
-                        metrics.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
+                        pictures.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
                 logging = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
                 lr, tau = schedules.of_run(step, config, warmup_steps, total_steps)
                 failpoint.reach("step", step)
@@ -351,7 +351,7 @@ def train(
                 if log:
                     export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
                     with writing(stop=False):  # a picture does not undo a finished run
-                        metrics.save_loss_curve(out / "loss.png", read_rows(log.path))
+                        pictures.save_loss_curve(out / "loss.png", read_rows(log.path))
                 done = (
                     "finished"
                     if step == total_steps

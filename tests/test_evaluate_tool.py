@@ -459,7 +459,7 @@ def test_a_picture_that_fails_is_a_warning(
 
     options = ["--protocol", "knn", "--k", "5"]
     _measure(run, tmp_path, *options)
-    monkeypatch.setattr("byolt.model.run.log.save_confusion", fail)
+    monkeypatch.setattr("byolt.model.run.pictures.save_confusion", fail)
     assert _main(run, tmp_path, *options) == 0
     assert "could not be drawn: no such font" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone

@@ -41,7 +41,7 @@ SERVER.set_forkserver_preload(
         "train",
         "byolt.model.run.resume",
         "byolt.model.run.guard",
-        "byolt.model.run.log",
+        "byolt.model.run.pictures",
         "byolt.pipelines.loader",
     ]
 )

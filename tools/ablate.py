@@ -233,7 +233,7 @@ def save_results(out: Path, curves: dict[str, list[list[dict[str, float]]]], ask
         curves: rows of metrics of each seed, by ablation.
         asked: what to keep beside the results in the JSON file.
     """
-    from byolt.model.run.log import save_comparison  # imports torch and matplotlib, which take seconds
+    from byolt.model.run.pictures import save_comparison  # imports torch and matplotlib, which take seconds
 
     save_comparison(out / "ablation.png", curves, PANELS)
     results = {name: [result_of(rows) for rows in repeats] for name, repeats in curves.items()}
