@@ -1,17 +1,33 @@
-"""JSON-lines files, one object a line: metrics.jsonl, starts.jsonl, corrupt.jsonl. Nothing heavy is imported here."""
+"""JSON-lines files, one object a line: metrics.jsonl, starts.jsonl, corrupt.jsonl, quarantine.jsonl."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-_LIMIT = 2**63  # of integers: what NumPy, matplotlib and a float hold without overflow
+_LIMIT = 2**63  # of integers: NumPy, matplotlib and a float hold smaller ones without overflow
 
 
-def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file whose `key` is an integer in 0 .. 2^63 - 1; none where there is no file.
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Appends one line. A line that a kill or a full disk cut short before is ended first, so that only it is lost.
 
-    What is no such object, such as a last line that a kill cut short, is left out.
+    It is not fsynced: a power cut may lose the newest rows, never the checkpoints.
+    """
+    with path.open("ab+") as file:
+        torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
+        file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
+
+
+def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
+    """Reads the objects of a JSON-lines file; a missing file has none.
+
+    Args:
+        path: the file.
+        fields: keys that an object must have and the types of their values, int or str; integers are 0 .. 2^63 - 1.
+            The default is step=int.
+
+    Returns:
+        The matching objects. Every other line, such as one that a kill cut short, is left out.
     """
     if not path.exists():
         return []
@@ -21,18 +37,16 @@ def read_rows(path: Path, key: str = "step") -> list[dict[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if (
-            isinstance(row, dict)
-            and _is_number(number := row.get(key))
-            and isinstance(number, int)
-            and number >= 0
+        if isinstance(row, dict) and all(
+            type(row.get(key)) is kind and (kind is not int or 0 <= row[key] < _LIMIT)
+            for key, kind in (fields or {"step": int}).items()
         ):
             rows.append(row)
     return rows
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl, with those of their values that are finite numbers; see `read_rows`."""
+    """The rows of a metrics.jsonl, with only those values that are finite numbers; see `read_rows`."""
     return [{key: value for key, value in row.items() if _is_number(value)} for row in read_rows(path)]
 
 

@@ -5,7 +5,6 @@ of its own, so that the step never queues behind the decoding of a later batch. 
 The loader has no state but the number of the next step: batch k is the same in any run.
 """
 
-import json
 import queue
 import threading
 import time
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import Config, Profile, ViewConfig, from_settings
+from byolt.files.rows import append_row, read_rows
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend, make_backend, make_resident
 from byolt.pipelines.formats.decode import UndecodableError
@@ -223,23 +223,17 @@ class Loader:
 
     def _listed(self, first_step: int) -> dict[int, str]:
         """What an earlier process of this run has found; lines that a kill cut short are left out."""
-        if not first_step or not self._corrupt_log or not self._corrupt_log.exists():
+        if not first_step or not self._corrupt_log:
             return {}
-        found = {}
-        for line in self._corrupt_log.read_text(errors="replace").splitlines():
-            with suppress(ValueError, TypeError, KeyError):
-                row = json.loads(line)
-                if row["rank"] == self._rank and 0 <= row["id"] < len(self._source):
-                    found[int(row["id"])] = str(row["reason"])
-        return found
+        rows = read_rows(self._corrupt_log, id=int, rank=int, reason=str)
+        return {r["id"]: r["reason"] for r in rows if r["rank"] == self._rank and r["id"] < len(self._source)}
 
     def _count_corrupt(self, number: int, reason: str) -> None:
         self._corrupt[number] = reason
         where = self._source.describe(number)
         if self._corrupt_log:
             row: dict[str, Any] = {"id": number, "where": where, "reason": reason, "rank": self._rank}
-            with self._corrupt_log.open("a") as log:
-                log.write(json.dumps(row) + "\n")
+            append_row(self._corrupt_log, row)
         self._check_budget()
 
     def _check_budget(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from byolt.files.rows import read_metrics, read_rows
+from byolt.files.rows import append_row, read_metrics, read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -17,7 +17,23 @@ def test_objects_with_the_key_are_read_and_nothing_else(tmp_path: Path) -> None:
     lines = [b'{"step": 1, "loss": 2.5}', b"", b"null", b'["step"]', b'{"id": 4}', b"\xff\xfe", b'{"step": 2']
     path.write_bytes(b"\n".join(lines))
     assert read_rows(path) == [{"step": 1, "loss": 2.5}]
-    assert read_rows(path, key="id") == [{"id": 4}]
+    assert read_rows(path, id=int) == [{"id": 4}]
+
+
+def test_fields_have_types(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"id": 1, "reason": "empty"}\n{"id": "1", "reason": "x"}\n{"id": 1, "reason": 2}\n')
+    assert read_rows(path, id=int, reason=str) == [{"id": 1, "reason": "empty"}]
+
+
+def test_a_torn_line_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_row(path, {"step": 1})
+    path.write_bytes(path.read_bytes() + b'{"step": 2, "lo')
+    for step in (3, 4):
+        append_row(path, {"step": step, "loss": 0.5})
+    assert path.read_text().splitlines()[0] == '{"step": 1}'
+    assert [row["step"] for row in read_rows(path)] == [1, 3, 4]
 
 
 def test_hostile_lines_are_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from byolt.files.atomic import replacing
-from byolt.files.rows import read_rows
+from byolt.files.rows import append_row, read_rows
 from byolt.model.distributed import World, all_reduce_mean
 
 
@@ -30,14 +30,13 @@ class MetricLog:
         self._rows = [row for row in read_rows(self.path) if 0 < first_step >= row["step"]]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
-        self._file = self.path.open("a", buffering=1)
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row; the names become TensorBoard's tags. A row that is in the file already is skipped."""
         if any(row["step"] == step and row.keys() >= values.keys() for row in self._rows):
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        append_row(self.path, {"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
@@ -58,10 +57,7 @@ class MetricLog:
         Raises:
             OSError: these or earlier rows could not be written.
         """
-        try:
-            self._file.close()
-        finally:
-            self._board.close()
+        self._board.close()
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
         """Prints no traceback if TensorBoard's thread cannot write: `add` or `close` raises that error."""

@@ -1,6 +1,5 @@
 """How a run was started: one line of starts.jsonl for each start, so that a result can say what made it."""
 
-import json
 import os
 import platform
 import shlex
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from byolt.files.rows import read_rows
+from byolt.files.rows import append_row, read_rows
 
 FILE = "starts.jsonl"
 _LIBRARIES = ("byolt", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numba", "numpy")
@@ -39,8 +38,9 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
         "versions": versions(),
         **facts,
     }
-    with (out / FILE).open("a" if step else "w") as file:
-        file.write(json.dumps(row) + "\n")
+    if not step:
+        (out / FILE).unlink(missing_ok=True)
+    append_row(out / FILE, row)
 
 
 def read_starts(out: Path) -> list[dict[str, Any]]:

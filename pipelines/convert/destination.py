@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import remove_leftovers, writing
+from byolt.files.rows import read_rows
 from byolt.pipelines.convert.from_files import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
@@ -24,8 +25,9 @@ def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], st
         open_source(dst / name)  # every shard is there and has its size
     if len(finished) < len(split):
         return False
-    if strict and (rows := (dst / QUARANTINE).read_text().splitlines()):
-        raise strict_error([RefusedFile(**json.loads(rows[0]))])
+    if strict and (dst / QUARANTINE).stat().st_size:
+        rows = read_rows(dst / QUARANTINE, file=str, reason=str)
+        raise strict_error([RefusedFile(**row) for row in rows] or [RefusedFile(QUARANTINE, "damaged")])
     return True
 
 

@@ -104,7 +104,7 @@ def read_run(folder: Path) -> Run:
             config = schema.from_settings(settings)
         except ValueError as error:
             problems.append(f"The run's settings are not those of this version: {error}")
-    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", key="id")}.values())
+    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", id=int)}.values())
     return Run(folder, rows, starts, corrupt, config, trained, problems)
 
 
