@@ -433,6 +433,7 @@ def knn_top1(
     """
     from byolt.model.quality import features, knn, scores
     from byolt.pipelines.plain import plain_images
+    from byolt.pipelines.subset import spaced
 
     if calibrate:
         encoder = copy.deepcopy(encoder)
@@ -440,10 +441,10 @@ def knn_top1(
         whole, count = batch * world.size, min(2048, len(source))
         # Whole batches, as many on every rank: each counts as much. Of fewer images one batch.
         count = count // whole * whole or count // world.size * world.size
-        ids = knn.share(len(source), count, world)
+        ids = spaced(len(source), count)[world.rank :: world.size]
         features.calibrate_batch_norm(encoder, plain_images(source, ids, config, batch))
     bank, tested = (
-        plain_images(split, knn.share(len(split), config.eval.max_images, world), config)
+        plain_images(split, spaced(len(split), config.eval.max_images)[world.rank :: world.size], config)
         for split in (source, queries)
     )
     classes = scores.num_classes(source.labels, queries.labels)

@@ -3,7 +3,6 @@
 import math
 import os
 import socket
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import torch
 from torch import nn
 
 from byolt.model import distributed
-from byolt.model.distributed import World
 from byolt.model.quality.features import calibrate_batch_norm, extract_features
-from byolt.model.quality.knn import knn_accuracy, knn_of_run, knn_votes, share
+from byolt.model.quality.knn import knn_accuracy, knn_of_run, knn_votes
 from byolt.model.quality.scores import (
     confusion_matrix,
     mean_per_class,
@@ -29,17 +27,6 @@ def _at(*degrees: float) -> torch.Tensor:
     """Vectors of the plane at these angles, of various lengths."""
     angles = torch.tensor(degrees) * math.pi / 180
     return torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, len(degrees) + 1)[:, None]
-
-
-@pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5), (5, 0)])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_ranks_share_evenly_spaced_numbers(total: int, count: int, ranks: int) -> None:
-    parts = [share(total, count, World(r, r, ranks, torch.device("cpu"), "gloo")) for r in range(ranks)]
-    taken = sorted(number for part in parts for number in part.tolist())
-    assert len(taken) == len(set(taken)) == min(count, total)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    gaps = [b - a for a, b in pairwise([*taken, total])]
-    assert not gaps or (taken[0] == 0 and max(gaps) - min(gaps) <= 1)
 
 
 def test_one_neighbour_is_the_most_similar_by_angle() -> None:

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Iterable
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -114,12 +112,6 @@ def knn_of_run(
     if not (known.isfinite().all() and tested.isfinite().all()):
         return math.nan
     return 100 * knn_accuracy(known, known_labels, tested, tested_labels, num_classes, k, temperature)
-
-
-def share(total: int, count: int, world: World) -> npt.NDArray[np.int64]:
-    """This rank's part of `count` numbers evenly spaced over 0 .. total - 1; of all where there are fewer."""
-    spaced = np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
-    return spaced[world.rank :: world.size]
 
 
 def _check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:
