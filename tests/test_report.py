@@ -1,5 +1,6 @@
-"""The report: what it says about whole, unfinished, unlabelled and damaged runs, and that it is inert."""
+"""The report: what it says about whole, unfinished, unlabeled and damaged runs, and that it is inert."""
 
+import io
 import json
 import os
 import re
@@ -19,9 +20,9 @@ from byolt.configs import schema
 from byolt.model.byol import make_byol
 from byolt.model.run import checkpoint
 from byolt.tools import export, report
-from byolt.tools.reporting import figures as report_figures
-from byolt.tools.reporting.features import neighbours
-from byolt.tools.reporting.run import Sample, read_run
+from byolt.tools.reporting import figures, page
+from byolt.tools.reporting.features import neighbors_section
+from byolt.tools.reporting.run import ImageFeatures, read_run
 
 EVIL = "<script>alert('x')<"
 VOID = {"meta", "img"}
@@ -149,8 +150,10 @@ def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None
     assert "python train.py <x>" in text and "abacus" in text and "torch 9.9" in text
     assert "projector_size: 8" in text
     assert "encoder.safetensors, step 8" in text
-    assert "1 image could not be decoded in training; the next sound one" in text
-    assert page.tags["img"] == 1 + 2 * 6  # views.png, and two queries with five neighbours
+    assert "1 image could not be decoded in training; each was replaced by the next one" in text
+    assert (
+        page.tags["img"] == page.classes["plot"] + 1 + 2 * 6
+    )  # views.png, and two queries with five neighbors
     assert page.classes["right"] + page.classes["wrong"] == 10
     assert text.count("✗") == page.classes["wrong"] > 0
     assert "note" not in page.classes  # nothing is missing
@@ -165,36 +168,36 @@ def test_an_unfinished_run_says_what_is_missing(folder: Path) -> None:
         "Command, hardware and versions: not recorded",
         "Settings: not known",
         "Not in metrics.jsonl: accuracy.",
-        "views.png is not there",
+        "views.png does not exist",
         "There is no encoder yet",
     ):
         assert sentence in text
-    assert page.tags["svg"] == 8 and page.tags["img"] == 0
+    assert page.classes["plot"] == page.tags["img"] == 8
 
 
 def test_a_run_that_took_no_step(folder: Path) -> None:
     (folder / "starts.jsonl").write_text('{"step": 0, "command": "x"}\n')
     text, page = _report(folder)
-    assert "There is no encoder yet" in text and page.tags["svg"] == 0
+    assert "There is no encoder yet" in text and page.tags["img"] == 0
 
 
-def test_an_unlabelled_run_on_its_training_images(folder: Path, tmp_path: Path) -> None:
+def test_an_unlabeled_run_on_its_training_images(folder: Path, tmp_path: Path) -> None:
     _pictures(tmp_path / "images", [""])
     _save(folder, _config(folder, tmp_path / "images", evaluate=False), 3)
     text, page = _report(folder)
     assert "data.path, the training images" in text and "checkpoint-000000003.pt, step 3" in text
-    assert "There are no labels, so all points have one colour" in text
-    assert "which neighbours are wrong is for the eye" in text
-    assert page.tags["img"] == 6 * 6 and "wrong" not in page.classes
+    assert "There are no labels, so all points look alike" in text
+    assert "wrong neighbors are not marked" in text
+    assert page.tags["img"] == page.classes["plot"] + 6 * 6 and "wrong" not in page.classes
 
 
 def test_data_and_number_of_images(folder: Path, tmp_path: Path) -> None:
     _pictures(tmp_path / "other", ["a", "b"])
     _save(folder, _config(folder, tmp_path / "gone"), 3)
     text, _ = _report(folder)
-    assert "The images are not there (eval.path)" in text and "Give others with --data" in text
+    assert "The images cannot be read (eval.path)" in text and "Give others with --data" in text
     text, _ = _report(folder, "--data", str(tmp_path / "other"), "--images", "5")
-    assert "Of 5 of 12 images" in text and "of at most 4;" in text
+    assert " 5 of 12 images" in text and "of at most 4;" in text
 
 
 def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None:
@@ -274,7 +277,7 @@ def test_only_an_earlier_report_is_replaced(
     (tmp_path / "folder.html").mkdir()
     for name in ("mine.html", "folder.html"):
         assert report.main([str(folder), "--out", str(tmp_path / name)]) == 2
-        assert f"{name} exists and is no report" in capsys.readouterr().err
+        assert f"{name} exists and is not a report" in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "<!DOCTYPE html>precious"
 
 
@@ -311,7 +314,7 @@ def test_ctrl_c_is_one_line(
 def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:
     _pictures(tmp_path / "images", ["a", "b"])
     config = _config(folder, tmp_path / "images")
-    for value, sentence in ((0.0, "All features are one point"), (torch.nan, "are not finite")):
+    for value, sentence in ((0.0, "All images have the same features"), (torch.nan, "are not finite")):
         model = make_byol(config.model)
         for parameter in model.online.encoder.parameters():
             parameter.data.fill_(value)
@@ -323,11 +326,11 @@ def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere is no folder"),
+        (["nowhere"], "nowhere is not a folder"),
         (["."], "neither metrics.jsonl nor a checkpoint"),
         (["run", "--images", "1"], "--images 1"),
         (["run", "--data", "nowhere"], "'nowhere' does not exist"),
-        (["run", "--out", "no/where.html"], "--out no/where.html: its folder is not there"),
+        (["run", "--out", "no/where.html"], "--out no/where.html: its folder does not exist"),
     ],
 )
 def test_mistakes_are_named(
@@ -345,21 +348,25 @@ def test_mistakes_are_named(
     assert not list(tmp_path.rglob("*.html"))
 
 
-def test_colours_go_to_the_most_frequent_classes() -> None:
+def test_marks_go_to_the_most_frequent_classes() -> None:
     labels = np.array([*range(12), *range(1, 11), -1])  # 0 and 11 are once, the others twice
-    colors, chosen = report_figures.colors_of(labels)
-    assert list(chosen) == list(range(1, 11)) and len(set(chosen.values())) == 10
-    assert colors[0] == colors[11] == colors[-1] == report_figures.OTHER_COLOR
-    assert colors[3] == colors[14] == chosen[3]
-    assert report_figures.colors_of(np.array([-1, -1])) == ([report_figures.ACCENT] * 2, {})
+    marks = figures.marks_of_classes(labels)
+    assert list(marks) == list(range(1, 11)) and figures.OTHERS not in marks.values()
+    assert len({mark.color for mark in marks.values()}) == len({mark.marker for mark in marks.values()}) == 10
+    assert figures.marks_of_classes(np.array([-1, -1])) == {}
 
 
-def test_drawings_take_the_page_s_inks() -> None:
-    svg = report_figures.curves("a<b", [report_figures.Line([(1, 2.0), (3, 4.0)])], 3, "unit", hint=3.0)
-    assert 'aria-label="a&lt;b"' in svg and "var(--accent)" in svg and "var(--ink)" in svg
-    assert "#0" not in svg.replace("url(#", "").replace('href="#', "")
-    Inert(svg)
-    Inert(report_figures.scatter("map", np.eye(2), ["red", "blue"]))  # no tick has a label
+def test_figures_have_a_background_of_their_own() -> None:
+    series = {"one": [(1, 2.0), (3, 4.0)], "two": [(2, 3.0)]}
+    marks = [figures.MARKS[1], figures.OTHERS]
+    for png in (
+        figures.curves(series, 3, "unit", hint=(3.0, "hint")),
+        figures.scatter(np.eye(2), marks),
+        figures.spectrum(np.array([3.0, 1.0, 0.0]), 1.8),
+    ):
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.format == "PNG" and picture.width > 500
+            assert picture.convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)  # on a dark page, too
 
 
 def _twelve_images(folder: Path, tmp_path: Path) -> None:
@@ -374,7 +381,7 @@ def test_without_scikit_learn_the_map_is_pca_s(
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     text, page = _report(folder)
     assert "Map: PCA" in text and "scikit-learn is not installed" in text and "Map: t-SNE" not in text
-    assert page.tags["svg"] == 2
+    assert page.classes["plot"] == 2
 
 
 def test_with_scikit_learn_there_is_a_second_map(folder: Path, tmp_path: Path) -> None:
@@ -382,23 +389,23 @@ def test_with_scikit_learn_there_is_a_second_map(folder: Path, tmp_path: Path) -
     _twelve_images(folder, tmp_path)
     text, page = _report(folder)
     assert "Map: PCA" in text and "Map: t-SNE" in text and "By scikit-learn, cosine, perplexity 4" in text
-    assert page.tags["svg"] == 3
+    assert page.classes["plot"] == 3
     text, page = _report(folder, "--images", "9")
-    assert "it takes 10 images or more" in text and page.tags["svg"] == 2
+    assert "it needs 10 images or more" in text and page.classes["plot"] == 2
 
 
-def test_wrong_neighbours_are_marked() -> None:
+def test_wrong_neighbors_are_marked() -> None:
     angles = torch.tensor([0.0, 20.0, 50.0, 80.0]) * torch.pi / 180
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     pixels = [np.zeros((2, 2, 3), np.uint8)] * 4
-    sample = Sample(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], asked=4)
-    html = neighbours(sample)
+    encoded = ImageFeatures(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], tried=4)
+    html = page.render("name", "", [], [], [neighbors_section(encoded)])
     cells = re.findall(r'<td class="(\w*)"><img alt="([^"]*)"', html)
     assert cells == [
         ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.17"),
         ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.50"),
     ]  # fmt: skip
-    assert "33.3 % of these neighbours" in html and "chance is 33.3 %" in html
+    assert "33.3 % of these neighbors" in html and "chance is 33.3 %" in html
 
 
 @pytest.mark.slow
@@ -413,4 +420,4 @@ def test_report_of_what_train_leaves(tmp_path: Path, images: Path) -> None:  # n
     assert "started before" in text and "at step 4" in text
     assert "step 8 of 8, finished" in text and "encoder.safetensors, step 8" in text
     assert "of 8 images" in text and "data.backend=torch" in text
-    assert page.tags["svg"] == 9 + 2 and "note" not in page.classes
+    assert page.classes["plot"] == 9 + 2 and "note" not in page.classes

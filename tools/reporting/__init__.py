@@ -1,1 +1,1 @@
-"""Parts of `tools/report.py` and `tools/export.py`: pages, figures, model cards. Begin with `run.py`."""
+"""Parts of `tools/report.py`: what it reads, figures, sections, the page. Begin with `sections.py`."""

@@ -1,4 +1,4 @@
-"""What a report reads: the files that a run left, finished or not, and the features of a sample of images."""
+"""Reads what a report shows: the files of a run, finished or not, and features of images."""
 
 import re
 from collections.abc import Iterator
@@ -20,20 +20,20 @@ from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source
 from byolt.pipelines.subset import spaced
 
-_THUMBNAIL = 96  # pixels; larger images are shrunk, so that 2,000 take 55 MB
+_THUMBNAIL = 96  # pixels; larger images are shrunk: 2,000 thumbnails take 55 MB of memory
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})\.pt")
 
 
 class Run(NamedTuple):
-    """A run's files, as far as they are there."""
+    """The files of a run; those that are missing are empty or None."""
 
     folder: Path
     rows: list[dict[str, float]]  # of metrics.jsonl, by step
     starts: list[dict[str, Any]]
-    corrupt: list[dict[str, Any]]  # of corrupt.jsonl, one an image
+    corrupt: list[dict[str, Any]]  # of corrupt.jsonl, one row per image
     config: schema.Config | None
     trained: Trained | None  # the newest encoder
-    problems: list[str]  # sentences about files that are damaged
+    problems: list[str]  # sentences about damaged files
 
     @property
     def step(self) -> int:
@@ -42,12 +42,12 @@ class Run(NamedTuple):
 
     @property
     def encoder_origin(self) -> str:
-        """File and step of the encoder."""
+        """File name and step of the encoder."""
         return f"{self.trained.path.name}, step {self.trained.step}" if self.trained else ""
 
     @property
     def images(self) -> int | None:
-        """Training images, from the rows: epoch = step * batch / images."""
+        """Number of training images, by epoch = step * batch / images; None if no row has an epoch."""
         if self.config is None:
             return None
         batch = self.config.train.batch_size
@@ -56,60 +56,60 @@ class Run(NamedTuple):
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the whole schedule."""
+        """Number of steps of the whole schedule."""
         return self.config.total_steps(self.images) if self.config and self.images else None
 
     def series(self, key: str) -> list[tuple[float, float]]:
-        """(step, value) of one column."""
+        """(step, value) pairs of one key of the rows."""
         return [(row["step"], row[key]) for row in self.rows if key in row]
 
     def last(self, key: str) -> float | None:
-        """Newest value of one column."""
+        """Newest value of one key of the rows."""
         return next((value for _, value in reversed(self.series(key))), None)
 
 
-class Sample(NamedTuple):
-    """Images through the encoder."""
+class ImageFeatures(NamedTuple):
+    """Features, labels and thumbnails of some images of a data set."""
 
     features: Tensor  # (N, F) float32 on the CPU
     labels: np.ndarray  # (N,) int64, -1 where unknown
-    thumbnails: list[np.ndarray]  # (h, w, 3) uint8 each, as the encoder saw them but for shrinking
+    thumbnails: list[np.ndarray]  # (h, w, 3) uint8 each, as the encoder saw the images, but smaller
     classes: list[str] | None
-    asked: int  # images tried; N is less where some do not decode
+    tried: int  # number of images; N is smaller if some do not decode
 
     def name(self, label: int) -> str:
-        """Of a class."""
+        """The name of a class."""
         if label < 0:
             return "no label"
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
 
 def read_run(folder: Path) -> Run:
-    """Collects a run's files.
+    """Reads the files of a run.
 
     Raises:
-        ValueError: the folder is not there, or no run of train.py has left anything in it.
+        ValueError: the folder does not exist, or holds nothing that train.py wrote.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is no folder; name the run.out of a run")
+        raise ValueError(f"{folder} is not a folder; give the run.out of a run")
     problems: list[str] = []
     rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
     starts = provenance.read_starts(folder)
     trained = _newest_encoder(folder, problems)
     if not (rows or starts or trained or problems):
-        raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; name the run.out of a run")
+        raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run")
     config = trained.config if trained else None
     if not config and starts and (settings := starts[-1].get("config")):
         try:
             config = schema.from_settings(settings)
         except ValueError as error:
-            problems.append(f"The run's settings are not those of this version: {error}")
+            problems.append(f"The run's settings do not fit this version: {error}")
     corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", id=int)}.values())
     return Run(folder, rows, starts, corrupt, config, trained, problems)
 
 
 def _newest_encoder(folder: Path, problems: list[str]) -> Trained | None:
-    """The exported one, unless a whole checkpoint of a later step is there: the run was continued."""
+    """The exported encoder, unless a later checkpoint can be read, because the run was continued."""
     exported = folder / "encoder.safetensors"
     newest = _load(exported, problems) if exported.exists() else None
     steps = {path: _CHECKPOINT.fullmatch(path.name) for path in sorted(folder.glob("*.pt"), reverse=True)}
@@ -125,17 +125,17 @@ def _load(path: Path, problems: list[str]) -> Trained | None:
     try:
         return load_trained(path)
     except CheckpointError as error:
-        problems.append(f"{error}; passed over.")
+        problems.append(f"{error}; it is skipped.")
         return None
 
 
-def take_sample(run: Run, source: Source, images: int) -> Sample:
+def compute_features(run: Run, source: Source, images: int) -> ImageFeatures:
     """Features of evenly spaced images of a data set, on the GPU if there is one.
 
     Args:
-        run: with an encoder.
-        source: labelled or not.
-        images: at most so many.
+        run: a run with an encoder.
+        source: labeled or not.
+        images: largest number of images.
 
     Raises:
         ValueError: none of the images can be decoded.
@@ -149,13 +149,13 @@ def take_sample(run: Run, source: Source, images: int) -> Sample:
     features, labels = extract_features(encoder, batches)
     if not len(features):
         raise ValueError(f"none of {len(ids)} images decodes; run tools/verify_shards.py on the data set")
-    return Sample(features.cpu(), labels.cpu().numpy(), thumbnails, source.classes, len(ids))
+    return ImageFeatures(features.cpu(), labels.cpu().numpy(), thumbnails, source.classes, len(ids))
 
 
 def _keeping_thumbnails(
     batches: Iterator[tuple[Tensor, Tensor]], config: schema.Config, thumbnails: list[np.ndarray]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Passes the batches through and appends a small picture of each image."""
+    """Yields the batches and appends a thumbnail of each image."""
     mean, std = (torch.tensor(x).view(3, 1, 1) for x in (config.augment.mean, config.augment.std))
     for images, labels in batches:
         pixels = (images * std + mean).clamp(0, 1)

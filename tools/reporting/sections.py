@@ -1,0 +1,187 @@
+"""The whole report, and its sections about the run itself: settings, curves, views and corrupt images."""
+
+import math
+import statistics
+
+from byolt.configs import schema
+from byolt.model.quality import spectrum
+from byolt.pipelines.sources import open_source
+from byolt.tools.reporting import figures, page
+from byolt.tools.reporting.features import features_section, neighbors_section
+from byolt.tools.reporting.page import Figure, Section
+from byolt.tools.reporting.run import ImageFeatures, Run, compute_features
+
+_CORRUPT_SHOWN = 20
+
+
+def render_report(run: Run, data: str | None, images: int) -> str:
+    """The HTML page of a run.
+
+    Args:
+        run: its files.
+        data: images whose features are shown, or None for the run's own.
+        images: largest number of images.
+    """
+    computed, about = _features_of(run, data, images)
+    rank, last = None, [Section("Features and neighbors", notes=[about])]
+    if computed:
+        principal = spectrum.principal_axes(computed.features)
+        rank = spectrum.effective_rank(principal.eigenvalues)
+        last = [features_section(computed, principal, rank), neighbors_section(computed)]
+        last[0].intro = about
+    notes = list(run.problems)
+    if not run.series("knn_top1"):
+        notes.insert(0, "kNN accuracy: not measured (eval.path is not set, or not measured yet).")
+    sections = [_settings(run), _curves(run), _views(run), *last, _corrupt(run)]
+    return page.render(run.folder.resolve().name, _subtitle(run), _tiles(run, rank), notes, sections)
+
+
+def _features_of(run: Run, data: str | None, images: int) -> tuple[ImageFeatures | None, str]:
+    """The features and a sentence about them, or None and why there are none."""
+    if run.trained is None or run.config is None:
+        return None, (
+            "There is no encoder yet: the run has written neither encoder.safetensors nor a readable checkpoint "
+            "(run.checkpoint_minutes sets how often it writes one)."
+        )
+    path = data or run.config.eval.path or run.config.data.path
+    which = "--data" if data else "eval.path" if run.config.eval.path else "data.path, the training images"
+    try:
+        source = open_source(path)
+        found = compute_features(run, source, images)
+    except (ValueError, OSError) as error:
+        if data:
+            raise
+        return None, f"The images cannot be read ({which}): {error}. Give others with --data."
+    count, dimensions = found.features.shape
+    if not found.features.isfinite().all():
+        return None, f"The features of {path} are not finite: the encoder ({run.encoder_origin}) is broken."
+    if count < 2:
+        return None, f"{path} holds {count} image that decodes; a spectrum needs at least 2."
+    text = (
+        f"{count} of {len(source)} images from {path} ({which}), evenly spaced, without augmentation; encoder: "
+        f"{run.encoder_origin}; {dimensions} dimensions."
+    )
+    if count < found.tried:
+        text += f" {found.tried - count} images do not decode and are left out."
+    return found, text
+
+
+def _subtitle(run: Run) -> str:
+    total, config = run.total_steps, run.config
+    stopped = config is not None and run.step == config.train.stop_at_step
+    state = "stopped there by train.stop_at_step" if stopped else "not finished"
+    state = "finished" if total and run.step >= total else state
+    parts: list[str] = [config.model.backbone] if config else []
+    parts += [f"{run.images:,} images"] if run.images else []
+    parts.append(f"step {run.step:,} of {total:,}, {state}" if total else f"step {run.step:,}")
+    return " · ".join(parts)
+
+
+def _tiles(run: Run, rank: float | None) -> list[tuple[str, str]]:
+    """The report's large numbers, and the meaning of each."""
+    tiles = []
+    if accuracies := run.series("knn_top1"):
+        (first, before), (last, now) = accuracies[0], accuracies[-1]
+        if first == 0 < last:
+            tiles.append((f"{before:.1f} → {now:.1f} %", f"kNN top-1, untrained → step {last:,}"))
+        else:
+            tiles.append((f"{now:.1f} %", f"kNN top-1 at step {last:,}" if last else "kNN top-1, untrained"))
+    for key, digits, meaning in (("loss", 3, "loss"), ("prediction_std", 4, "spread of predictions (std)")):
+        if (value := run.last(key)) is not None:
+            tiles.append((f"{value:.{digits}f}", meaning))
+    if rank is not None:
+        tiles.append((f"{rank:.1f}", "effective rank of the features"))
+    speeds = [value for _, value in run.series("images_per_second")]
+    waits = [value for _, value in run.series("data_wait_percent")]
+    tiles += [(f"{statistics.median(speeds):,.0f}", "images/s, median")] if speeds else []
+    tiles += [(f"{statistics.fmean(waits):.1f} %", "waiting for data, mean")] if waits else []
+    return tiles
+
+
+def _settings(run: Run) -> Section:
+    """Command, hardware, versions and settings."""
+    section = Section("How it was made")
+    if run.starts:
+        *earlier, start = run.starts
+        versions = start.get("versions")
+        named = versions.items() if isinstance(versions, dict) else []
+        ranks = f"{start.get('ranks', 1)} rank(s), {start.get('precision', 'precision not recorded')}"
+        before = "; ".join(f"step {row['step']:,}: {row.get('time')}" for row in earlier)
+        section.facts = [
+            ("command", str(start.get("command"))),
+            ("started", f"{start.get('time')} at step {start['step']:,}"),
+            *([("started before", before)] if before else []),
+            ("hardware", f"{start.get('hardware')}; {ranks}"),
+            ("images", str(start.get("backend"))),
+            ("versions", ", ".join(f"{name} {version}" for name, version in named)),
+        ]
+    else:
+        section.notes.append("Command, hardware and versions: not recorded in starts.jsonl.")
+    if run.config:
+        section.details = ("All settings", schema.to_yaml(run.config))
+    else:
+        section.notes.append("Settings: not known; the run has no readable checkpoint.")
+    return section
+
+
+def _curves(run: Run) -> Section:
+    """Every number of metrics.jsonl over the steps."""
+    size = run.config.model.projector_size if run.config else None
+    spread = (1 / math.sqrt(size), "1/√D") if size else None
+    cosine = (math.sqrt(2 / (math.pi * size)), "√(2/πD)") if size else None
+    gauges = {"prediction": "prediction", "projection": "target's projection"}
+    section, missing = Section("Curves"), []
+    for title, keys, unit, caption, hint in (
+        ("Loss", {"loss": "loss"}, "loss", "4: predictions and targets are unrelated; 0: they agree.", None),
+        ("Accuracy", {"knn_top1": "kNN, held-out images", "probe_top1": "online probe, training images"},
+         "top-1, per cent", "Of classifiers on the encoder, which do not change it.", None),
+        ("Learning rate", {"lr": "lr"}, "learning rate", "Before LARS scales it for each layer.", None),
+        ("tau", {"tau": "tau"}, "tau", "The target network keeps this share of its weights at each step.", None),
+        ("Speed", {"images_per_second": "speed"}, "images/s", "Training only, over all ranks.", None),
+        ("Waiting for data", {"data_wait_percent": "wait"}, "per cent", "Share of the time.", None),
+        ("Collapse: spread", {f"{k}_std": v for k, v in gauges.items()}, "std",
+         "Of each normalized dimension over a batch: 0 if collapsed, 1/√D if spread over the sphere.", spread),
+        ("Collapse: cosine", {f"{k}_cosine": v for k, v in gauges.items()}, "mean |cosine|",
+         "Between different images: 1 if collapsed, √(2/πD) if spread over the sphere.", cosine),
+        ("Gradient", {"gradient_norm": "norm"}, "norm", "Over all parameters, before LARS.", None),
+    ):  # fmt: skip
+        series = {name: points for key, name in keys.items() if (points := run.series(key))}
+        if series:
+            png = figures.curves(series, max(run.step, 1), unit, hint)
+            section.figures.append(Figure(title, png, caption))
+        else:
+            missing.append(title.lower())
+    if missing:
+        section.notes.append(f"Not in metrics.jsonl: {', '.join(missing)}.")
+    return section
+
+
+def _views(run: Run) -> Section:
+    section, path = Section("Training views"), run.folder / "views.png"
+    if path.is_file():
+        caption = "The first images of the first batch: each column is one image, as view 1 and as view 2."
+        section.picture = (path.read_bytes(), caption)
+    else:
+        section.notes.append("views.png does not exist; train.py writes it at the first step.")
+    return section
+
+
+def _corrupt(run: Run) -> Section:
+    section, rows = Section("Corrupt images"), run.corrupt
+    count = len(rows) or int(run.last("corrupt_images") or 0)
+    if not count:
+        section.facts = [("found in training", "none")]
+        return section
+    section.intro = (
+        f"{count} image{'s' * (count > 1)} could not be decoded in training; each was replaced by the next one that "
+        "decodes"
+    )
+    if len(rows) > _CORRUPT_SHOWN:
+        section.intro += f"; the first {_CORRUPT_SHOWN} are listed here, all of them in corrupt.jsonl"
+    elif not rows:
+        section.intro += "; corrupt.jsonl, which lists them, does not exist"
+    section.intro += "."
+    keys = ("id", "where", "reason")
+    shown = [[str(row.get(key, "")) for key in keys] for row in rows[:_CORRUPT_SHOWN]]
+    section.table = [keys, *shown] if shown else []
+    return section
