@@ -24,9 +24,7 @@ from numba.core.dispatcher import Dispatcher
 from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
 from byolt.pipelines import torch_backend
 from byolt.pipelines.kernels import cpu as kernels
-from byolt.pipelines.kernels import cpu_byol as kernel_byol
-from byolt.pipelines.kernels import cpu_rows as kernel_rows
-from byolt.pipelines.kernels import cpu_torchvision as kernel_torchvision
+from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision
 from byolt.pipelines.kernels.cpu import Pixels, make_views
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
 
@@ -276,7 +274,7 @@ def test_no_two_functions_share_a_name() -> None:
     views of profile torchvision were byol's in a third process, after one had compiled byol and the next torchvision.
     """
     names: dict[tuple[str, str], set[int]] = {}
-    for module in (kernel_rows, kernel_byol, kernel_torchvision):
+    for module in (cpu_rows, cpu_byol, cpu_torchvision):
         for function in vars(module).values():
             if isinstance(function, Dispatcher):
                 plain = function.py_func
@@ -287,9 +285,10 @@ def test_no_two_functions_share_a_name() -> None:
 
 @pytest.mark.slow
 def test_cache_notices_a_change_in_any_of_the_files(tmp_path: Path) -> None:
-    """numba itself watches kernels.py alone."""
-    for package in ("configs", "pipelines"):
-        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    """numba itself watches cpu.py alone."""
+    for package in ("byolt", "configs", "files", "pipelines"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / package, tmp_path / package, symlinks=True, ignore=ignored)
     script = """
 import numpy as np
 from byolt.configs.schema import AugmentConfig, ViewConfig
@@ -312,6 +311,6 @@ print(out[0, 0, 0, 0], sum(kernels.compiled("byol", 1).stats.cache_hits.values()
 
     assert run_it() == ["1.0", "0"]
     assert run_it() == ["1.0", "1"]
-    part = tmp_path / "pipelines" / "kernel_byol.py"
+    part = tmp_path / "pipelines" / "kernels" / "cpu_byol.py"
     part.write_text(part.read_text().replace("1 / 255", "0.5 / 255"))
     assert run_it() == ["0.5", "0"]

@@ -8,7 +8,7 @@ everything that needs no other row happens to it:
     2  contrast about the mean ─► colour operations drawn after it ─► grey ─► blur along the row
     3  blur along the columns ─► solarize ─► normalise ─► interleaved output
 
-kernel_rows.py has the walks and what the profiles share, kernel_byol.py and kernel_torchvision.py what they differ in.
+cpu_rows.py has the walks and what the profiles share, cpu_byol.py and cpu_torchvision.py what they differ in.
 
 numba compiles on a profile's first call (seconds) and keeps the code in __pycache__ beside this file, or in the user's
 cache folder where that cannot be written (NUMBA_CACHE_DIR moves it). The compiled code runs without the GIL.
@@ -23,22 +23,28 @@ from typing import Any
 
 import numba
 import numpy as np
+from numba.core import cgutils, types
 
 from byolt.configs.schema import AugmentConfig, Profile
 from byolt.pipelines import views
-from byolt.pipelines.kernels import cpu_byol as kernel_byol
-from byolt.pipelines.kernels import cpu_llvm as kernel_llvm
-from byolt.pipelines.kernels import cpu_rows as kernel_rows
-from byolt.pipelines.kernels import cpu_torchvision as kernel_torchvision
-from byolt.pipelines.kernels import recipe
-from byolt.pipelines.kernels.cpu_llvm import pointer
+from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision, recipe
 from byolt.pipelines.kernels.cpu_rows import work_of
 from byolt.pipelines.kernels.recipe import Floats, Pixels, normalisation, write
 from byolt.pipelines.views import ViewParams
 
 _CHUNK = 16  # images that a thread takes at a time
 # Whose code or constants are compiled.
-_PARTS = (kernel_llvm, kernel_rows, kernel_byol, kernel_torchvision, recipe, views)
+_PARTS = (cpu_rows, cpu_byol, cpu_torchvision, recipe, views)
+
+
+@numba.extending.intrinsic
+def _pointer(_context: Any, address: Any) -> Any:
+    """An integer as the pointer that numba.carray takes."""
+
+    def generate(_: Any, builder: Any, __: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(address), generate
 
 
 @functools.cache
@@ -58,12 +64,12 @@ def compiled(profile: Profile, views: int) -> Any:
         work = work_of(outs[0].shape[1], taps, steps, norm)
         for i in range(start, stop):
             height, width = pixels.box[i, 2], pixels.box[i, 3]
-            image = numba.carray(pointer(pixels.address[i]), (height, 3 * width), np.uint8)
+            image = numba.carray(_pointer(pixels.address[i]), (height, 3 * width), np.uint8)
             for k in range(len(outs)):
                 if torchvision:
-                    kernel_torchvision.make_view(image, recipes[k], i, taps, work, outs[k][i])
+                    cpu_torchvision.make_view(image, recipes[k], i, taps, work, outs[k][i])
                 else:
-                    kernel_byol.make_view(image, recipes[k], i, taps, work, outs[k][i])
+                    cpu_byol.make_view(image, recipes[k], i, taps, work, outs[k][i])
 
     run.__qualname__ = f"make_{views}_views_{profile}_{digest[:16]}"
     options = {"nogil": True, "fastmath": True, "error_model": "numpy"}

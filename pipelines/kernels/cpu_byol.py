@@ -84,7 +84,7 @@ def _resize(image: Any, window: Any, flip: bool, operations: Any, values: Floats
     columns, column_weights = np.empty(size, np.int64), np.empty((size, 4), np.float32)
     _cubic_taps(height, size, False, 1 / 255, rows, row_weights)
     _cubic_taps(width, size, flip, 1.0, columns, column_weights)
-    line = np.zeros(3 * (width + 2 * _MARGIN) + 1, np.float32)
+    line = np.zeros(3 * (width + 2 * _MARGIN), np.float32)
     inside = line[3 * _MARGIN : 3 * (_MARGIN + width)]
     start, stop = 3 * left, 3 * (left + width)
     sums = np.zeros(3)

@@ -13,7 +13,6 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from byolt.pipelines.kernels.cpu_llvm import four_pixels
 from byolt.pipelines.kernels.recipe import NEGLIGIBLE, Floats, Recipe
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
 
@@ -77,11 +76,19 @@ def blend_rows(a: Any, b: Any, c: Any, d: Any, weights: Floats, out: Floats) -> 
 def blend_columns(
     line: Floats, columns: Any, weights: Floats, taps: int, r: Floats, g: Floats, b: Floats
 ) -> None:
-    """A row of interleaved pixels, margins included, becomes one of the view's width, planar and clipped."""
-    last = len(r) - 4
-    for x in range(0, last, 4):
-        four_pixels(line, columns, weights, taps, x, r, g, b)
-    four_pixels(line, columns, weights, taps, last, r, g, b)
+    """A row of interleaved pixels, margins included, becomes one of the view's width, planar and clipped.
+
+    Unsigned positions: numba would test the sign of others.
+    """
+    for x in range(len(r)):
+        at = np.uint64(3 * columns[x])
+        red, green, blue = ZERO, ZERO, ZERO
+        for k in range(taps):
+            weight, pixel = weights[x, k], at + np.uint64(3 * k)
+            red += weight * line[pixel]
+            green += weight * line[pixel + np.uint64(1)]
+            blue += weight * line[pixel + np.uint64(2)]
+        r[x], g[x], b[x] = clip(red), clip(green), clip(blue)
 
 
 @compiled

@@ -100,7 +100,7 @@ def _resize(image: Any, window: Any, flip: bool, operations: Any, values: Floats
     columns, column_weights = np.empty(size, np.int64), np.empty((size, column_taps), np.float32)
     _antialias_taps(height, size, False, 1 / 255, rows, row_weights)
     _antialias_taps(width, size, flip, 1.0, columns, column_weights)
-    line = np.zeros(3 * (width + column_taps) + 1, np.float32)  # taps of weight 0 reach beyond the window
+    line = np.zeros(3 * (width + column_taps), np.float32)  # taps of weight 0 reach beyond the window
     inside = line[: 3 * width]
     start, stop = 3 * left, 3 * (left + width)
     sums = np.zeros(3)
