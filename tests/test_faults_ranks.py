@@ -17,7 +17,7 @@ import torch
 from whole_runs import ROOT, Process, Run, digest_of, write_images
 
 from byolt.model.byol import Online
-from byolt.model.quality import linear
+from byolt.model.quality import probe
 from byolt.model.run import checkpoint
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.loader import Loader
@@ -183,7 +183,7 @@ def _no_probe_on_rank_1() -> None:
         raise RuntimeError("broken on rank 1")
 
     if os.environ["RANK"] == "1":
-        linear.make_probe = make  # type: ignore[assignment]
+        probe.make_probe = make  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(

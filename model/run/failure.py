@@ -1,83 +1,70 @@
-"""Which rank failed first, and which fell silent: what every other rank says when a run breaks.
+"""Which rank failed first: every rank prints it when a run breaks.
 
-A rank that ends takes the others' next collective with it, and their errors speak of sockets. So each failing rank
-leaves its reason in the store that all share; those that lost a peer read there whose reason came first. A rank that
-says nothing was killed, stopped, or cannot be reached.
+A rank that ends breaks the others' next collective, and their errors speak of sockets. So a failing rank leaves its
+reason in the store that all ranks share, and a rank that lost a peer reads there which reason came first. A rank that
+leaves no word was killed, stopped, or cannot be reached.
 """
 
-import contextlib
 import threading
 import time
+from contextlib import suppress
+from datetime import timedelta
 
 from byolt.model import distributed
 from byolt.model.distributed import World
 
-GRACE = 5.0  # seconds that a failing rank waits for the others' reasons
-PATIENCE = 2.0  # seconds that rank 0, failing, lets the others speak
+GRACE = timedelta(seconds=5)  # a rank that lost a peer waits for a reason
+PATIENCE = timedelta(seconds=2)  # rank 0, which keeps the store, waits for the others before it ends
 
 
 def explain(error: Exception, step: int | None, world: World) -> str:
-    """Tells the other ranks why this one fails; returns the first failure of the run, for people.
+    """Tells the other ranks why this one fails; returns the run's first failure for the user.
 
     Args:
-        error: what ended this rank.
-        step: steps that it has done; None before the loop.
-        world: the processes. A rank that lost another waits `GRACE` seconds at most for what the others have to say.
+        error: the error that ended this rank.
+        step: steps done; None before the loop.
+        world: the processes.
+
+    Returns:
+        "rank R, step S: reason", after 11 seconds at most.
     """
     here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
     mine = f"{here}: {error or type(error).__name__}"
     if world.size == 1:
         return mine if step is not None else str(error)
-    lost = distributed.is_lost_peer(error)
-    if not lost:
+    if is_first := not distributed.is_lost_peer(error):
         distributed.record(error)
-    said: list[str] = []
-    # In a thread, because a store whose process was stopped answers neither yes nor no.
-    talk = threading.Thread(
-        target=lambda: said.append(_ask(here, world) if lost else _tell(mine, world)), daemon=True
-    )
-    talk.start()
-    talk.join(2 * GRACE)
-    if not lost:
-        return mine
-    time.sleep(1)  # torchrun takes the earliest whole second for the first error
-    return said[0] if said else f"{here}: rank 0, where all ranks meet, does not answer"
+    said = [mine if is_first else f"{here}: rank 0, which keeps the store, does not answer"]
+    # In a thread, because a store whose process was stopped never answers.
+    talk = _tell if is_first else _ask
+    thread = threading.Thread(target=lambda: said.append(talk(here, mine, world)), daemon=True)
+    thread.start()
+    thread.join(2 * GRACE.total_seconds())
+    if not is_first:
+        time.sleep(1)  # torchrun compares whole seconds to find the first error
+    return said[-1]
 
 
-def _tell(mine: str, world: World) -> str:
-    with contextlib.suppress(RuntimeError):  # the process that keeps the store has ended
-        if world.store.add("failures", 1) == 1:
-            world.store.set("first failure", mine)
-        world.store.set(f"failed {world.rank}", "")
-        # Rank 0 keeps the store: where all fail alike it lets the others speak before it ends.
-        end, silent = time.monotonic() + PATIENCE, list(range(1, world.size))
-        while world.is_main and silent and time.monotonic() < end:
-            time.sleep(0.05)
-            silent = [
-                r for r in silent if not _has(world, f"failed {r}") and not _has(world, f"lost a rank {r}")
-            ]
+def _tell(here: str, mine: str, world: World) -> str:
+    with suppress(RuntimeError):  # the store's process has ended, or others keep silent
+        world.store.compare_set("first failure", "", mine)
+        world.store.set(f"spoke {world.rank}", "")
+        if world.is_main:
+            world.store.wait([f"spoke {rank}" for rank in range(world.size)], PATIENCE)
     return mine
 
 
-def _has(world: World, key: str) -> bool:
-    return bool(world.store.check([key]))
-
-
-def _ask(here: str, world: World) -> str:
-    """The first failure, or what is known of the others."""
+def _ask(here: str, mine: str, world: World) -> str:
+    """Returns the first failure, or the ranks that left no word."""
     try:
-        world.store.set(f"lost a rank {world.rank}", "")
-        end = time.monotonic() + GRACE
-        silent = [rank for rank in range(world.size) if rank != world.rank]
-        while silent and time.monotonic() < end:
-            if _has(world, "first failure"):
-                return world.store.get("first failure").decode()
-            time.sleep(0.05)
-            silent = [rank for rank in silent if not _has(world, f"lost a rank {rank}")]
+        world.store.set(f"spoke {world.rank}", "")
+        with suppress(RuntimeError):
+            world.store.wait(["first failure"], GRACE)
+            return world.store.get("first failure").decode()
+        silent = [str(rank) for rank in range(world.size) if not world.store.check([f"spoke {rank}"])]
     except RuntimeError:
-        return f"{here}: lost rank 0; see what it said"
-    names = ", ".join(map(str, silent)) or "another"
+        return f"{here}: lost rank 0; see its output"
     return (
-        f"{here}: rank {names} did not come to this step: killed, stopped, or waiting longer than "
-        "train.timeout_minutes"
+        f"{here}: rank {', '.join(silent) or 'another'} did not come to this step: killed, stopped, or waiting longer "
+        "than train.timeout_minutes"
     )
