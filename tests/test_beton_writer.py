@@ -177,7 +177,7 @@ def test_page_sizes() -> None:
 
 def test_writer_refuses_a_png(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    with open(tmp_path / "a.beton", "wb") as file, pytest.raises(ValueError, match="holds no png"):
+    with open(tmp_path / "a.beton", "wb") as file, pytest.raises(ValueError, match="cannot hold a png"):
         BetonWriter(file, 1).add("0", (tmp_path / "a.png").read_bytes(), 0, {})
 
 
@@ -258,9 +258,11 @@ def test_raw_pixels_stay_raw_and_become_jpeg_in_a_tar(source: Path, tmp_path: Pa
 
 
 def small_beton(path: Path, rows: list[tuple[str, int]], **info: object) -> Path:
-    with open(path, "wb") as file, BetonWriter(file, len(rows)) as out:
+    with open(path, "wb") as file:
+        out = BetonWriter(file, len(rows))
         for number, (key, label) in enumerate(rows):
             out.add(key, ppm_header(2, 3) + bytes([number]) * 18, label, dict(info))
+        out.finish()
     return path
 
 

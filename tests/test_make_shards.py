@@ -341,7 +341,7 @@ def test_other_settings_or_source_are_refused(
         with pytest.raises(ZeroDivisionError):
             run(source, tmp_path / "dst")
     assert run(source, tmp_path / "dst", "--seed", 1) == 2
-    assert "half done with other settings: seed was 0, now 1" in capsys.readouterr().err
+    assert "unfinished and has other settings: seed was 0, now 1" in capsys.readouterr().err
     assert run(source, tmp_path / "dst") == 0
     before = hashes(tmp_path / "dst")
     capsys.readouterr()
@@ -570,7 +570,7 @@ def test_source_that_changed_at_the_same_size_is_not_continued_with(
     path.write_bytes(path.read_bytes())
     os.utime(path, (1, 1))
     assert run(source, tmp_path / "dst") == 2
-    assert "half done with other settings: source_modified was" in capsys.readouterr().err
+    assert "unfinished and has other settings: source_modified was" in capsys.readouterr().err
     assert run(source, tmp_path / "new") == 0
     assert "source_modified" not in Manifest.load(tmp_path / "new").settings
 

@@ -1,13 +1,11 @@
-"""Writes a .beton without ffcv: fields image, label and key; JPEGs as they are, raw pixels where a PPM comes in.
+"""Writes a .beton without ffcv: fields image, label and key; a JPEG as it is, a PPM as raw pixels.
 
     header | fields | metadata, room for all | zeros | pages ... | allocation table
 
-All that belongs to a sample lies within one page. How many samples there will be, and with them the header, is known
-only at the end: the header is written last.
+The data of a sample are within one page. The header states the number of samples, so it is written last.
 """
 
 import json
-from types import TracebackType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,7 +33,7 @@ _METADATA = HEADER.itemsize + _FIELDS.nbytes  # offset
 
 
 class PageTooSmallError(Exception):
-    """A sample has no room in a page; begin again with `page_size`."""
+    """A sample is larger than a page: write the file again with `page_size`."""
 
     def __init__(self, page_size: int) -> None:
         super().__init__(f"a sample needs a page of {page_size:,} bytes")
@@ -43,7 +41,7 @@ class PageTooSmallError(Exception):
 
 
 def page_size_for(size: int) -> int:
-    """The page, a power of two, for samples of up to `size` bytes.
+    """The size of a page for samples of up to `size` bytes: a power of two.
 
     Raises:
         ValueError: No page is that large.
@@ -55,13 +53,13 @@ def page_size_for(size: int) -> int:
 
 
 class BetonWriter:
-    """Adds samples to an open, empty file; the context's regular end completes it."""
+    """Adds samples to an open, empty file; `finish` completes it."""
 
     def __init__(self, file: BinaryIO, capacity: int, page_size: int = PAGE_SIZE) -> None:
         """
         Args:
             file: Writable and seekable, at its start.
-            capacity: The most samples that will come.
+            capacity: The largest number of samples.
             page_size: Bytes, a power of two from 2 MiB to 2 GiB.
         """
         self._file, self._page_size = file, page_size
@@ -70,13 +68,6 @@ class BetonWriter:
         self._at = self._next_page(_METADATA + self._metadata.nbytes)
         self.count = 0
 
-    def __enter__(self) -> "BetonWriter":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
-        if kind is None:
-            self._finish()
-
     def _next_page(self, offset: int) -> int:
         return -(-offset // self._page_size) * self._page_size
 
@@ -84,22 +75,20 @@ class BetonWriter:
         """Writes one sample.
 
         Args:
-            key: What it is called; the field `key` is the JSON {"key": key, **info}.
-            data: A JPEG, or a PPM as `encoded.inspect` takes it, whose pixels are stored raw.
+            key: The field `key` is the JSON {"key": key, **info}.
+            data: A JPEG, or a PPM in the form of `encoded.inspect`, whose pixels are stored raw.
             label: -1 for none.
-            info: Whatever JSON can hold.
+            info: Serializable to JSON.
 
         Raises:
             PageTooSmallError: The sample is larger than a page.
-            ValueError: It is neither JPEG nor PPM, wider or higher than LARGEST_SIDE, or larger than any page.
+            ValueError: It is neither a JPEG nor a PPM, has a side above LARGEST_SIDE, or is larger than any page.
         """
         image = inspect(data)
         if image.format not in ("jpeg", "ppm"):
-            raise ValueError(f"a .beton holds no {image.format}")
+            raise ValueError(f"a .beton cannot hold a {image.format}")
         if max(image.height, image.width) > LARGEST_SIDE:
-            raise ValueError(
-                f"{image.height} x {image.width}: a .beton's side has at most {LARGEST_SIDE} pixels"
-            )
+            raise ValueError(f"{image.height} x {image.width}: a side has at most {LARGEST_SIDE} pixels")
         mode = RAW if image.format == "ppm" else JPEG
         body = ppm_pixels(data, image) if mode == RAW else data
         note = json.dumps({"key": key, **info}).encode() + b"\0"
@@ -108,21 +97,17 @@ class BetonWriter:
             raise PageTooSmallError(page_size_for(size))
         if self._at + size > self._next_page(self._at + 1):
             self._at = self._next_page(self._at)
-        self._file.seek(self._at)  # what was jumped over reads as zeros
+        self._file.seek(self._at)  # bytes that are skipped read as zeros
         self._file.write(body)
         self._file.write(note)
-        pointers = self._at, self._at + len(body)
-        self._metadata[self.count] = (
-            (mode, image.width, image.height, pointers[0]),
-            label,
-            (pointers[1], len(note)),
-        )
-        rows = slice(2 * self.count, 2 * self.count + 2)
-        self._table[rows] = [(self.count, pointers[0], len(body)), (self.count, pointers[1], len(note))]
+        i, at, after = self.count, self._at, self._at + len(body)
+        self._metadata[i] = (mode, image.width, image.height, at), label, (after, len(note))
+        self._table[2 * i : 2 * i + 2] = [(i, at, len(body)), (i, after, len(note))]
         self._at += size
         self.count += 1
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """Writes the allocation table, the metadata and the header."""
         table = self._next_page(self._at)
         self._file.seek(table)
         self._file.write(self._table[: 2 * self.count].tobytes())

@@ -1,4 +1,4 @@
-"""The folder that a conversion writes to: who is at work there, with which settings, and whether it is finished."""
+"""The folder that a conversion writes to: its settings, and whether it is finished."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,12 @@ QUARANTINE = "quarantine.jsonl"
 
 
 def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], strict: bool) -> bool:
-    """Whether all is there already; raises where what is there is another's, damaged or not strict enough."""
+    """Whether the data sets of all parts are there.
+
+    Raises:
+        ValueError: They were made with other settings, or are damaged.
+        UnusableInputError: With `strict`, an image is in their quarantine list.
+    """
     finished = [name for name in split if (dst / name / MANIFEST).exists()]
     for name in finished:
         difference = differences(Manifest.load(dst / name).settings, settings)
@@ -32,7 +37,11 @@ def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], st
 
 
 def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, Any]) -> None:
-    """Continues a half-done output of the same settings, refuses another's, removes leftover temporaries."""
+    """Prepares the folder for shards: records the settings, or compares them with those of a killed conversion.
+
+    Raises:
+        ValueError: The settings differ, or there are shards already.
+    """
     for name in split:
         (dst / name).mkdir(exist_ok=True)
     path = work / "settings.json"
@@ -40,7 +49,7 @@ def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, An
         difference = differences(json.loads(path.read_bytes()), settings)
         if difference:
             raise ValueError(
-                f"DST {dst} is half done with other settings: {difference}: use those, or remove it"
+                f"DST {dst} is unfinished and has other settings: {difference}: use those, or remove it"
             )
     else:
         shards = [
@@ -48,7 +57,7 @@ def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, An
         ]
         if shards:
             raise ValueError(
-                f"DST {dst} already holds {shards[0].name}, without a manifest: name another folder"
+                f"DST {dst} already holds {shards[0].name} without a manifest: name another folder"
             )
         with writing(path) as file:
             file.write(json.dumps(settings).encode())

@@ -1,7 +1,7 @@
-"""Writes a .beton with ffcv itself, for whoever wants its encoder, its raw mode or its exact behaviour. Optional.
+"""Writes a .beton with the library ffcv (optional): its encoder, its raw mode, its exact behavior.
 
-ffcv is imported only when it is asked for. Its DatasetWriter starts processes that wait forever when one of them fails
-on an image or a full disk; here its parts run one after the other in this process, so that errors come out.
+ffcv is imported only on request. Its DatasetWriter starts processes that wait forever when one of them fails on an
+image or a full disk; here its parts run in turn in this process, so that errors are raised.
 """
 
 import queue
@@ -15,19 +15,19 @@ import numpy.typing as npt
 
 
 def require() -> None:
-    """Raises ValueError, with how to get it, where ffcv cannot be imported."""
+    """Raises ValueError, with how to install it, if ffcv cannot be imported."""
     try:
         import ffcv.writer  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            f"--engine ffcv needs the library ffcv ({error}): install it by tools/install_ffcv.sh FOLDER and put "
-            "FOLDER on PYTHONPATH, or by pip install 'byolt[ffcv]' where OpenCV's and libjpeg-turbo's headers are; "
-            "without --engine .beton files are written without it"
+            f"--engine ffcv needs the library ffcv ({error}): run tools/install_ffcv.sh FOLDER and put FOLDER on "
+            "PYTHONPATH, or with OpenCV's and libjpeg-turbo's headers installed run pip install -e '.[ffcv]'; "
+            "or leave out --engine, which needs no library"
         ) from None
 
 
 class _Images:
-    """What ffcv's writer takes as a data set: (pixels, label, note) by number."""
+    """A data set for ffcv's writer: (pixels, label, note) by number."""
 
     def __init__(
         self, pixels: Callable[[int], npt.NDArray[np.uint8]], rows: list[tuple[int, dict[str, Any]]]
@@ -52,14 +52,14 @@ def write(
     """Writes fields image, label and key.
 
     Args:
-        path: The file; what it holds is overwritten.
+        path: The file; it is overwritten.
         pixels: Image `i`, (height, width, 3) uint8 RGB.
-        rows: Label of each image, and what its JSON holds.
-        page_size: Bytes, a power of two from 2 MiB on; the largest image must fit.
-        raw_fraction: Probability of an image to be stored raw; the others become JPEGs (ffcv's mode "proportion").
+        rows: Label and note of each image.
+        page_size: Bytes, a power of two from 2 MiB; the largest image must fit.
+        raw_fraction: Probability that an image is stored raw; the others become JPEGs (ffcv's mode "proportion").
         max_size: ffcv's max_resolution; 0 for none.
         quality: ffcv's jpeg_quality.
-        seed: Of which images become raw.
+        seed: Decides which images are stored raw.
     """
     from ffcv.fields import IntField, JSONField, RGBImageField
     from ffcv.memory_allocator import MemoryAllocator

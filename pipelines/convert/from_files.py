@@ -138,14 +138,14 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
         raise ValueError(f"SRC {where}: {error} with --inside") from None
     if not names:
         raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
-    refused += [RefusedFile(name, "lies beside the class folders") for name in stray]
+    refused += [RefusedFile(name, "is beside the class folders") for name in stray]
     images = []
     for name, label in zip(names, labels, strict=True):
         image = InputImage(name, label, *places[name])
         if image.length <= limit:
             images.append(image)
         else:
-            refused.append(RefusedFile(name, f"{image.length:,} bytes: more than an image has"))
+            refused.append(RefusedFile(name, f"{image.length:,} bytes: more than the limit of {limit:,}"))
     return Inputs(path, images, classes, sorted(refused))
 
 

@@ -1,16 +1,16 @@
-"""The rules by which an input image becomes a sample, and the proof that one decodes.
+"""The rules that turn an input image into a sample, and the proof that an image decodes.
 
-    JPEG, grey or colour, small enough     passes byte for byte (EXIF stays; pixels are used as stored)
+    JPEG, gray or color, small enough      passes byte for byte (EXIF stays; pixels are used as stored)
     JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
     JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
     PNG, WebP, BMP, TIFF, GIF, PPM         first frame, alpha dropped as convert("RGB") does, JPEG --quality
     16 bits a channel                      the high byte, then as above
     anything else, damaged, too large      refused with the reason
 
-Into a .beton a colour PPM (P6) goes as raw pixels, whatever --raw-fraction is: those of another .beton come in as one,
-and stay raw. Of all other images --raw-fraction become raw.
+A .beton stores a color PPM (P6) as raw pixels, whatever --raw-fraction is: raw images of another .beton arrive as PPMs
+and stay raw. Of all other images the share --raw-fraction becomes raw.
 
-What an image is, its bytes say, never its name.
+The bytes of a file decide its format, never its name.
 """
 
 import io
@@ -26,8 +26,8 @@ from byolt.pipelines.formats.beton import LARGEST_SIDE
 from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MAX_SIDE = 65500  # pixels of what is re-encoded, as JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
-_GREY = frozenset(("1", "L", "LA"))
+MAX_SIDE = 65500  # pixels of a re-encoded image, JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
+_GRAY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
 
@@ -39,12 +39,12 @@ def to_jpeg(
     Args:
         data: The file's bytes.
         max_size: Longest side in pixels; 0 for no limit.
-        quality: Of what is re-encoded (JPEG, 1 to 100, chroma halved in both directions).
-        max_pixels: Refused from the header, before decoding, above this.
-        decode: Whether to prove what passes byte for byte; without, only its header and end are checked.
+        quality: JPEG quality of a re-encoded image, 1 to 100; chroma is halved in both directions.
+        max_pixels: Larger images are refused by their header, before decoding.
+        decode: Whether to prove an image that passes byte for byte; if not, only its header and end are checked.
 
     Raises:
-        ValueError: With the reason why it cannot be used.
+        ValueError: The image cannot be used; says why.
     """
 
     def encode(image: Image.Image) -> bytes:
@@ -59,7 +59,7 @@ def to_jpeg(
 
 
 def to_raw(data: bytes, *, max_size: int = 0, max_pixels: int = MAX_PIXELS, decode: bool = True) -> bytes:
-    """The same as RGB pixels behind a PPM header, in the one form that `encoded.inspect` takes, for a .beton."""
+    """As `to_jpeg`, but RGB pixels behind a PPM header, in the form of `encoded.inspect`, for a .beton."""
 
     def encode(image: Image.Image) -> bytes:
         return ppm_header(image.height, image.width) + image.convert("RGB").tobytes()
@@ -71,7 +71,7 @@ def to_raw(data: bytes, *, max_size: int = 0, max_pixels: int = MAX_PIXELS, deco
 
 
 def _checked(data: bytes, max_pixels: int, decode: bool) -> ImageHeader | None:
-    """The header of a JPEG or of raw pixels that are whole; None of what has to be re-encoded."""
+    """The header of a whole JPEG or PPM; None if the image has to be re-encoded."""
     if not data:
         raise ValueError("empty")
     if data[:2] == b"\xff\xd8":
@@ -82,7 +82,7 @@ def _checked(data: bytes, max_pixels: int, decode: bool) -> ImageHeader | None:
     try:
         header = inspect(data, max_pixels)
     except ValueError:
-        return None  # PIL reads more kinds, and says what is wrong
+        return None  # PIL reads more formats, and says what is wrong
     return header if header.format == "ppm" else None
 
 
@@ -92,10 +92,10 @@ def _fits(header: ImageHeader, max_size: int) -> bool:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """PIL's image, not yet decoded. What goes wrong while it is open becomes a ValueError with the reason.
+    """PIL's image, not yet decoded. Errors while it is open become a ValueError with the reason.
 
-    PIL's own limit of pixels cannot be raised by an argument; it is lifted while the image is open, and not when
-    this file is imported: other code of the process may rely on it.
+    No argument raises PIL's own limit of pixels. It is lifted only while the image is open: other code of the process
+    may rely on it.
     """
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -104,7 +104,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 yield image
     except MemoryError:
-        raise  # no fault of the image's: the run must not go on without it
+        raise  # not the image's fault: the run must not continue without it
     except Image.UnidentifiedImageError:
         raise ValueError(f"not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # PIL's readers raise far more than OSError on damaged bytes
@@ -114,7 +114,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
 
 
 def _reencode(data: bytes, max_size: int, max_pixels: int, encode: Callable[[Image.Image], bytes]) -> bytes:
-    """Hands the first frame, 8 bits grey or RGB and no larger than `max_size`, to `encode`."""
+    """Encodes the first frame, as 8-bit gray or RGB, shrunk to `max_size`."""
     with _opened(data) as image:
         if image.width * image.height > max_pixels:
             raise ValueError(f"{image.height} x {image.width} is above the limit of {max_pixels:,} pixels")
@@ -132,20 +132,20 @@ def _reencode(data: bytes, max_size: int, max_pixels: int, encode: Callable[[Ima
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey stays grey, everything else becomes RGB. PIL takes the high byte of 16-bit colour, but clips grey at 255."""
+    """Gray stays gray, all else becomes RGB. PIL takes the high byte of 16-bit color, but clips 16-bit gray at 255."""
     if image.mode in _SIXTEEN_BITS:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode in ("I", "F"):
-        raise ValueError(f"samples of 32 bits have no stated range (mode {image.mode})")
-    return image.convert("L" if image.mode in _GREY else "RGB")
+        raise ValueError(f"32-bit pixels have no defined range (mode {image.mode})")
+    return image.convert("L" if image.mode in _GRAY else "RGB")
 
 
 def prove(data: bytes, header: ImageHeader) -> None:
-    """Decodes an image to show that it can be, and that nothing in it is damaged.
+    """Decodes an image to prove that it can be decoded and is not damaged.
 
-    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors: all bits are read, most of the inverse
-    transform is saved. PIL, and with it torchvision, takes an image for good whose rest is zeros, or was cut
-    and got an end marker. PNG: PIL. Raw pixels (PPM) are whole where `inspect` passed them.
+    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors, which reads all bits and saves most of the inverse
+    transform. PIL, and with it torchvision, accepts an image whose rest is zeros, or that was cut and got an end
+    marker. PNG: PIL. A PPM that `inspect` accepted is whole.
 
     Raises:
         ValueError: With the decoder's reason.
@@ -154,18 +154,10 @@ def prove(data: bytes, header: ImageHeader) -> None:
         _prove_with_pil(data)
     if header.format != "jpeg":
         return
-    colours = "CMYK" if header.channels == 4 else "GRAY"
+    colors = "CMYK" if header.channels == 4 else "GRAY"
+    speed = {"fastdct": True, "fastupsample": True, "min_height": 1, "min_width": 1, "min_factor": 8}
     try:
-        simplejpeg.decode_jpeg(
-            data,
-            colours,
-            fastdct=True,
-            fastupsample=True,
-            min_height=1,
-            min_width=1,
-            min_factor=8,
-            strict=True,
-        )
+        simplejpeg.decode_jpeg(data, colors, strict=True, **speed)
     except ValueError as error:
         if "subsampling" not in str(error):
             raise ValueError(str(error)) from None

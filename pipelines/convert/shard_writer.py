@@ -151,9 +151,10 @@ def _write(task: ShardTask, file: BinaryIO, samples: _Samples, page_size: int) -
     if task.options.engine == "ffcv":
         return _write_with_ffcv(task, Path(file.name), samples)
     if task.options.format == "beton":
-        with BetonWriter(file, len(task.images), page_size) as beton:
-            for sample in samples:
-                beton.add(sample.key, sample.data, sample.origin.label, sample.info)
+        beton = BetonWriter(file, len(task.images), page_size)
+        for sample in samples:
+            beton.add(sample.key, sample.data, sample.origin.label, sample.info)
+        beton.finish()
         return beton.count
     number = 0
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as out:

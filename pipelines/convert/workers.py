@@ -1,4 +1,4 @@
-"""Work in processes that Ctrl-C does not reach and that do not outlive the one that started them."""
+"""Worker processes that Ctrl-C does not reach and that end with the process that started them."""
 
 import multiprocessing
 import os
@@ -21,14 +21,14 @@ def spread(
     setup: Callable[..., None] | None = None,
     arguments: tuple[Any, ...] = (),
 ) -> Iterator[list[futures.Future[Result]]]:
-    """Calls `function` for each task in spawned processes, or in one thread where one worker is enough.
+    """Calls `function` for each task in spawned processes, or in one thread if one worker is enough.
 
     Leaving the block waits for the tasks that have begun, and drops the others.
 
     Args:
-        function: Of a module, as processes have to find it.
-        tasks: Whatever can be pickled.
-        workers: At most this many.
+        function: A module's function, so that processes can import it.
+        tasks: Can be pickled.
+        workers: The largest number of processes.
         setup: Called once in each worker, with `arguments`, before its first task.
         arguments: Of `setup`.
     """
@@ -48,7 +48,7 @@ def spread(
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Processes started inside inherit this, imports included: Ctrl-C is for their parent alone, and waits for it."""
+    """Processes started inside inherit the mask, also while they import: Ctrl-C reaches their parent alone."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

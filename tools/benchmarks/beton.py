@@ -1,23 +1,21 @@
-"""How .beton files are written and read here, against ffcv itself, in one run.
+"""Compares writing and reading .beton files with ffcv, in one run.
 
     PYTHONPATH=FFCV python tools/benchmarks/beton.py FOLDER [--images 2000] [--repeats 5] [--threads 1] [--json]
 
-FFCV is where tools/install_ffcv.sh installed it. Writing: FOLDER's JPEGs into a .beton by one process each, ours with
-and without the proof that each image decodes; ffcv encodes them anew, from what PIL decodes. Reading: one randomly
-resized crop of 224 x 224 of every sample, all of them raw; ours float32, bicubic and normalised, ffcv's uint8 as it
-comes. All are repeated in turn; a ratio is the median of those of neighbours.
+FFCV is the folder of tools/install_ffcv.sh. Writing: FOLDER's JPEGs become a .beton, by one process each; ours with and
+without the proof that each image decodes, while ffcv encodes PIL's pixels anew. Reading: one randomly resized crop of
+224 x 224 of every sample, all stored raw; ours float32, bicubic and normalized, ffcv's uint8. All take turns; a ratio
+is the median of the ratios of neighbors.
 """
 
 import argparse
 import json
 import multiprocessing
-import resource
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -34,13 +32,14 @@ from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.views import draw
+from byolt.tools.benchmarks.shards import Rounds, find_jpegs, link_files
 
 SIZE, BATCH = 224, 64
 CROP = ViewConfig(flip=0.0, jitter=0.0, gray=0.0, blur=0.0, solarize=0.0)
 
 
 class Photos:
-    """What ffcv's writer takes: decoded pixels and a label, as torchvision's ImageFolder gives them."""
+    """A data set for ffcv's writer: decoded pixels and a label, as torchvision's ImageFolder gives them."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
@@ -69,7 +68,7 @@ def writing_with_ffcv(source: Path, target: Path) -> None:
     with redirect_stderr(StringIO()):
         writer.from_indexed_dataset(Photos(sorted(source.iterdir())))
     for child in multiprocessing.active_children():
-        child.join()  # its CPU time counts from now on
+        child.join()  # only then does its CPU time count
 
 
 def epochs(path: Path, threads: int) -> Iterator[int]:
@@ -111,42 +110,11 @@ def epochs_of_ffcv(path: Path, threads: int) -> Iterator[int]:
         yield sum(len(images) for (images,) in loader)
 
 
-class Rounds:
-    """Images/s and CPU ms an image of what is measured again and again."""
-
-    def __init__(self) -> None:
-        self.images_per_s: list[float] = []
-        self.cpu_ms: list[float] = []
-
-    @contextmanager
-    def measure(self, images: int) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), _cpu()
-        yield
-        self.images_per_s.append(images / (time.perf_counter() - wall))
-        self.cpu_ms.append(1000 * (_cpu() - cpu) / images)
-
-    def line(self) -> str:
-        return f"{statistics.median(self.images_per_s):>8,.0f} images/s {statistics.median(self.cpu_ms):>7.2f} CPU ms"
-
-    def ratio(self, other: "Rounds") -> dict[str, float]:
-        """How many times faster this is than the other: by the clock, and by CPU time."""
-        pairs = zip(self.images_per_s, other.images_per_s, strict=True)
-        cpus = zip(self.cpu_ms, other.cpu_ms, strict=True)
-        wall, cpu = statistics.median(a / b for a, b in pairs), statistics.median(b / a for a, b in cpus)
-        return {"wall": round(wall, 2), "cpu": round(cpu, 2)}
-
-
-def _cpu() -> float:
-    """Seconds of this process and of its children that have ended."""
-    used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(part.ru_utime + part.ru_stime for part in used)
-
-
 def bench_writing(source: Path, images: int, repeats: int, scratch: Path) -> dict[str, Rounds]:
     """Rounds of our writer, with and without proof, and of ffcv's, in turn."""
     ways: dict[str, Callable[[Path, Path], None]] = {
         "ours": writing,
-        "ours, --no-decode": lambda source, target: writing(source, target, decode=False),
+        "ours, --no-decode": partial(writing, decode=False),
         "ffcv": writing_with_ffcv,
     }
     rounds = {name: Rounds() for name in ways}
@@ -158,7 +126,7 @@ def bench_writing(source: Path, images: int, repeats: int, scratch: Path) -> dic
 
 
 def bench_reading(path: Path, threads: int, repeats: int) -> dict[str, Rounds]:
-    """Rounds of an epoch each, in turn; the first, which compiles, is not counted."""
+    """Rounds of an epoch each, in turn; the first, which compiles, does not count."""
     ways = {"ours": epochs(path, threads), "ffcv": epochs_of_ffcv(path, threads)}
     rounds = {name: Rounds() for name in ways}
     images = {name: next(way) for name, way in ways.items()}
@@ -171,54 +139,39 @@ def bench_reading(path: Path, threads: int, repeats: int) -> dict[str, Rounds]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints both comparisons."""
-    parser = argparse.ArgumentParser(prog="bench_beton", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/beton", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="folder with JPEG files")
-    parser.add_argument(
-        "--images", type=int, default=2000, help="files are repeated (as links) up to this many"
-    )
+    parser.add_argument("--images", type=int, default=2000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of reading (default 1)")
+    parser.add_argument("--threads", type=int, default=1, help="for reading (default 1)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
+    files = find_jpegs(args.folder)
     try:
         ffcv_engine.require()
+        if not files or args.images < BATCH or min(args.repeats, args.threads) < 1:
+            raise ValueError(f"{args.folder}: no JPEG files, or a number is too small")
     except ValueError as error:
-        print(f"bench_beton: {error}", file=sys.stderr)
+        print(f"benchmarks/beton: {error}", file=sys.stderr)
         return 2
-    files = [
-        path.resolve()
-        for path in sorted(args.folder.rglob("*"))
-        if path.is_file() and path.read_bytes()[:2] == b"\xff\xd8"
-    ]
-    if not files or args.images < BATCH or min(args.repeats, args.threads) < 1:
-        print(f"bench_beton: {args.folder}: no JPEG files, or a number is too small", file=sys.stderr)
-        return 2
+    result: dict[str, Any] = {"images": args.images, "repeats": args.repeats, "threads": args.threads}
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        source = scratch / "source"
-        source.mkdir()
-        for i in range(args.images):
-            (source / f"{i:06d}.jpg").symlink_to(files[i % len(files)])
-        written = bench_writing(source, args.images, args.repeats, scratch)
-        few = scratch / "few"
-        few.mkdir()
-        for i, file in enumerate(files[:512]):
-            (few / f"{i:06d}.jpg").symlink_to(file)
-        writing(few, scratch / "raw", raw_fraction=1, shard_size=100_000)
+        link_files(files, scratch / "source", args.images)
+        written = bench_writing(scratch / "source", args.images, args.repeats, scratch)
+        link_files(files, scratch / "few", min(len(files), 512))
+        writing(scratch / "few", scratch / "raw", raw_fraction=1, shard_size=100_000)
         read = bench_reading(scratch / "raw/shard-000000.beton", args.threads, args.repeats)
-    result: dict[str, Any] = {"images": args.images, "repeats": args.repeats, "threads": args.threads}
-    for what, rounds in (("writing", written), ("reading raw", read)):
-        result[what] = {name: vars(found) for name, found in rounds.items()}
+    for work, rounds in (("writing", written), ("reading raw", read)):
         ratios = {name: rounds[name].ratio(rounds["ffcv"]) for name in rounds if name != "ffcv"}
-        result[what]["ratio to ffcv"] = ratios
-        if not args.json:
-            for name, found in rounds.items():
-                times = (
-                    "  {wall:.2f} x ffcv ({cpu:.2f} x by CPU time)".format(**ratios[name])
-                    if name in ratios
-                    else ""
-                )
-                print(f"{what:12} {name:18}{found.line()}{times}")
+        result[work] = {**{name: vars(found) for name, found in rounds.items()}, "ratio to ffcv": ratios}
+        for name, found in rounds.items() if not args.json else ():
+            times = (
+                "  {wall:.2f} x ffcv ({cpu:.2f} x by CPU time)".format(**ratios[name])
+                if name in ratios
+                else ""
+            )
+            print(f"{work:12} {name:18}{found.line()}{times}")
     if args.json:
         print(json.dumps(result))
     return 0

@@ -1,20 +1,23 @@
-"""How fast make_shards is, against plain decoding of the same files by as many processes.
+"""Compares make_shards with plain decoding of the same files by as many processes.
 
     python tools/benchmarks/shards.py FOLDER [--workers N] [--repeats 5] [--json]
 
-Both start their processes anew, read the same files and are repeated in turn. The ratio is
-the median of the ratios of neighbours, which a machine shared with others changes less than either rate.
+Both start their processes anew, read the same files and take turns. The ratio is the median of the ratios of neighbors,
+which other programs on the machine change less than either speed.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -25,83 +28,110 @@ from byolt.pipelines.formats.encoded import inspect
 MAKE_SHARDS = Path(__file__).resolve().parent.parent / "make_shards.py"
 
 
-def decode_files(paths: list[str]) -> int:
-    """Full RGB decoding with libjpeg-turbo, the pixels thrown away; returns the number of files."""
+class Rounds:
+    """Speed and CPU time of repeated work."""
+
+    def __init__(self) -> None:
+        self.images_per_s: list[float] = []
+        self.cpu_ms: list[float] = []  # an image
+
+    @contextmanager
+    def measure(self, images: int) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), _cpu()
+        yield
+        self.images_per_s.append(images / (time.perf_counter() - wall))
+        self.cpu_ms.append(1000 * (_cpu() - cpu) / images)
+
+    def line(self) -> str:
+        """The medians, as text."""
+        speed, cpu = statistics.median(self.images_per_s), statistics.median(self.cpu_ms)
+        return f"{speed:>8,.0f} images/s {cpu:>7.2f} CPU ms an image"
+
+    def ratio(self, other: "Rounds") -> dict[str, float]:
+        """How many times faster this is than the other: by the clock, and by CPU time."""
+        walls = zip(self.images_per_s, other.images_per_s, strict=True)
+        cpus = zip(self.cpu_ms, other.cpu_ms, strict=True)
+        wall, cpu = statistics.median(a / b for a, b in walls), statistics.median(b / a for a, b in cpus)
+        return {"wall": round(wall, 2), "cpu": round(cpu, 2)}
+
+
+def _cpu() -> float:
+    """Seconds of CPU time of this process and of its children that have ended."""
+    used = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(part.ru_utime + part.ru_stime for part in used)
+
+
+def find_jpegs(folder: Path) -> list[Path]:
+    """All JPEG files below a folder, sorted."""
+    return [path.resolve() for path in sorted(folder.rglob("*")) if path.is_file() and _is_jpeg(path)]
+
+
+def _is_jpeg(path: Path) -> bool:
+    try:
+        return inspect(path.read_bytes()).format == "jpeg"
+    except ValueError:
+        return False
+
+
+def link_files(files: list[Path], folder: Path, number: int) -> list[str]:
+    """Fills a new folder with links to the files, repeated up to `number`; returns the links."""
+    folder.mkdir()
+    links = [folder / f"{i:06d}.jpg" for i in range(number)]
+    for i, link in enumerate(links):
+        link.symlink_to(files[i % len(files)])
+    return [str(link) for link in links]
+
+
+def decode_files(paths: list[str]) -> None:
+    """Decodes to RGB with libjpeg-turbo."""
     for path in paths:
-        with open(path, "rb") as file:
-            simplejpeg.decode_jpeg(file.read())
-    return len(paths)
+        simplejpeg.decode_jpeg(Path(path).read_bytes())
 
 
-def plain_decoding(paths: list[str], workers: int) -> float:
-    """Seconds for all files, in chunks of 256, start of the processes included."""
-    start = time.perf_counter()
+def decode_all(paths: list[str], workers: int) -> None:
+    """Decodes the files in new processes, 256 a task."""
     chunks = [paths[i : i + 256] for i in range(0, len(paths), 256)]
     with futures.ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        assert sum(pool.map(decode_files, chunks)) == len(paths)
-    return time.perf_counter() - start
+        list(pool.map(decode_files, chunks))
 
 
-def making_shards(source: Path, scratch: Path, workers: int) -> float:
-    """Seconds for the whole command, start of Python included."""
-    start = time.perf_counter()
+def make_shards(source: Path, scratch: Path, workers: int) -> None:
+    """Runs the whole command."""
     with tempfile.TemporaryDirectory(dir=scratch) as target:
         command = [sys.executable, str(MAKE_SHARDS), str(source), f"{target}/out", "--workers", str(workers)]
-        subprocess.run([*command, "--shard-size", "32"], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
+        subprocess.run([*command, "--shard-size", "32"], check=True, capture_output=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Prints images/s of both and the ratio."""
-    parser = argparse.ArgumentParser(prog="bench_shards", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(prog="benchmarks/shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=Path, help="folder with JPEG files")
-    parser.add_argument(
-        "--images", type=int, default=4000, help="files are repeated (as links) up to this many"
-    )
+    parser.add_argument("--images", type=int, default=4000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(argv)
-    files = []
-    for path in sorted(args.folder.rglob("*")) if args.folder.is_dir() else []:
-        if path.is_file():
-            try:
-                if inspect(path.read_bytes()).format == "jpeg":
-                    files.append(path.resolve())
-            except ValueError:
-                continue
+    files = find_jpegs(args.folder)
     if not files or min(args.images, args.repeats, args.workers) < 1:
-        print(f"bench_shards: {args.folder}: no JPEG files, or a number below 1 was given", file=sys.stderr)
+        print(f"benchmarks/shards: {args.folder}: no JPEG files, or a number is below 1", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as scratch:
-        source = Path(scratch) / "source"
-        source.mkdir()
-        links = [source / f"{i:06d}.jpg" for i in range(args.images)]
-        for i, link in enumerate(links):
-            link.symlink_to(files[i % len(files)])
-        paths = [str(link) for link in links]
-        plain, shards = [], []
+    plain, ours = Rounds(), Rounds()
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        links = link_files(files, scratch / "source", args.images)
         for _ in range(args.repeats):
-            plain.append(args.images / plain_decoding(paths, args.workers))
-            shards.append(args.images / making_shards(source, Path(scratch), args.workers))
-    ratios = [round(ours / theirs, 3) for ours, theirs in zip(shards, plain, strict=True)]
-    result = {
-        "images": args.images,
-        "files": len(files),
-        "workers": args.workers,
-        "plain_images_per_s": round(statistics.median(plain), 1),
-        "make_shards_images_per_s": round(statistics.median(shards), 1),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratios": ratios,
-    }
+            with plain.measure(args.images):
+                decode_all(links, args.workers)
+            with ours.measure(args.images):
+                make_shards(scratch / "source", scratch, args.workers)
+    numbers = {"images": args.images, "files": len(files), "workers": args.workers}
+    ratio = ours.ratio(plain)
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({**numbers, "plain": vars(plain), "make_shards": vars(ours), "ratio": ratio}))
     else:
-        print(f"plain libjpeg-turbo  {result['plain_images_per_s']:>9,} images/s")
-        print(f"make_shards          {result['make_shards_images_per_s']:>9,} images/s")
-        print(
-            f"ratio                {result['ratio']:.1%}, {args.workers} processes, each {result['ratios']}"
-        )
+        print(f"plain libjpeg-turbo {plain.line()}")
+        print(f"make_shards         {ours.line()}")
+        print(f"ratio               {ratio['wall']:.1%} by the clock, {ratio['cpu']:.1%} by CPU time")
     return 0
 
 
