@@ -3,6 +3,7 @@
 import json
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,14 +11,16 @@ from test_train import TINY, images  # noqa: F401 (a fixture)
 
 from byolt.configs import schema
 from byolt.tools import ablate
+from byolt.tools.ablation import curves, recipes, results
+from byolt.tools.reporting.figures import MARKS
 
 RECIPE = Path(__file__).parent.parent / "configs/r18_cifar10.yaml"
 
 
-@pytest.mark.parametrize("name", [name for name in ablate.ABLATIONS if not name.startswith("batch_")])
+@pytest.mark.parametrize("name", [name for name in recipes.ABLATIONS if not name.startswith("batch_")])
 def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str) -> None:
     before = schema.load(RECIPE).model_dump()
-    after = schema.load(RECIPE, ablate.overrides_of(name, 512)).model_dump()
+    after = schema.load(RECIPE, recipes.overrides_of(name, 512)).model_dump()
     changed = {
         f"{section}.{key}"
         for section, values in before.items()
@@ -32,25 +35,29 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str) -> N
 
 
 def test_views_of_crop_only() -> None:
-    augment = schema.load(RECIPE, ablate.overrides_of("crop_only", 512)).augment
+    augment = schema.load(RECIPE, recipes.overrides_of("crop_only", 512)).augment
     for view in (augment.view1, augment.view2):
         assert (view.flip, view.jitter, view.gray, view.blur, view.solarize) == (0, 0, 0, 0, 0)
         assert view.crop_area == (0.2, 1.0)
 
 
 def test_small_batches_are_accumulated_to_the_recipe_s() -> None:
-    assert ablate.overrides_of("batch_64", 512) == ["train.accumulation=8"]
-    with pytest.raises(ValueError, match="batch_512: the recipe's batch of 512 is not several of 512"):
-        ablate.overrides_of("batch_512", 512)
-    with pytest.raises(ValueError, match="not several of 64"):
-        ablate.overrides_of("batch_64", 100)
+    assert recipes.overrides_of("batch_64", 512) == ["train.accumulation=8"]
+    with pytest.raises(ValueError, match="batch_512: the recipe's batch of 512 is not a multiple of 512"):
+        recipes.overrides_of("batch_512", 512)
+    with pytest.raises(ValueError, match="not a multiple of 64"):
+        recipes.overrides_of("batch_64", 100)
 
 
 def test_names_are_checked_and_what_fits_is_chosen() -> None:
     with pytest.raises(ValueError, match=r"--only baselin: did you mean baseline\?"):
-        ablate.overrides_of("baselin", 512)
-    assert [name for name in ablate.fitting(512) if "batch" in name] == ["batch_256", "batch_128", "batch_64"]
-    assert not any("batch" in name for name in ablate.fitting(64))
+        recipes.overrides_of("baselin", 512)
+    assert [name for name in recipes.fitting(512) if "batch" in name] == [
+        "batch_256",
+        "batch_128",
+        "batch_64",
+    ]
+    assert not any("batch" in name for name in recipes.fitting(64))
 
 
 def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -108,7 +115,7 @@ def test_the_table_holds_earlier_runs_of_the_same_recipe(
         return 0
 
     epochs = "train.epochs=50"
-    baseline = ablate.overrides_of("baseline", 512)
+    baseline = recipes.overrides_of("baseline", 512)
     finished(tmp_path / "baseline-11", 42.0, epochs, "run.seed=11", "run.out=elsewhere", *baseline)
     finished(tmp_path / "baseline-2", 41.0, epochs, "run.seed=2", *baseline)
     finished(tmp_path / "baseline-4", 1.0, "run.seed=4", *baseline)  # of other epochs
@@ -125,7 +132,7 @@ def test_the_table_holds_earlier_runs_of_the_same_recipe(
     assert report["results"]["no_blur"][0] == {
         "knn_top1": 30.0, "loss": None, "prediction_std": None, "projection_std": None
     }  # fmt: skip
-    assert "with other settings: baseline-4, tau_0-2\n" in capsys.readouterr().out
+    assert "because their settings differ: baseline-4, tau_0-2\n" in capsys.readouterr().out
 
 
 def test_help_says_how_to_continue(capsys: pytest.CaptureFixture) -> None:
@@ -165,7 +172,39 @@ def test_two_runs_and_their_table(
 def test_the_table_gives_mean_and_deviation_over_seeds() -> None:
     one = {"knn_top1": 40.0, "loss": 1.0, "prediction_std": 0.01, "projection_std": 0.1}
     other = one | {"knn_top1": 43.0, "loss": None}
-    _, markdown = ablate.table_of({"tau_0.9": [one, other], "baseline": [one]})
+    _, markdown = results.table_of({"tau_0.9": [one, other], "baseline": [one]})
     _, _, tau, baseline = markdown.splitlines()
     assert tau.startswith("| tau_0.9 | 41.5 ± 2.1 | not measured | 0.0100 ± 0.0000 |")  # 3 / sqrt(2)
     assert baseline.startswith("| baseline | 40.0 | 1.000 | 0.0100 | 0.1000 | 72.5 |")
+
+
+def test_comparison_draws_each_run_where_it_has_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+
+    def save(figure: Any, path: Path, plain: Any = curves.save_png) -> None:
+        figures.append(figure)
+        plain(figure, path)
+
+    monkeypatch.setattr(curves, "save_png", save)
+    first = [
+        {"step": 0, "knn_top1": 20.0},
+        {"step": 1, "loss": 3.5},
+        {"step": 2, "loss": 3.0, "knn_top1": 25.0},
+    ]
+    second = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 12)]
+    third = [{"step": 2, "loss": 2.5}]
+    runs = {"baseline": [first, second], "tau_0": [third]}
+    curves.save_curves(tmp_path / "a.png", runs, {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)"})
+    loss, knn = figures[0].axes
+    assert (loss.get_ylabel(), knn.get_ylabel()) == ("BYOL loss", "kNN top-1 (%)")
+    drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in (loss, knn)]
+    assert drawn[0] == [[[1, 3.5], [2, 3.0]], [[row["step"], row["loss"]] for row in second], [[2, 2.5]]]
+    assert drawn[1] == [[[0, 20.0], [2, 25.0]], [], []]
+    one, other = MARKS[:2]
+    assert [line.get_color() for line in loss.lines] == [one.color, one.color, other.color]
+    assert [line.get_marker() for line in loss.lines] == [one.marker, one.marker, other.marker]
+    assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.width > picture.height > 300

@@ -25,8 +25,9 @@ from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools import evaluate
 from byolt.tools.evaluation import finetuning, frozen, inputs, protocols
+from byolt.tools.evaluation.confusion import save_confusion
 from byolt.tools.evaluation.frozen import Setup
-from byolt.tools.reporting import model_card
+from byolt.tools.exporting import model_card
 
 CONFIG = """
 run: {out: unused}
@@ -459,7 +460,7 @@ def test_a_picture_that_fails_is_a_warning(
 
     options = ["--protocol", "knn", "--k", "5"]
     _measure(run, tmp_path, *options)
-    monkeypatch.setattr("byolt.model.run.pictures.save_confusion", fail)
+    monkeypatch.setattr("byolt.tools.evaluation.result.save_confusion", fail)
     assert _main(run, tmp_path, *options) == 0
     assert "could not be drawn: no such font" in capsys.readouterr().err
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]  # the earlier picture is gone
@@ -668,3 +669,9 @@ def test_one_back_end_for_all_trainings(run: Path, tmp_path: Path, monkeypatch: 
     options = ["--labels", "0.5", "--epochs", "1", "2", "--lr", "0.2", "0.1", "--batch-size", "16"]
     document = _measure(run, tmp_path, "--protocol", "finetune", *options)
     assert len(document["results"][0]["settings"]["held_out_top1"]) == 4 and len(made) == 1
+
+
+@pytest.mark.parametrize("name", ["$x^$", "$\\frac$", "caf\udce9"])
+def test_any_folder_name_can_stand_at_the_confusions(name: str, tmp_path: Path) -> None:
+    save_confusion(tmp_path / "c.png", torch.eye(2, dtype=torch.int64), [name, "b"], f"title {name}")
+    assert Image.open(tmp_path / "c.png").width > 300

@@ -17,6 +17,7 @@ from byolt.model.resnet import BACKBONES, make_encoder
 from byolt.model.run import checkpoint
 from byolt.model.run.trained import Trained, load_trained
 from byolt.tools import export
+from byolt.tools.exporting import libraries
 
 CONFIG = """
 run: {out: unused}
@@ -211,7 +212,7 @@ def test_damaged_results_are_one_line(text: str, tmp_path: Path, capsys: pytest.
     (tmp_path / "evaluate-knn.json").write_text(text.replace("HERE", load_trained(path).digest))
     assert export.main([str(path), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
-    assert "evaluate-knn.json is no result of tools/evaluate.py" in error and error.count("\n") == 1
+    assert "evaluate-knn.json is not a result of tools/evaluate.py" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -226,7 +227,7 @@ def test_what_is_exported_is_loaded_like_a_run_s(trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("side", "crop", "said"), [(32, 1.0, "no larger than a view"), (33, 0.875, "right for")]
+    ("side", "crop", "said"), [(32, 1.0, "no larger than a view"), (33, 0.875, "which is right for")]
 )
 def test_crop_is_that_of_the_images_measured_on(side: int, crop: float, said: str, tmp_path: Path) -> None:
     path = _run(tmp_path, "resnet18", "imagenet")
@@ -268,7 +269,7 @@ def test_a_wrong_export_leaves_nothing(trained: Path, tmp_path: Path, capsys: py
         model.load_state_dict(weights)
         return model.eval()
 
-    with patch.dict(export.LOADERS, torchvision=altered):
+    with patch.dict(libraries.LOADERS, torchvision=altered):
         assert export.main([str(trained), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 1
     assert "torchvision gives other features than the encoder" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +279,7 @@ def test_a_wrong_export_leaves_nothing(trained: Path, tmp_path: Path, capsys: py
     ("backbone", "stem", "target", "part"),
     [
         ("resnet8", "cifar", "torchvision", "model.backbone=resnet8 is this project's own"),
-        ("resnet18", "cifar", "timm", "model.stem=cifar: timm, on which --to timm rests"),
+        ("resnet18", "cifar", "timm", "model.stem=cifar: timm, which --to timm uses"),
         ("resnet18", "cifar", "huggingface", "use --to torchvision"),
     ],
 )

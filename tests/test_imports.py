@@ -21,8 +21,8 @@ ALLOWED = {
     "numba": {f"pipelines/kernels/cpu{part}.py" for part in ("", "_rows")},
     "llvmlite": set(),
     "triton": {f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")},
-    "timm": {"tools/export.py"},
-    "transformers": {"tools/export.py"},
+    "timm": {"tools/exporting/libraries.py"},
+    "transformers": {"tools/exporting/libraries.py"},
     "byolt.train": set(),
     "ffcv": {"pipelines/convert/ffcv_engine.py", "tools/benchmarks/beton.py"},
 }

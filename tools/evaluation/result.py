@@ -15,9 +15,9 @@ from torch import Tensor
 
 from byolt.files.atomic import replacing
 from byolt.model.quality import scores
-from byolt.model.run import pictures
 from byolt.model.run.trained import Trained
 from byolt.pipelines.sources import Source
+from byolt.tools.evaluation.confusion import save_confusion
 from byolt.tools.evaluation.frozen import Setup
 from byolt.tools.evaluation.protocols import Outcome
 
@@ -84,7 +84,7 @@ def report(
     caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
     picture = path.with_name(path.name[: -len(".json")] + ".png")
     try:
-        pictures.save_confusion(picture, _confusions(outcomes[0], labels, setup.classes), names, caption)
+        save_confusion(picture, _confusions(outcomes[0], labels, setup.classes), names, caption)
     except Exception as error:  # the numbers are written already
         picture.unlink(missing_ok=True)  # an earlier one shows other numbers
         print(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)

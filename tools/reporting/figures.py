@@ -5,12 +5,15 @@ A figure has a white background, so it reads on a light and on a dark page. Mark
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+
+from byolt.files.atomic import replacing
 
 
 class Mark(NamedTuple):
@@ -26,7 +29,7 @@ _COLORS = ["3f90da", "ffa90e", "bd1f01", "94a4a2", "832db6", "a96b59", "e76300",
 MARKS = tuple(Mark(f"#{color}", *shape) for color, shape in zip(
     _COLORS, ("o●", "s■", "^▲", "D◆", "v▼", "P✚", "X✖", "*★", "<◀", ">▶"), strict=True))  # fmt: skip
 OTHERS = Mark("#b0b0b0", ".", "•")  # classes without a color of their own
-_STYLE: Any = {  # in matplotlib's stubs its type is a literal of every key
+STYLE: Any = {  # in matplotlib's stubs its type is a literal of every key
     "font.size": 9,
     "axes.grid": True,
     "axes.axisbelow": True,
@@ -53,7 +56,7 @@ def curves(
         unit: label of the vertical axis.
         hint: value and name of a dashed horizontal line.
     """
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axis = _figure(3.6, 2.2)
         for (name, points), mark in zip(series.items(), MARKS, strict=False):
             marked = len(series) > 1 or len(points) <= 20
@@ -84,7 +87,7 @@ def spectrum(eigenvalues: np.ndarray, rank: float) -> bytes:
         rank: effective rank.
     """
     shares = eigenvalues / eigenvalues.sum()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axis = _figure(4.6, 3.7)
         axis.semilogy(np.arange(1, len(shares) + 1), np.where(shares > 0, shares, np.nan), color=MARKS[0].color,
                       label="share of each eigenvalue")  # fmt: skip
@@ -104,7 +107,7 @@ def scatter(points: np.ndarray, marks: Sequence[Mark], labels: tuple[str, str] |
         marks: N colors and markers.
         labels: of the two axes; None if their numbers mean nothing.
     """
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure, axis = _figure(4.6, 4.0)
         order = np.random.default_rng(0).permutation(len(points))
         for part in np.array_split(order, 10):  # in turns, so that no class covers the others
@@ -131,6 +134,17 @@ def marks_of_classes(labels: np.ndarray) -> dict[int, Mark]:
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     frequent = np.sort(classes[np.argsort(-counts, kind="stable")][: len(MARKS)])
     return dict(zip(frequent.tolist(), MARKS, strict=False))
+
+
+def save_png(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Writes a PNG file, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=dpi)
+
+
+def drawable(text: str) -> str:
+    """The text without what a font cannot draw: names of folders need not be UTF-8."""
+    return text.encode(errors="replace").decode()
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:

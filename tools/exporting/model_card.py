@@ -1,7 +1,7 @@
-"""README.md of an export: what the encoder is, how it was made, what was measured, how to load it.
+"""The model card, README.md of an export: how the encoder was made, what was measured, how to load it.
 
-Names out of settings and files may hold anything: they enter the Markdown on one line, as code. Paths of the machine
-that trained do not: of an absolute path only the last part is published.
+Names from settings and files enter the Markdown as code on one line, so that they stay inert. Of an absolute path only
+the last part is published.
 """
 
 import json
@@ -15,26 +15,23 @@ from byolt.model.run.trained import Trained
 
 
 def public(config: schema.Config) -> schema.Config:
-    """The config as it is published: its paths say nothing about folders of the machine."""
+    """The config without the folders of the machine that trained."""
+    run = config.run.model_copy(update={"out": _public_path(config.run.out)})
+    data = config.data.model_copy(update={"path": _public_path(config.data.path)})
+    path = config.eval.path and _public_path(config.eval.path)
     return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"out": _public_path(config.run.out)}),
-            "data": config.data.model_copy(update={"path": _public_path(config.data.path)}),
-            "eval": config.eval.model_copy(
-                update={"path": config.eval.path and _public_path(config.eval.path)}
-            ),
-        }
+        update={"run": run, "data": data, "eval": config.eval.model_copy(update={"path": path})}
     )
 
 
 def model_card(trained: Trained, library: str, loading: str, resizing: str) -> str:
-    """The text.
+    """The text of the card.
 
     Args:
         trained: the encoder.
-        library: name on the Hugging Face hub of the library that loads it.
-        loading: lines of Python that load it.
-        resizing: a sentence about what the library makes of the preprocessing, or "".
+        library: name of the library on the Hugging Face hub.
+        loading: lines of Python that load the encoder.
+        resizing: a sentence about the library's preprocessing, or "".
     """
     config = public(trained.config)
     measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
@@ -53,9 +50,9 @@ predictor: images to {trained.encoder.num_features} features. Trained without la
 - Images: {_code(config.data.path)}{_number_of_images(trained)}
 - Length: {_epochs_done(trained)}
 - Stem: {config.model.stem}; views of {size} px
-- Preprocessing: centre crop of 7/8 of the short side, or of all of it where that is {size} px or less; bicubic to
-  {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink: numbers
-  may differ a little); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
+- Preprocessing: center crop of 7/8 of the short side, or of all of it if that is {size} px or less; bicubic to
+  {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink:
+  numbers may differ a little); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
 - sha256 of the weights: `{trained.digest}`
 
 ## Measured
@@ -77,7 +74,7 @@ predictor: images to {trained.encoder.num_features} features. Trained without la
 
 
 def _evaluated(trained: Trained) -> list[str]:
-    """What tools/evaluate.py measured on exactly these weights, as their sha256 shows, beside the checkpoint."""
+    """Results of tools/evaluate.py beside the checkpoint whose sha256 is that of these weights."""
     lines = []
     for path in sorted(trained.path.parent.glob("evaluate-*.json")):
         try:
@@ -85,7 +82,7 @@ def _evaluated(trained: Trained) -> list[str]:
             if document["encoder_sha256"] == trained.digest:
                 lines += [_result(document, result) for result in document["results"] if "top1" in result]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is no result of tools/evaluate.py ({error}): remove it") from None
+            raise ValueError(f"{path} is not a result of tools/evaluate.py ({error}): remove it") from None
     return lines
 
 
@@ -103,12 +100,12 @@ def _result(document: dict[str, Any], result: dict[str, Any]) -> str:
 def _percent(result: dict[str, Any], name: str) -> str:
     value, (low, high) = result[name], result[f"{name}_interval"]
     if not all(0 <= number <= 100 for number in (value, low, high)):
-        raise ValueError(f"{name} or its interval is not in per cent")
+        raise ValueError(f"{name} or its interval is not between 0 and 100")
     return f"{name.replace('top', 'top-')} {value:.2f} % ({low:.2f} to {high:.2f})"
 
 
 def _during_training(trained: Trained) -> list[str]:
-    """The run's own kNN: metrics.jsonl knows steps but no weights, which the line says."""
+    """The kNN accuracy of the run itself. metrics.jsonl does not identify weights, which the line says."""
     config = public(trained.config)
     rows = [row for row in _rows(trained) if "knn_top1" in row]
     if not rows:
@@ -122,14 +119,14 @@ def _during_training(trained: Trained) -> list[str]:
 
 
 def _epochs_done(trained: Trained) -> str:
-    """How long was trained, as far as the run's folder says."""
+    """Length of the training, as far as the run's folder tells."""
     epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
-    done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown part"
+    done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown number"
     return f"{trained.step} steps of {train.batch_size} images; {done} of {train.epochs:g} epochs"
 
 
 def _number_of_images(trained: Trained) -> str:
-    """Of the training set, from epoch = step * batch / images."""
+    """Number of training images, by epoch = step * batch / images."""
     for row in reversed(_rows(trained)):
         if row.get("epoch", 0) > 0:
             images = row["step"] * trained.config.train.batch_size / row["epoch"]
@@ -138,19 +135,19 @@ def _number_of_images(trained: Trained) -> str:
 
 
 def _rows(trained: Trained) -> list[dict[str, float]]:
-    """The rows of this step in the metrics.jsonl beside the checkpoint."""
+    """Rows of the checkpoint's step in the metrics.jsonl beside it."""
     rows = read_metrics(trained.path.parent / "metrics.jsonl")
     return [row for row in rows if row["step"] == trained.step]
 
 
 def _public_path(path: str) -> str:
-    """A path relative to where training was started as it is, of any other the last part."""
+    """A path inside the folder where training was started, or the last part of any other path."""
     parts = path.split(",")  # .beton files
     private = any(part.strip().startswith(("/", "~")) or ".." in Path(part).parts for part in parts)
     return ",".join(Path(part).name for part in parts) if private else path
 
 
 def _code(text: str) -> str:
-    """On one line as code: no character of it means anything to Markdown or HTML."""
+    """The text as code on one line: Markdown and HTML give its characters no meaning."""
     line = " ".join(str(text).split()).replace("`", "'")
     return f"`{''.join(character for character in line if character.isprintable())}`"

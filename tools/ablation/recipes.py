@@ -1,0 +1,91 @@
+"""The paper's ablations: which settings each changes, and the accuracy that the paper reports."""
+
+import contextlib
+import difflib
+from typing import NamedTuple
+
+
+class Ablation(NamedTuple):
+    """Settings that differ from the recipe, and their accuracy in the paper."""
+
+    overrides: tuple[str, ...]
+    paper: float | None  # top-1 in per cent: ImageNet, ResNet-50, 300 epochs, linear evaluation
+    source: str
+
+
+def _both_views(*settings: str) -> tuple[str, ...]:
+    return tuple(f"augment.{view}.{setting}" for view in ("view1", "view2") for setting in settings)
+
+
+_NO_COLOR = ("jitter=0", "gray=0")
+_NO_BLUR = ("blur=0", "solarize=0")
+ABLATIONS = {
+    "baseline": Ablation((), 72.5, "table 5a"),
+    "tau_1": Ablation(("optimizer.base_tau=1",), 18.8, "table 5a, fixed random target"),
+    "tau_0.999": Ablation(("optimizer.base_tau=0.999",), 69.8, "table 5a"),
+    "tau_0.99": Ablation(("optimizer.base_tau=0.99",), 72.5, "table 5a"),
+    "tau_0.9": Ablation(("optimizer.base_tau=0.9",), 68.4, "table 5a"),
+    "tau_0": Ablation(("optimizer.base_tau=0", "optimizer.tau_schedule=constant"), 0.3, "table 5a"),
+    "tau_0.999_constant": Ablation(
+        ("optimizer.base_tau=0.999", "optimizer.tau_schedule=constant"), None, "not in the paper"
+    ),
+    "tau_0.99_constant": Ablation(
+        ("optimizer.base_tau=0.99", "optimizer.tau_schedule=constant"), None, "not in the paper"
+    ),
+    "tau_0.9_constant": Ablation(
+        ("optimizer.base_tau=0.9", "optimizer.tau_schedule=constant"), None, "not in the paper"
+    ),
+    "no_predictor": Ablation(("model.predictor=false",), 0.2, "table 19"),
+    "no_flip": Ablation(_both_views("flip=0"), 71.9, "table 17"),
+    "no_blur": Ablation(_both_views("blur=0"), 71.2, "table 17"),
+    "no_gray": Ablation(_both_views("gray=0"), 70.3, "table 17"),
+    "no_jitter": Ablation(_both_views("jitter=0"), 71.8, "table 17"),
+    "no_color": Ablation(_both_views(*_NO_COLOR), 63.4, "table 17"),
+    "crop_only": Ablation(_both_views("flip=0", *_NO_COLOR, *_NO_BLUR), 59.4, "table 17"),
+    "crop_and_flip": Ablation(_both_views(*_NO_COLOR, *_NO_BLUR), 60.1, "table 17"),
+    "crop_and_color": Ablation(_both_views("flip=0", *_NO_BLUR), 70.7, "table 17"),
+    "crop_and_blur": Ablation(_both_views("flip=0", *_NO_COLOR, "solarize=0"), 61.1, "table 17"),
+    # As in the paper, gradients are averaged over several batches that add up to the recipe's own (there 4096).
+    **{
+        f"batch_{size}": Ablation((f"batch={size}",), top1, "table 16")
+        for size, top1 in ((2048, 72.4), (1024, 72.2), (512, 72.2), (256, 71.8), (128, 69.6), (64, 59.7))
+    },
+}
+
+
+def overrides_of(name: str, batch_size: int) -> list[str]:
+    """The overrides of one ablation for train.py.
+
+    Args:
+        name: a key of ABLATIONS.
+        batch_size: batch size of the recipe.
+
+    Raises:
+        ValueError: the ablation is unknown, or the recipe's batch is not two or more times the ablation's.
+    """
+    if name not in ABLATIONS:
+        near = difflib.get_close_matches(name, ABLATIONS, n=1)
+        raise ValueError(
+            f"--only {name}: "
+            + (f"did you mean {near[0]}?" if near else f"not one of {', '.join(ABLATIONS)}")
+        )
+    overrides = []
+    for override in ABLATIONS[name].overrides:
+        key, _, value = override.partition("=")
+        if key == "batch":
+            parts, rest = divmod(batch_size, int(value))
+            if rest or parts < 2:
+                raise ValueError(f"{name}: the recipe's batch of {batch_size} is not a multiple of {value}")
+            override = f"train.accumulation={parts}"
+        overrides.append(override)
+    return overrides
+
+
+def fitting(batch_size: int) -> list[str]:
+    """The names of all ablations that a recipe with this batch size allows; see `overrides_of`."""
+    names = []
+    for name in ABLATIONS:
+        with contextlib.suppress(ValueError):
+            overrides_of(name, batch_size)
+            names.append(name)
+    return names

@@ -1,0 +1,114 @@
+"""The results of ablation runs: which runs count, their table, and their curves."""
+
+import json
+import re
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from byolt.configs import schema
+from byolt.files.rows import read_rows
+from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
+
+Rows = list[dict[str, float]]  # of a metrics.jsonl
+_COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
+            "prediction_std": ("prediction std", 4), "projection_std": ("projection std", 4)}  # fmt: skip
+_PANELS = {
+    "knn_top1": "kNN top-1 (%)",
+    "loss": "BYOL loss",
+    "projection_std": "spread of the target's projections",  # 0: all images are mapped to one point
+}
+
+
+def finished_runs(
+    config: str, common: list[str], out: Path, batch_size: int
+) -> tuple[dict[tuple[str, int], Path], list[str]]:
+    """The ablation runs in OUT/NAME-SEED that reached their end.
+
+    Args:
+        config: file of the recipe.
+        common: overrides for all runs.
+        out: folder of all runs; need not exist.
+        batch_size: batch size of the recipe.
+
+    Returns:
+        Folders of the runs of this recipe by name and seed, and names of the folders of runs of other settings.
+    """
+    same: dict[tuple[str, int], Path] = {}
+    others = []
+    names = fitting(batch_size)
+    for folder in sorted(out.glob("*-*")):
+        name, _, seed = folder.name.rpartition("-")
+        if name not in names or not re.fullmatch("[0-9]+", seed):
+            continue
+        if not (folder / "encoder.safetensors").is_file():  # train.py writes it last
+            continue
+        starts = read_rows(folder / "starts.jsonl")
+        try:
+            made = schema.from_settings(starts[-1].get("config") if starts else None)
+            recipe = schema.load(config, [*common, *overrides_of(name, batch_size), f"run.seed={seed}"])
+        except ValueError:
+            others.append(folder.name)
+            continue
+        if made == recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": made.run.out})}):
+            same[name, int(seed)] = folder
+        else:
+            others.append(folder.name)
+    return same, others
+
+
+def last_values(rows: Rows) -> dict[str, float | None]:
+    """The last value of each number of the table in a run's rows of metrics; None if it was never measured."""
+    last: dict[str, float | None] = dict.fromkeys(_COLUMNS)
+    for row in rows:
+        last |= {key: row[key] for key in last if key in row}
+    return last
+
+
+def table_of(results: Mapping[str, list[dict[str, float | None]]]) -> tuple[Table, str]:
+    """The table for a terminal, and the same in Markdown.
+
+    Args:
+        results: `last_values` of each seed, by ablation.
+    """
+    columns = ("ablation", *(name for name, _ in _COLUMNS.values()), "paper top-1 %", "source")
+    table = Table(*columns)
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for name, seeds in results.items():
+        ablation = ABLATIONS[name]
+        cells = [name, *(_mean([seed[key] for seed in seeds], d) for key, (_, d) in _COLUMNS.items())]
+        cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
+        table.add_row(*cells)
+        lines.append("| " + " | ".join(cells) + " |")
+    return table, "\n".join(lines) + "\n"
+
+
+def _mean(values: list[float | None], digits: int) -> str:
+    """Mean over seeds; of two or more also their standard deviation (n - 1)."""
+    measured = [value for value in values if value is not None]
+    if len(measured) < len(values):
+        return "not measured"
+    mean = f"{statistics.mean(measured):.{digits}f}"
+    return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
+
+
+def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str, Any]) -> None:
+    """Prints the table; writes it and the curves to OUT/ablation.json, .md and .png.
+
+    Args:
+        out: the folder.
+        curves: rows of metrics of each seed, by ablation.
+        request: written beside the results in the JSON file.
+    """
+    from byolt.tools.ablation.curves import save_curves  # imports matplotlib, which takes a second
+
+    save_curves(out / "ablation.png", curves, _PANELS)
+    results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}
+    table, markdown = table_of(results)
+    Console().print(table)
+    (out / "ablation.md").write_text(markdown)
+    (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
