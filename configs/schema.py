@@ -45,6 +45,8 @@ ShareInterval = Annotated[tuple[_Share, _Share], AfterValidator(_ordered)]
 
 
 Profile = Literal["byol", "torchvision"]
+Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8"]
+Stem = Literal["imagenet", "cifar"]
 
 
 class Section(BaseModel):
@@ -128,11 +130,9 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Literal[
-        "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8"
-    ] = "resnet50"
+    backbone: Backbone = "resnet50"
     """Encoder: torchvision's networks by name, or resnet8 (0.3 M parameters, for the quickstart)."""
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Stem = "imagenet"
     """cifar: 3x3 convolution of stride 1 and no max-pool, for images of about 32 px."""
     projector_hidden: Annotated[int, Field(ge=1)] = 4096
     """Width of the projector's hidden layer (paper, section 3.3)."""

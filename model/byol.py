@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from byolt.configs.schema import ModelConfig
-from byolt.model.resnet import initialise_, make_encoder
+from byolt.model.resnet import initialize_, make_encoder
 
 
 class Predictions(NamedTuple):
-    """The online network on one batch: predictions (N, D) of both views, features (N, F) of the first."""
+    """Outputs of the online network for one batch."""
 
-    prediction1: Tensor
-    prediction2: Tensor
-    features1: Tensor  # detached: for a linear probe or a gauge, never for the loss
+    prediction1: Tensor  # (N, D) of view 1
+    prediction2: Tensor  # (N, D) of view 2
+    features1: Tensor  # (N, F) of view 1, detached: for a linear probe or a gauge, never for the loss
 
 
 class MLP(nn.Sequential):
@@ -28,11 +28,11 @@ class MLP(nn.Sequential):
             nn.ReLU(inplace=True),
             nn.Linear(hidden, out_features, bias=False),
         )
-        initialise_(self)
+        initialize_(self)
 
 
 class Online(nn.Module):
-    """The online network theta: encoder, projector and predictor. Trained by gradient."""
+    """The online network theta: encoder f, projector g and predictor q; trained by gradient."""
 
     def __init__(self, encoder: nn.Module, projector: nn.Module, predictor: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Online(nn.Module):
         self.predictor = predictor
 
     def forward(self, view1: Tensor, view2: Tensor) -> Predictions:
-        """Both views in one call (one reduction under DDP), each its own pass with its own statistics."""
+        """Both views in one call (one reduction under DDP); batch norm's statistics are those of each view alone."""
         features1 = self.encoder(view1)
         features2 = self.encoder(view2)
         prediction1 = self.predictor(self.projector(features1))
@@ -50,9 +50,9 @@ class Online(nn.Module):
 
 
 class Target(nn.Module):
-    """The target network xi: a copy of the online encoder and projector that follows by EMA, not by gradient.
+    """The target network xi: a copy of the online encoder and projector that follows by EMA, without gradient.
 
-    It stays in train mode whatever is asked of it: batch norm uses the batch's statistics, as the reference.
+    It stays in train mode even after `eval()`: its batch norm always uses the batch's statistics, as in the reference.
     """
 
     def __init__(self, online: Online) -> None:
@@ -66,19 +66,19 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
-        """Projections (N, D) of both views, each view its own pass."""
+        """Projections (N, D) of both views; batch norm's statistics are those of each view alone."""
         return self.projector(self.encoder(view1)), self.projector(self.encoder(view2))
 
 
 class BYOL(nn.Module):
-    """Online and target network; at the start they are equal.
+    """Online and target network, equal at the start.
 
     Args:
         encoder: (N, ...) -> (N, num_features), with the attribute `num_features` (see `make_encoder`).
         projector_hidden: width of the projector's hidden layer.
         projector_size: dimension D of projections and predictions.
         predictor_hidden: width of the predictor's hidden layer.
-        predictor: whether there is a predictor at all; without it BYOL collapses (paper, table 5b).
+        predictor: False makes the projection the prediction; BYOL then collapses (paper, table 5b).
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class BYOL(nn.Module):
         self.target = Target(self.online)
 
     def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The lists (target, online) of paired parameters, for `ema_update_`; without batch-norm buffers."""
+        """Paired parameters (target, online) for `ema_update_`, without batch norm's buffers."""
         online = dict(self.online.named_parameters())
         target = dict(self.target.named_parameters())
         return list(target.values()), [online[name] for name in target]
 
 
 def make_byol(settings: ModelConfig) -> BYOL:
-    """The networks of a run; weights are drawn from torch's global generator."""
+    """The networks of a run, with weights from torch's global generator."""
     return BYOL(
         make_encoder(settings.backbone, settings.stem),
         settings.projector_hidden,
@@ -114,9 +114,9 @@ def make_byol(settings: ModelConfig) -> BYOL:
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the normalised vectors, 2 - 2 cos (paper, eq. 2), in float32 at least.
+    """Squared distance of the normalized vectors, 2 - 2 cos (paper, eq. 2), in float32 or float64.
 
-    Written as a difference, as the reference does: close to 0 it keeps the digits that 2 - 2 cos would lose.
+    Computed as a difference, as in the reference: close to 0 it keeps the digits that 2 - 2 cos would lose.
 
     Args:
         prediction: (N, D) floating point.
@@ -129,13 +129,13 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Rows (N, D) scaled to length 1, in float32 at least; rows shorter than 1e-6 by 1e6 (reference)."""
+    """Scales rows (N, D) to length 1, in float32 or float64; rows shorter than 1e-6 by 1e6, as in the reference."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x * x.square().sum(dim=-1, keepdim=True).clamp_min(1e-12).rsqrt()
 
 
 def byol_loss(online: Predictions, projection1: Tensor, projection2: Tensor) -> Tensor:
-    """Both directions summed, mean over the batch (paper, sec. 3.1): 0-dim, about 4 at the start."""
+    """The symmetric loss, averaged over the batch (paper, sec. 3.1): 0-dim, about 4 at the start."""
     return (
         regression_loss(online.prediction1, projection2) + regression_loss(online.prediction2, projection1)
     ).mean()

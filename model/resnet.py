@@ -1,23 +1,24 @@
 """The encoders: torchvision's ResNets and the small resnet8, with the reference's initialization."""
 
 import math
+from typing import get_args
 
 import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8")
+from byolt.configs.schema import Backbone, Stem
 
-
-STEMS = ("imagenet", "cifar")
+BACKBONES: tuple[str, ...] = get_args(Backbone)
+STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class ResNet8(nn.Module):
-    """The CIFAR residual net of He et al. (arXiv 1512.03385, sec. 4.2) with n = 1, twice as wide: 32-64-128.
+    """The CIFAR ResNet of He et al. (arXiv 1512.03385, sec. 4.2) with n = 1 and twice the width: 32-64-128.
 
-    0.31 M parameters. Attributes are named as in torchvision's ResNet; shortcuts that change shape are 1x1
-    convolutions (option B) as in torchvision's blocks.
+    0.31 M parameters. Attribute names are those of torchvision's ResNet; shortcuts that change the shape are 1x1
+    convolutions (option B), as in torchvision's blocks.
     """
 
     def __init__(self) -> None:
@@ -47,7 +48,7 @@ def _shortcut(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def make_encoder(backbone: str, stem: str) -> nn.Module:
-    """A torchvision backbone with random weights and without its classifier.
+    """Makes an encoder with random weights: a ResNet without its classifier.
 
     Args:
         backbone: one of BACKBONES. The ResNets are v1.5: a bottleneck strides in its 3x3 convolution.
@@ -56,7 +57,7 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
 
     Returns:
         A module with the attribute `num_features`: images (N, 3, H, W) -> (N, num_features) after global
-        average pooling. Keys of its state_dict are torchvision's without `fc.*`.
+        average pooling. Its state_dict has torchvision's keys without `fc.*`.
 
     Raises:
         ValueError: backbone or stem is unknown.
@@ -73,14 +74,14 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
             3, encoder.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False
         )
         encoder.maxpool = nn.Identity()
-    return initialise_(encoder)
+    return initialize_(encoder)
 
 
-def initialise_(module: nn.Module) -> nn.Module:
-    """The reference's initialisation, in place (haiku's defaults, which DeepMind's `byol/` keeps).
+def initialize_(module: nn.Module) -> nn.Module:
+    """Initializes a module in place as the reference does (haiku's defaults, which DeepMind's `byol/` keeps).
 
-    Weights of convolutions and linear layers: normal of standard deviation 1/sqrt(fan in), cut at two of
-    them; biases 0; batch norm 1 and 0, except 0 for the last scale of a bottleneck (not of a basic block).
+    Weights of convolutions and linear layers: normal with standard deviation s = 1 / sqrt(fan in), truncated at 2 s.
+    Biases: 0. Batch norm: scale 1 and bias 0, but scale 0 in the last one of a bottleneck (not of a basic block).
     """
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):

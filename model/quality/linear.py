@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from byolt.model import schedules
-from byolt.model.resnet import initialise_
+from byolt.model.resnet import initialize_
 
 MOMENTUM = 0.9  # of classifiers and fine-tuning (paper, App. C.1 and C.2)
 
@@ -79,7 +79,7 @@ def make_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(num_features, num_classes)
-        initialise_(head)
+        initialize_(head)
     return head
 
 
