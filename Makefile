@@ -40,8 +40,12 @@ lint: .venv/dev.done  ## format, lint, types, and that imports run one way
 .venv/test.done: EXTRAS = dali,test
 .venv/dev.done: EXTRAS = dali,dev
 .venv/%.done: setup.cfg constraints.txt | $(BIN)/python
+	@echo "installing byolt[$(EXTRAS)] into .venv: about 6 GB the first time, which takes minutes"
+	@seconds=0; (while sleep 1; do seconds=$$((seconds + 1)); \
+	  [ $$((seconds % 15)) -ne 0 ] || echo "  $$seconds s, $$(du -sh .venv | cut -f1) installed"; done) & \
+	trap "kill $$!" EXIT; \
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
-	touch $@
+	@touch $@
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -24,7 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines import PEERS, Job
+from peers import PEERS, Job
 
 JPEG = {".jpg", ".jpeg"}
 

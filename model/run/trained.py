@@ -36,7 +36,7 @@ def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: 
     checkpoint.export_encoder(path, encoder.state_dict(), metadata)
 
 
-def load_trained(path: Path) -> Trained:
+def load_trained(path: str | Path) -> Trained:
     """Reads the online encoder.
 
     Args:
@@ -45,6 +45,7 @@ def load_trained(path: Path) -> Trained:
     Raises:
         CheckpointError: it is neither, is damaged, or is of a run whose settings this version does not know.
     """
+    path = Path(path)
     state_dict, step, config = (
         _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     )
