@@ -155,9 +155,9 @@ class OptimizerConfig(Section):
     """Not applied to biases and batch-norm parameters."""
     trust_coefficient: Annotated[float, Field(gt=0)] = 1e-3
     """eta of LARS: the step of a weight matrix is eta * |p| / |g + wd p| of its gradient (reference: 1e-3)."""
-    backend: Literal["auto", "foreach", "apex"] = "auto"
-    """Kernels of the update. auto and foreach are the same today: torch's multi-tensor ones. apex is refused with the
-    reason."""
+    backend: Literal["auto", "triton", "foreach", "apex"] = "auto"
+    """Kernels of the update: triton fuses LARS, EMA and the finite check (CUDA only), foreach is torch's multi-tensor
+    operations, apex is NVIDIA's amp_C, built from source. auto: triton on CUDA, foreach elsewhere."""
     base_tau: Annotated[float, Field(ge=0, le=1)]
     """tau of the target's moving average at step 0."""
     tau_schedule: Literal["cosine", "constant"] = "cosine"

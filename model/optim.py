@@ -1,13 +1,47 @@
 """The two updates of all weights: LARS (arXiv 1708.03888) and the target's moving average.
 
-Both use multi-tensor operations; the host never waits for the device.
+The back end "foreach", torch's multi-tensor operations, is the definition. "triton" (model/kernels/lars.py) fuses both
+updates and the finite gate; "apex" uses the kernels of NVIDIA's amp_C. The host never waits for the device.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from byolt.model.kernels.lars import FusedUpdate
+
+BACKENDS = ("auto", "triton", "foreach", "apex")
+
+
+class Operations(Protocol):
+    """The operations on lists of tensors that LARS consists of."""
+
+    def copy(self, xs: list[Tensor]) -> list[Tensor]:
+        """Returns new tensors."""
+
+    def add_(self, xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
+        """x += alpha y for every pair."""
+
+    def norms(self, xs: list[Tensor]) -> Tensor:
+        """Returns the Euclidean norms, (len(xs),)."""
+
+
+class Foreach:
+    """`Operations` by torch's multi-tensor functions, on any device and memory layout."""
+
+    def copy(self, xs: list[Tensor]) -> list[Tensor]:
+        return list(torch._foreach_mul(xs, 1.0))
+
+    def add_(self, xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
+        torch._foreach_add_(xs, ys, alpha=alpha)
+
+    def norms(self, xs: list[Tensor]) -> Tensor:
+        return torch.stack(torch._foreach_norm(xs))
 
 
 class LARS(torch.optim.Optimizer):
@@ -28,13 +62,16 @@ class LARS(torch.optim.Optimizer):
         momentum: 0 .. 1, heavy ball.
         weight_decay: >= 0.
         trust_coefficient: > 0.
-        backend: "auto" or "foreach"; both are torch's multi-tensor operations.
+        backend: "triton", "foreach", "apex", or "auto" (`resolve_backend`). All give the same numbers up to rounding.
 
     Raises:
         ValueError: an argument is out of its range, or the backend is not available.
     """
 
     found_inf: Tensor | None = None
+    backend = "auto"
+    _fused: "FusedUpdate | None" = None
+    _operations: Operations = Foreach()
 
     def __init__(
         self,
@@ -53,14 +90,13 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"weight_decay={weight_decay} must be at least 0")
         if not trust_coefficient > 0:
             raise ValueError(f"trust_coefficient={trust_coefficient} must be above 0")
+        if backend not in BACKENDS:
+            raise ValueError(f"optimizer.backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        self.backend = backend
         if backend == "apex":
-            raise ValueError(
-                "optimizer.backend is 'apex': this version has no path through apex's amp_C, which is built "
-                "only from NVIDIA's source repository (`pip install apex` is an unrelated package); "
-                "set 'auto' or 'foreach'"
-            )
-        if backend not in ("auto", "foreach"):
-            raise ValueError(f"optimizer.backend is {backend!r}; set 'auto' or 'foreach'")
+            from byolt.model.kernels.lars_apex import Apex
+
+            self._operations = Apex()
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -68,6 +104,11 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
         }
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's."""
+        super().add_param_group(param_group)
+        self._fused = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -78,6 +119,15 @@ class LARS(torch.optim.Optimizer):
         """
         with torch.enable_grad():
             loss = closure() if closure else None
+        if not any(p.grad is not None for group in self.param_groups for p in group["params"]):
+            return loss
+        if self.backend in ("auto", "triton"):
+            self._fused = self._fused or fused_update(self)
+        if self._fused:
+            self._fused.refresh()
+            self._fused.set_rates()
+            self._fused.run(self._fused.always if self.found_inf is None else self.found_inf == 0)
+            return loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if params:
@@ -86,13 +136,17 @@ class LARS(torch.optim.Optimizer):
 
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Returns u of each parameter in new tensors."""
-        gradients = [p.grad for p in params if p.grad is not None]
-        u = list(torch._foreach_mul(gradients, 1.0))  # a copy: the gradients stay unchanged
+        u = self._operations.copy(
+            [p.grad for p in params if p.grad is not None]
+        )  # the gradients stay unchanged
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
         if adapted:
             weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]
-            torch._foreach_add_(scaled, weights, alpha=group["weight_decay"])
-            torch._foreach_mul_(scaled, trust_ratios(weights, scaled, group["trust_coefficient"]))
+            self._operations.add_(scaled, weights, group["weight_decay"])
+            factors = trust_ratios(
+                self._operations.norms(weights), self._operations.norms(scaled), group["trust_coefficient"]
+            )
+            torch._foreach_mul_(scaled, list(factors.unbind()))
         return u
 
     def _update(self, params: list[Tensor], u: list[Tensor], group: dict[str, Any]) -> None:
@@ -102,23 +156,68 @@ class LARS(torch.optim.Optimizer):
         momenta = [self.state[p]["momentum"] for p in params]
         if self.found_inf is None:
             torch._foreach_mul_(momenta, group["momentum"])
-            torch._foreach_add_(momenta, u)
-            torch._foreach_add_(params, momenta, alpha=-group["lr"])
+            self._operations.add_(momenta, u)
+            self._operations.add_(params, momenta, -group["lr"])
             return
         # 0 * NaN is NaN, so the gate multiplies the bits of u by 0, then momentum by 1 and lr by 0.
         keep = self.found_inf == 0
         torch._foreach_mul_([x.view(torch.int32) for x in u], keep.to(torch.int32))
         torch._foreach_mul_(momenta, torch.where(keep, group["momentum"], 1.0).to(torch.float32))
-        torch._foreach_add_(momenta, u)
-        torch._foreach_add_(params, torch._foreach_mul(momenta, keep.to(torch.float32) * -group["lr"]))
+        self._operations.add_(momenta, u)
+        self._operations.add_(
+            params, list(torch._foreach_mul(momenta, keep.to(torch.float32) * -group["lr"]))
+        )
 
 
-def trust_ratios(weights: list[Tensor], updates: list[Tensor], trust_coefficient: float) -> list[Tensor]:
-    """Returns trust_coefficient |w| / |u| per pair, 0-dim; 1 where either norm is 0. No epsilon, no clipping."""
-    weight_norms = torch.stack(torch._foreach_norm(weights))
-    update_norms = torch.stack(torch._foreach_norm(updates))
+def trust_ratios(weight_norms: Tensor, update_norms: Tensor, trust_coefficient: float) -> Tensor:
+    """Returns trust_coefficient |w| / |u| per pair; 1 where either norm is 0. No epsilon, no clipping."""
     nonzero = (weight_norms > 0) & (update_norms > 0)
-    return list(torch.where(nonzero, trust_coefficient * weight_norms / update_norms, 1.0).unbind())
+    return torch.where(nonzero, trust_coefficient * weight_norms / update_norms, 1.0)
+
+
+def resolve_backend(backend: str, device: torch.device) -> str:
+    """Returns the back end that updates tensors on a device: "triton", "foreach" or "apex".
+
+    "auto" is "triton" on CUDA, if Triton is installed, else "foreach".
+
+    Raises:
+        ValueError: the back end cannot run on this device.
+    """
+    if backend == "auto":
+        return "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "foreach"
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if backend in ("triton", "apex") and device.type != "cuda" and not interpreted:
+        raise ValueError(
+            f"optimizer.backend={backend} needs a CUDA device, not {device}; set 'auto' or 'foreach'"
+        )
+    return backend
+
+
+def fused_update(
+    optimizer: LARS,
+    target: Sequence[Tensor] = (),
+    online: Sequence[Tensor] = (),
+    buffers: Sequence[Tensor] = (),
+) -> "FusedUpdate | None":
+    """Returns the fused form of an update, or None if the optimizer's back end has none for its parameters.
+
+    Args:
+        optimizer: LARS.
+        target: tensors that follow `online` (`ema_update_`).
+        online: parameters of the optimizer, one per target.
+        buffers: tensors that keep their values if a step is not finite.
+
+    Raises:
+        ValueError: the back end was set to "triton", which cannot update these tensors.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if resolve_backend(optimizer.backend, parameters[0].device) != "triton":
+        return None
+    from byolt.model.kernels.lars import FusedUpdate, unfit  # imports Triton, which a CPU need not have
+
+    if optimizer.backend == "auto" and unfit([*parameters, *target], buffers):
+        return None
+    return FusedUpdate(optimizer, target, online, buffers)
 
 
 @torch.no_grad()

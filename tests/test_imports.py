@@ -20,7 +20,12 @@ ALLOWED = {
     "webdataset": set(),
     "numba": {f"pipelines/kernels/cpu{part}.py" for part in ("", "_rows")},
     "llvmlite": set(),
-    "triton": {f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")},
+    "triton": {
+        *(f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")),
+        "model/kernels/lars_triton.py",
+    },
+    "amp_C": {"model/kernels/lars_apex.py"},
+    "apex": {"model/kernels/lars_apex.py"},
     "timm": {"tools/exporting/libraries.py"},
     "transformers": {"tools/exporting/libraries.py"},
     "byolt.train": set(),
