@@ -32,7 +32,7 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
         try:
             from byolt.pipelines.dali_backend import DaliBackend
         except ImportError as error:
-            how = "pip install 'byolt[dali]' (torch for CUDA 12) or 'byolt[dali-cuda130]' (CUDA 13)"
+            how = "pip install -e '.[dali]' (torch for CUDA 12) or '.[dali-cuda130]' (CUDA 13)"
             if choice == "dali":
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"

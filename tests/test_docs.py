@@ -207,3 +207,15 @@ def test_features_of_a_folder_are_those_of_its_images(
     assert features.shape == (24, 128) and features.dtype == torch.float32
     assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
     assert np.load("features.npz")["classes"].tolist() == ["class0", "class1"]
+
+
+def test_no_message_advises_a_package_index() -> None:
+    """The project does not own the name byolt there: messages say `pip install -e '.[extra]'`."""
+    files = [
+        *ROOT.glob("*.py"),
+        *(p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if p.is_file()),
+    ]
+    wrong = [
+        p for p in files if re.search(r"""pip install ["']?byolt\b""", p.read_text()) and p != Path(__file__)
+    ]
+    assert not wrong

@@ -374,7 +374,7 @@ def test_backend_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(sys.modules, "byolt.pipelines.dali_backend", None)  # import fails
     _, reason = make_backend(make_config(data={"backend": "auto"}), torch.device("cpu"), torch.float32)
-    assert "torch on the CPU, because DALI is not installed" in reason and "byolt[dali]" in reason
+    assert "torch on the CPU, because DALI is not installed" in reason and "-e '.[dali]'" in reason
     with pytest.raises(ValueError, match=r"data\.backend=dali needs NVIDIA DALI"):
         make_backend(make_config(data={"backend": "dali"}), torch.device("cpu"), torch.float32)
 

@@ -437,5 +437,5 @@ def test_comparing_without_dali_says_how_to_get_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "byolt.pipelines.dali_backend", None)  # import fails
     assert _run(folder, "--compare", "--out", str(tmp_path / "c.png"), f"data.backend={choice}") == 2
-    assert "pip install 'byolt[dali]'" in capsys.readouterr().err
+    assert "pip install -e '.[dali]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
