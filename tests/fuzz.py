@@ -1,10 +1,10 @@
-"""Damaged tars, .beton files and manifests by the million: their readers may refuse them, and nothing else.
+"""Fuzzes the readers of tars, .beton files and manifests: a damaged file is read or refused, and nothing else happens.
 
-python tests/fuzz.py --inputs 1000000 [--seed 0] [--json RESULT]
+    python tests/fuzz.py --inputs 1000000 [--seed 0] [--json RESULT]
 
 Whole files are damaged at random: bits, bytes, numbers at the edges of their range, cuts, copies of parts. Half of the
-time the checksums that guard what was damaged are made right again, so that the code behind them is reached. A reader
-must give ValueError or OSError, or read every sample; anything else ends the run and leaves the input in `fuzz-failure`.
+time the checksums over the damaged part are corrected, so that the code behind them is reached. A reader must raise
+ValueError or OSError, or read every sample; anything else stops the run and leaves the input in `fuzz-failure`.
 """
 
 import argparse
@@ -30,31 +30,26 @@ from byolt.pipelines.formats.index import index_tar
 from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest, Shard
 from byolt.pipelines.sources import TarSource
 
-EDGES = [
-    0,
-    1,
-    2,
-    7,
-    127,
-    128,
-    255,
-    511,
-    512,
-    513,
-    2**15,
-    2**16 - 1,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**63,
-    2**64 - 1,
-]
-SLOW = 5.0  # seconds for one input, on any machine a hang
+EDGES = [0, 1, 2, 7, 127, 128, 255, 511, 512, 513, 2**15, 2**16 - 1]
+EDGES += [2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+SLOW = 5.0  # seconds for one input: a hang on any machine
 
 
 def jpeg(height: int, width: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), (200, height, width)).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def tar_of(members: list[tuple[str, bytes]], form: int, *links: tarfile.TarInfo) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=form) as out:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+        for link in links:
+            out.addfile(link)
     return buffer.getvalue()
 
 
@@ -93,22 +88,13 @@ class Tars:
         self._path = folder / "a.tar"
         self._seeds = []
         for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-            buffer = io.BytesIO()
-            with tarfile.open(fileobj=buffer, mode="w", format=form) as out:
-                for i, folder_name in enumerate(
-                    ("", "a/", "n" * 120 + "/" if form != tarfile.USTAR_FORMAT else "b/")
-                ):
-                    for name, data in (
-                        (f"{folder_name}{i}.jpg", jpeg(i + 1, 9)),
-                        (f"{folder_name}{i}.cls", b"%d" % i),
-                    ):
-                        info = tarfile.TarInfo(name)
-                        info.size = len(data)
-                        out.addfile(info, io.BytesIO(data))
-                link = tarfile.TarInfo("l.jpg")
-                link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
-                out.addfile(link)
-            self._seeds.append(buffer.getvalue()[: -8 * 512])
+            names = ["0", "a/1", "b/2" if form == tarfile.USTAR_FORMAT else "n" * 120 + "/2"]
+            members = []
+            for i, name in enumerate(names):
+                members += [(f"{name}.jpg", jpeg(i + 1, 9)), (f"{name}.cls", b"%d" % i)]
+            link = tarfile.TarInfo("l.jpg")
+            link.type, link.linkname = tarfile.SYMTYPE, "0.jpg"
+            self._seeds.append(tar_of(members, form, link)[: -8 * 512])
 
     def __call__(self, rng: random.Random) -> None:
         data = bytearray(damage(rng, rng.choice(self._seeds)))
@@ -146,7 +132,7 @@ class Betons:
         self._seed = header.tobytes() + fields.tobytes() + records.tobytes() + data + table.tobytes()
         self._path.write_bytes(self._seed)
         assert len(BetonSource([self._path]).read(2)) == len(images[2])
-        # The names and arguments of the fields are most of the file and mean nothing: they are left out of the dice.
+        # The names and arguments of the fields are most of the file and mean nothing: damage rarely hits them.
         self._start = start
 
     def __call__(self, rng: random.Random) -> None:
@@ -171,13 +157,8 @@ class Manifests:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        Tars(folder)
-        with tarfile.open(folder / "a.tar", "w") as out:
-            for i in range(4):
-                info, data = tarfile.TarInfo(f"{i}.jpg"), jpeg(i + 1, 9)
-                info.size = len(data)
-                out.addfile(info, io.BytesIO(data))
         path = folder / "a.tar"
+        path.write_bytes(tar_of([(f"{i}.jpg", jpeg(i + 1, 9)) for i in range(4)], tarfile.PAX_FORMAT))
         shard = Shard("a.tar", path.stat().st_size, sha256_of(path), 4)
         Manifest([shard], index_tar(path).records, ["x", "y"]).save(folder)
         self._manifest, self._samples = (folder / MANIFEST).read_bytes(), (folder / SAMPLES).read_bytes()
@@ -236,10 +217,10 @@ TARGETS: dict[str, tuple[Callable[[Path], Tars | Betons | Manifests], float]] = 
 
 
 def run(name: str, inputs: int, seed: int) -> Counter[str]:
-    """Feeds one reader; counts what came out: "read", or the kind of the refusal.
+    """Feeds one reader; counts the outcomes: "read", or the class of the error.
 
     Raises:
-        AssertionError: the reader raised something undeclared, or took seconds; says what, and where the input is.
+        AssertionError: the reader raised another error, or took seconds; names the error and the input's copy.
     """
     outcomes: Counter[str] = Counter()
     rng = random.Random(f"{name} {seed}")

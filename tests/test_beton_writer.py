@@ -39,7 +39,7 @@ def small_pages(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def by_file(folder: Path) -> dict[str, tuple[bytes, int]]:
-    """Name of the input file -> (bytes, label) of what is in .beton files."""
+    """Name of the input file -> (bytes, label) of the sample, from .beton files."""
     found = {}
     for path in sorted(folder.glob("*.beton")):
         beton = BetonSource([path])

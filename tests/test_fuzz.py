@@ -1,4 +1,4 @@
-"""A short run of the fuzzer; tests/fuzz.py says what it does, benchmarks/cpu holds a long one."""
+"""A short run of tests/fuzz.py; benchmarks/cpu holds the result of a long one."""
 
 import fuzz
 import pytest

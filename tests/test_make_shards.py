@@ -1,4 +1,4 @@
-"""make_shards from the outside: what goes in, what comes out, what is refused, and what a kill leaves."""
+"""make_shards from the outside: its inputs and outputs, its refusals, and the state that a kill leaves."""
 
 import errno
 import fcntl
@@ -44,6 +44,28 @@ def write_images(folder: Path, count: int = 20, side: int = 16) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(side + i % 5, side, i).save(path)
     return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as out:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def jpeg(seed: int = 0, height: int = 8) -> bytes:
+    buffer = io.BytesIO()
+    noise(height, 9, seed).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+def half_done(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(source, dst)
 
 
 def run(*args: object) -> int:
@@ -130,35 +152,35 @@ def _chunks_of(entries: list, number: int) -> list:
 def test_rules_for_odd_images(tmp_path: Path) -> None:
     src = tmp_path / "src"
     src.mkdir()
-    grey16 = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 68
-    Image.fromarray(grey16).save(src / "sixteen.png")
-    colour = Image.new("RGBA", (40, 24), (200, 30, 60, 0))  # alpha 0 everywhere: dropped, the colour stays
-    colour.save(src / "alpha.webp", lossless=True, exact=True)
-    colour.convert("RGB").save(src / "png-named.jpg", "PNG")
-    colour.convert("RGB").save(src / "a.bmp")
-    colour.convert("RGB").save(src / "a.tiff")
+    gray16 = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40) * 68
+    Image.fromarray(gray16).save(src / "sixteen.png")
+    color = Image.new("RGBA", (40, 24), (200, 30, 60, 0))  # alpha 0 everywhere: dropped, the color stays
+    color.save(src / "alpha.webp", lossless=True, exact=True)
+    color.convert("RGB").save(src / "png-named.jpg", "PNG")
+    color.convert("RGB").save(src / "a.bmp")
+    color.convert("RGB").save(src / "a.tiff")
     Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(src / "cmyk.jpg", quality=95)
     Image.new("RGB", (40, 24), (0, 255, 0)).save(
         src / "animated.gif", save_all=True, append_images=[Image.new("RGB", (40, 24), (255, 0, 0))]
     )
-    noise(24, 40, channels=1).save(src / "grey.jpg")
+    noise(24, 40, channels=1).save(src / "gray.jpg")
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(24, 40).save(src / "rotated.jpg", exif=exif)
-    (src / "jpeg-named.png").write_bytes((src / "grey.jpg").read_bytes())
+    (src / "jpeg-named.png").write_bytes((src / "gray.jpg").read_bytes())
     assert run(src, tmp_path / "dst") == 0
     assert quarantine(tmp_path / "dst") == {}
     found = samples(tmp_path / "dst")
     assert len(found) == 10
     for name, (data, label) in found.items():
         assert (*inspect(data)[:3], label) == ("jpeg", 24, 40, -1), name
-    for name in ("grey.jpg", "rotated.jpg", "jpeg-named.png"):
+    for name in ("gray.jpg", "rotated.jpg", "jpeg-named.png"):
         assert found[name][0] == (src / name).read_bytes()
 
     def pixels(name: str) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(found[name][0]))).astype(float)
 
-    assert np.abs(pixels("sixteen.png") - grey16 / 257).mean() < 1.5
+    assert np.abs(pixels("sixteen.png") - gray16 / 257).mean() < 1.5
     for name in ("alpha.webp", "png-named.jpg", "a.bmp", "a.tiff"):
         assert np.abs(pixels(name) - (200, 30, 60)).max() <= 3, name
     assert np.abs(pixels("cmyk.jpg") - (255, 0, 0)).max() <= 3
@@ -222,11 +244,8 @@ def test_strict_makes_them_fatal(source: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_archive_members_never_leave_it(source: Path, tmp_path: Path) -> None:
     data = (source / "c0/0000.jpg").read_bytes()
-    with tarfile.open(tmp_path / "a.tar", "w") as out:
-        for name in ("../evil.jpg", "/evil.jpg", "c/good.jpg"):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
+    write_tar(tmp_path / "a.tar", [(name, data) for name in ("../evil.jpg", "/evil.jpg", "c/good.jpg")])
+    with tarfile.open(tmp_path / "a.tar", "a") as out:
         link = tarfile.TarInfo("c/link.jpg")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         out.addfile(link)
@@ -279,10 +298,7 @@ def test_killed_and_started_again_is_byte_identical(tmp_path: Path) -> None:
 def test_finished_shard_that_was_cut_is_made_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(making, "commit", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(source, tmp_path / "dst")
+    half_done(source, tmp_path / "dst", monkeypatch)
     os.truncate(tmp_path / "dst/shard-000000.tar", 1000)
     assert run(source, tmp_path / "dst") == 0
     assert verify([str(tmp_path / "dst")]) == 0
@@ -336,10 +352,7 @@ def test_full_disk(
 def test_other_settings_or_source_are_refused(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(making, "commit", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(source, tmp_path / "dst")
+    half_done(source, tmp_path / "dst", monkeypatch)
     assert run(source, tmp_path / "dst", "--seed", 1) == 2
     assert "unfinished and has other settings: seed was 0, now 1" in capsys.readouterr().err
     assert run(source, tmp_path / "dst") == 0
@@ -359,7 +372,7 @@ def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest
     (tmp_path / "empty").mkdir()
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts/a.txt").write_text("a")
-    (tmp_path / "file").write_text("a file that is no tar" * 100)
+    (tmp_path / "file").write_text("a file that is not a tar" * 100)
     (tmp_path / "deep").mkdir()
     shutil.copytree(source, tmp_path / "deep/train")
     for args, code, message in [
@@ -386,17 +399,10 @@ def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest
 
 def test_index_of_tars_made_elsewhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(2):
-        with tarfile.open(tmp_path / f"part{number}.tar", "w") as out:
-            for i in range(3):
-                buffer = io.BytesIO()
-                noise(8 + i, 9, i).save(buffer, "JPEG")
-                for name, data in (
-                    (f"{number}{i}.jpeg", buffer.getvalue()),
-                    (f"{number}{i}.txt", b"caption"),
-                ):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    out.addfile(info, io.BytesIO(data))
+        members = []
+        for i in range(3):
+            members += [(f"{number}{i}.jpeg", jpeg(i, 8 + i)), (f"{number}{i}.txt", b"caption")]
+        write_tar(tmp_path / f"part{number}.tar", members)
     before = hashes(tmp_path)
     assert run(tmp_path, "--index") == 0
     assert "6 samples in 2 shards, 0 labeled" in capsys.readouterr().out
@@ -521,21 +527,6 @@ def test_damaged_archive_is_named(name: str, tmp_path: Path, capsys: pytest.Capt
     assert f"{name} is damaged" in capsys.readouterr().err
 
 
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as out:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return path
-
-
-def jpeg(seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    noise(8, 9, seed).save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
 def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = ("bad.jpg", jpeg()[:-2])
     write_tar(tmp_path / "a.tar", [("README.txt", b"hi"), ("a.jpg", jpeg()), bad, ("c.webp", b"RIFF")])
@@ -553,13 +544,6 @@ def test_index_without_any_sample_says_why(tmp_path: Path, capsys: pytest.Captur
     assert run(tmp_path, "--index") == 2
     assert "rename such files without further dots" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]
-
-
-def half_done(source: Path, dst: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(making, "commit", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(source, dst)
 
 
 def test_source_that_changed_at_the_same_size_is_not_continued_with(
@@ -668,7 +652,7 @@ def test_directory_of_a_zip_is_parsed_once(
     assert sorted(opened) == [0] * 20 + [20]  # to list it; reading a member takes its entry alone
 
 
-def test_zip_with_a_version_nobody_has_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zip_of_an_unknown_version_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("a/0.jpg", jpeg())
     data = bytearray((tmp_path / "a.zip").read_bytes())

@@ -1,4 +1,4 @@
-"""The quickstart's images: deterministic, complete or absent, class not readable from colour or pixels."""
+"""The quickstart's images: deterministic, complete or absent, class not readable from color or pixels."""
 
 import hashlib
 from pathlib import Path
@@ -33,10 +33,10 @@ def drawn() -> Drawn:
 def _knn_accuracy(
     bank: np.ndarray, bank_labels: np.ndarray, query: np.ndarray, query_labels: np.ndarray, k: int
 ) -> float:
-    """Per cent of queries whose k nearest (L2) vote for their own class."""
+    """Percentage of queries whose k nearest (L2) vote for their own class."""
     distance = (query**2).sum(1)[:, None] + (bank**2).sum(1)[None] - 2 * query @ bank.T
-    neighbours = bank_labels[np.argsort(distance, axis=1)[:, :k]]
-    votes = (neighbours[:, :, None] == np.arange(len(CLASSES))).sum(axis=1)
+    neighbors = bank_labels[np.argsort(distance, axis=1)[:, :k]]
+    votes = (neighbors[:, :, None] == np.arange(len(CLASSES))).sum(axis=1)
     return 100 * float((votes.argmax(axis=1) == query_labels).mean())
 
 
@@ -63,15 +63,15 @@ def test_same_seed_same_bytes_and_a_larger_set_contains_the_smaller(tmp_path: Pa
     assert not set(first.values()) & set(other.values())
 
 
-def test_class_is_not_readable_from_mean_colour(drawn: Drawn) -> None:
+def test_class_is_not_readable_from_mean_color(drawn: Drawn) -> None:
     (bank, bank_labels), (query, query_labels) = drawn["train"], drawn["val"]
-    bank_colour, query_colour = bank.mean(axis=(1, 2)), query.mean(axis=(1, 2))
+    bank_color, query_color = bank.mean(axis=(1, 2)), query.mean(axis=(1, 2))
     # 500 queries at chance: standard deviation 1.3 points
-    assert _knn_accuracy(bank_colour, bank_labels, query_colour, query_labels, k=20) == pytest.approx(
+    assert _knn_accuracy(bank_color, bank_labels, query_color, query_labels, k=20) == pytest.approx(
         CHANCE, abs=4
     )
-    centroids = np.stack([bank_colour[bank_labels == label].mean(axis=0) for label in range(len(CLASSES))])
-    nearest = _knn_accuracy(centroids, np.arange(len(CLASSES)), query_colour, query_labels, k=1)
+    centroids = np.stack([bank_color[bank_labels == label].mean(axis=0) for label in range(len(CLASSES))])
+    nearest = _knn_accuracy(centroids, np.arange(len(CLASSES)), query_color, query_labels, k=1)
     assert nearest == pytest.approx(CHANCE, abs=4)
 
 

@@ -140,7 +140,7 @@ def _another(path: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    # what verify says of the tar, and what the trainer says before its first step; "" where it reads on rightly
+    # The message of verify, and that of the trainer before its first step; "" where the trainer is not affected.
     "cut at a member boundary": (
         lambda p: _keep(p, _members(p)[6].offset),
         r"offset \d+: cut at a member boundary",

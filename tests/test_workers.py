@@ -1,4 +1,4 @@
-"""Workers: they use what they are given once each, and end when the one that started them does."""
+"""Workers: each task is done once, and they end with the process that started them."""
 
 import os
 import subprocess
@@ -45,5 +45,5 @@ def test_busy_and_idle_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
     )
-    process.communicate(timeout=30)  # returns when nobody is left who could write to stderr
+    process.communicate(timeout=30)  # returns when the last process that could write to stderr has ended
     assert process.returncode == -9

@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Installs ffcv 1.0.2 for comparing into a folder of its own, without root and without touching the environment:
+# Installs ffcv 1.0.2 into a folder of its own, for comparisons, without root and without a change to the environment:
 #
 #     tools/install_ffcv.sh FOLDER [PYTHON]      then: PYTHONPATH=FOLDER PYTHON ...
 #
-# ffcv comes as source and asks pkg-config for all of OpenCV (690 MB with what that pulls in). Its C++ uses cv::resize and
-# libjpeg-turbo alone: Debian's or Ubuntu's packages of these two, 10 MB, are unpacked into FOLDER/native, and a .pc file and
-# a header there stand for the rest. What is installed on the system already is used from there. PYTHON has numpy, numba
-# and torch.
+# ffcv comes as source and asks pkg-config for all of OpenCV (690 MB with its dependencies), but uses only cv::resize and
+# libjpeg-turbo. Debian's or Ubuntu's packages of the two, 10 MB, are unpacked into FOLDER/native, unless they are installed
+# already; a .pc file and a header there replace the rest. PYTHON must have numpy, numba and torch.
 set -euo pipefail
 [ $# -ge 1 ] || { echo "usage: tools/install_ffcv.sh FOLDER [PYTHON]" >&2; exit 2; }
 mkdir -p "$1"
@@ -21,7 +20,7 @@ mkdir -p "$native/lists/partial" "$native/cache/archives/partial" "$native/openc
 apt=(apt-get -qq -o Dir::State::Lists="$native/lists" -o Dir::Cache="$native/cache" -o APT::Sandbox::User="$(id -un)" -o Debug::NoLocking=1)
 
 "${apt[@]}" update
-# -s says what an installation would bring, this machine's own packages left out.
+# -s lists the packages that an installation would add.
 missing=$("${apt[@]}" -s --no-install-recommends install libopencv-core-dev libopencv-imgproc-dev libturbojpeg0-dev |
   awk '/^Inst/ { print $2 }')
 if [ -n "$missing" ]; then

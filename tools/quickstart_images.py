@@ -120,16 +120,13 @@ def write_set(folder: Path, per_class: dict[str, int], size: int, seed: int) -> 
     """Writes the set so that it appears under its name complete or not at all.
 
     Args:
-        folder: the final folder; must not exist.
+        folder: must not exist (FileExistsError).
         per_class: images of each class, by split.
         size: pixels a side.
         seed: of the whole set.
 
     Returns:
-        Number of images written.
-
-    Raises:
-        FileExistsError: `folder` exists.
+        Number of images.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or name another folder")

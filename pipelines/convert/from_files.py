@@ -114,8 +114,6 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
             `inside` leads out of it.
         OSError: It cannot be read, or the disk is full.
     """
-    if not source.exists():
-        raise ValueError(f"SRC {source} does not exist")
     if ".." in inside.split("/"):
         raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
     inside, path, limit = _tidy(inside), source, MAX_BYTES
