@@ -25,7 +25,7 @@ from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams
 from byolt.tools.show_views import main
 from byolt.tools.viewing.samples import (
-    Samples,
+    DrawnSamples,
     choose,
     make_views,
     neutral_jitter,
@@ -34,7 +34,7 @@ from byolt.tools.viewing.samples import (
     table,
     to_pixels,
 )
-from byolt.tools.viewing.sheets import COLOURS, Page, comparison, contact_sheet, operation_strips, short
+from byolt.tools.viewing.sheets import COLORS, Page, comparison, contact_sheet, operation_strips, short
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = str(ROOT / "configs" / "r18_cifar10.yaml")
@@ -45,7 +45,7 @@ SIZES = [(40, 40), (30, 50), (64, 20), (300, 20), (20, 300), (33, 47), (48, 36)]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Smooth coloured noise of seven shapes; one has a long name."""
+    """Smooth colored noise of seven shapes; one has a long name."""
     out, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for i, size in enumerate(SIZES):
         coarse = Image.fromarray(rng.integers(0, 256, (4, 5, 3), np.uint8))
@@ -62,11 +62,11 @@ def _backend(config: Config) -> Backend:
     return make_backend(config, torch.device("cpu"), torch.float32)[0]
 
 
-def _samples(config: Config, folder: Path, *ids: int, epoch: int = 0) -> Samples:
+def _samples(config: Config, folder: Path, *ids: int, epoch: int = 0) -> DrawnSamples:
     return read(config, open_source(folder), epoch, np.array(ids))
 
 
-def _sheet(config: Config, samples: Samples) -> Page:
+def _sheet(config: Config, samples: DrawnSamples) -> Page:
     return contact_sheet(config, samples, _backend(config), ["a note"])
 
 
@@ -146,7 +146,7 @@ def test_table_of_all_that_was_drawn(folder: Path) -> None:
         ("flip", ("yes",), True),
         ("jitter", ("1 hue +0.06", "2 brightness −0.21"), True),
         ("", ("3 saturation ×0.80", "4 contrast ×1.25"), True),
-        ("grey", ("yes",), True),
+        ("gray", ("yes",), True),
         ("blur", ("sigma 1.23 px",), True),
         ("solarize", ("yes",), True),
     ]
@@ -159,7 +159,7 @@ def test_table_of_a_plain_view_has_as_many_rows(folder: Path) -> None:
         ("flip", ("no",)),
         ("jitter", ("no",)),
         ("", ()),
-        ("grey", ("no",)),
+        ("gray", ("no",)),
         ("blur", ("no",)),
         ("solarize", ("no",)),
     ]
@@ -173,14 +173,14 @@ def test_boxes_are_the_windows(folder: Path) -> None:
     for i, axes in enumerate(originals):
         boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
         assert len(boxes) == 2
-        for box, params, colour in zip(boxes, samples.params, COLOURS, strict=True):
+        for box, params, color in zip(boxes, samples.params, COLORS, strict=True):
             expected = params.left[i], params.top[i], params.width[i], params.height[i]
             assert (*box.get_xy(), box.get_width(), box.get_height()) == expected
-            assert box.get_edgecolor()[:3] == to_rgb(colour)
+            assert box.get_edgecolor()[:3] == to_rgb(color)
 
 
 def test_a_box_is_painted_around_its_pixels(folder: Path) -> None:
-    """In the PNG itself: the coloured pixels' extent, in pixels of the original, is the window's."""
+    """In the PNG itself: the colored pixels' extent, in pixels of the original, is the window's."""
     config = _config(folder, TORCH)
     samples = _samples(config, folder, 5)
     page = _sheet(config, samples)
@@ -194,8 +194,8 @@ def test_a_box_is_painted_around_its_pixels(folder: Path) -> None:
     top, bottom = round((1 - cell.y1) * page.height), round((1 - cell.y0) * page.height)
     width, height = SIZES[5]
     assert abs((right - left) / (bottom - top) - width / height) < 0.01
-    for params, colour in zip(samples.params, COLOURS, strict=True):
-        rgb = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    for params, color in zip(samples.params, COLORS, strict=True):
+        rgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         ys, xs = np.nonzero(np.abs(painted - rgb).max(2)[top - 8 : bottom + 8, left - 8 : right + 8] < 3)
         scale = (right - left) / width
         found = (xs.min() + xs.max() + 1) / 2 - 8, (ys.min() + ys.max() + 1) / 2 - 8
@@ -279,7 +279,7 @@ def test_strips_show_each_operation_at_its_extremes(folder: Path) -> None:
     blurred = [torch_backend.gaussian_blur(plain, torch.tensor([s]), taps) for s in (0.1, 1.05, 2.0)]
     expect("blur: sigma", ["0.10 px", "1.05 px", "2.00 px"], *blurred)
     switched = plain.flip(2), torch_backend.grayscale(plain), torch_backend.solarize(plain)
-    expect("switches", ["flip", "grey", "solarize"], *switched)
+    expect("switches", ["flip", "gray", "solarize"], *switched)
 
 
 def test_crop_strips_have_the_stated_area_and_ratio(folder: Path) -> None:

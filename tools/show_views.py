@@ -1,12 +1,12 @@
-"""Pictures of what the network sees: crop windows, both views and the numbers that were drawn for them.
+"""Shows what the network sees: crop windows, both views of each image and their augmentation parameters.
 
     python tools/show_views.py DATASET --config configs/r50_1000ep.yaml [--images 8 | --ids 3 17] [--epoch 0] ...
     python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --operations     each operation alone
     python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --compare        back end beside torch
 
-The seed is run.seed, and bytes, draws and back end are those of pipelines/loader.py: the views are, to the bit,
-those that training sees of these samples in that epoch (in float32; a GPU run may deliver bf16). Without --ids they are
-the first samples of the epoch. An image that does not decode is an error here; training would replace it.
+Seed (run.seed), parameters and back end are those of the training: the views are, to the bit, the views of these
+samples in that epoch in float32; a GPU run may convert them to bf16. By default the first samples of the epoch are
+shown. An image that does not decode is an error here; training would replace it.
 """
 
 import argparse
@@ -27,10 +27,10 @@ MAX_IMAGES = 64
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes the picture that was asked for, writes it and says so.
+    """Draws and writes the requested picture.
 
     Raises:
-        ValueError: something that was asked for is not possible.
+        ValueError: the request is invalid.
     """
     words = args.ids or []
     overrides = [*args.overrides, *(word for word in words if "=" in word)]
@@ -75,16 +75,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Returns the exit code: 0 written, 2 invalid request."""
     parser = argparse.ArgumentParser(prog="show_views", description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "dataset", help="what data.path takes: shards, a folder of images, .beton, synthetic:…"
-    )
+    parser.add_argument("dataset", help="a data.path: shards, a folder of images, .beton, synthetic:…")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--images", type=int, default=8, help="the first so many of the epoch (default 8)")
-    which.add_argument("--ids", nargs="+", metavar="ID", help="these samples instead")
-    parser.add_argument("--epoch", type=int, default=0, help="each has its own draws (default 0)")
+    which.add_argument(
+        "--images", type=int, default=8, help="number of first images of the epoch (default 8)"
+    )
+    which.add_argument("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
+    parser.add_argument("--epoch", type=int, default=0, help="each epoch has its own parameters (default 0)")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: views|operations|compare.png")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--operations", action="store_true", help="each operation alone, on one image")

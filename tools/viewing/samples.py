@@ -1,7 +1,7 @@
-"""What tools/show_views.py shows: samples with what is drawn for them, their views, and each operation alone.
+"""The samples that tools/show_views.py shows: their augmentation parameters, their views, and each operation alone.
 
-Nothing is drawn or applied here in its own way: bytes come from a source, parameters from `pipelines.views.draw`,
-pixels from a back end.
+Everything comes from the code of the training: bytes from a source, parameters from `pipelines.views`, pixels from a
+back end.
 """
 
 from dataclasses import dataclass, replace
@@ -11,44 +11,44 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from byolt.configs.schema import Config, ViewConfig
+from byolt.configs.schema import Config
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.formats.encoded import check
 from byolt.pipelines.sources import Source
-from byolt.pipelines.views import ViewParams, draw
+from byolt.pipelines.views import ViewParams, draw, draw_both
 
 Pixels = npt.NDArray[np.float32]  # (..., size, size, 3) in [0, 1]
-Row = tuple[str, tuple[str, ...], bool]  # name, values beside one another, whether the operation is applied
+Row = tuple[str, tuple[str, ...], bool]  # name, values side by side, whether the operation is applied
 Strip = tuple[str, list[tuple[str, ViewParams]]]  # name; labels with the parameters of one view
 
-JITTER = ("brightness", "contrast", "saturation", "hue")  # as pipelines.views numbers them
+JITTER = ("brightness", "contrast", "saturation", "hue")  # in the numbering of pipelines.views
 PLAIN = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0} | dict.fromkeys(JITTER, 0.0)
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Some samples of a data set with what is drawn for them."""
+class DrawnSamples:
+    """Samples of a data set and the parameters of their views."""
 
     ids: npt.NDArray[np.int64]  # (N,)
-    places: list[str]  # where each is
-    classes: list[str]  # "" where it has none
+    places: list[str]  # file or shard of each
+    classes: list[str]  # "" if unknown
     encoded: list[bytes]
     params: tuple[ViewParams, ViewParams]
 
 
 def choose(config: Config, source: Source, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The first `count` sample ids of an epoch, in training's order; fewer where the data set has fewer."""
+    """The ids of the first `count` samples of an epoch in the order of training; all if there are fewer."""
     total = len(source)
     return order.global_batch(config.run.seed, epoch, 0, total, min(count, total), config.data.order)
 
 
-def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64]) -> Samples:
-    """Reads samples and draws both views of each, as the loader does.
+def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64]) -> DrawnSamples:
+    """Reads samples and draws the parameters of both views, as the loader does.
 
     Raises:
-        ValueError: an id is unknown, or a sample is no whole image of the size that the index states.
+        ValueError: an id is unknown, or a sample is not a whole image of the size that the index states.
     """
     unknown = [number for number in ids.tolist() if not 0 <= number < len(source)]
     if unknown:
@@ -63,38 +63,26 @@ def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64])
                 f"{source.describe(number)}: {error}: show others with --ids, and run tools/verify_shards.py"
             ) from None
         encoded.append(data)
-    sides = source.heights[ids], source.widths[ids]
-    views = config.augment.view1, config.augment.view2
-    first, second = (draw_view(config, view, i, epoch, ids, *sides) for i, view in enumerate(views))
+    params = draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
     labels = source.labels[ids].tolist()
     classes = [source.classes[label] if source.classes and label >= 0 else "" for label in labels]
-    return Samples(ids, [source.describe(i) for i in ids.tolist()], classes, encoded, (first, second))
-
-
-def draw_view(
-    config: Config,
-    view: ViewConfig,
-    index: int,
-    epoch: int,
-    ids: npt.NDArray[np.int64],
-    heights: npt.NDArray[np.int64],
-    widths: npt.NDArray[np.int64],
-) -> ViewParams:
-    """`pipelines.views.draw` with a run's seed and profile: the one place of this file that draws."""
-    return draw(view, config.run.seed, epoch, ids, index, heights, widths, config.augment.profile)
+    return DrawnSamples(ids, [source.describe(i) for i in ids.tolist()], classes, encoded, params)
 
 
 def neutral_jitter(config: Config) -> dict[str, float]:
-    """The value of each colour operation that changes nothing: the middle of its range."""
-    none, one = config.augment.view1.model_copy(update=PLAIN), np.ones(1, np.int64)
-    drawn = draw_view(config, none, 0, 0, one, one, one)
+    """The value of each color operation that changes nothing."""
+    plain, one = config.augment.view1.model_copy(update=PLAIN), np.ones(1, np.int64)
+    drawn = draw(plain, config.run.seed, 0, one, 0, one, one, config.augment.profile)
     return {name: float(getattr(drawn, name)[0]) for name in JITTER}
 
 
 def make_views(
-    config: Config, backend: Backend, samples: Samples, params: tuple[ViewParams, ViewParams] | None = None
+    config: Config,
+    backend: Backend,
+    samples: DrawnSamples,
+    params: tuple[ViewParams, ViewParams] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both views of every sample as training gets them: (N, 3, size, size), normalised, on the CPU.
+    """Both views of every sample as training gets them: (N, 3, size, size), normalized, on the CPU.
 
     Raises:
         ValueError: a sample does not decode.
@@ -108,7 +96,7 @@ def make_views(
 
 
 def to_pixels(config: Config, view: torch.Tensor) -> Pixels:
-    """(N, size, size, 3), not normalised any more."""
+    """Undoes the normalization: (N, size, size, 3)."""
     mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
     pixels: Pixels = (view.float().permute(0, 2, 3, 1) * std + mean).numpy()
     return pixels
@@ -120,7 +108,7 @@ def signed(value: float, neutral: float) -> str:
 
 
 def table(view: ViewParams, i: int, height: int, width: int, neutral: dict[str, float]) -> list[Row]:
-    """Parameters of sample i, of an image of this size, as rows of a table."""
+    """The parameters of sample i, an image of this size, as rows of a table."""
     rows, columns = int(view.height[i]), int(view.width[i])
     share, jitter = 100 * rows * columns / (height * width), bool(view.jitter[i])
     steps = [
@@ -128,31 +116,32 @@ def table(view: ViewParams, i: int, height: int, width: int, neutral: dict[str, 
         for place, j in enumerate(view.order[i], start=1)
     ]
 
-    def switch(name: str, on: bool, value: str = "yes") -> Row:
+    def switch(name: str, value: str = "yes") -> Row:
+        on = bool(getattr(view, name)[i])
         return name, (value if on else "no",), on
 
     return [
         ("crop", (f"{share:.1f} % of the area, ratio {columns / rows:.2f}",), True),
         ("", (f"{columns} × {rows} px at ({view.left[i]}, {view.top[i]})",), True),
-        switch("flip", bool(view.flip[i])),
+        switch("flip"),
         ("jitter", (steps[0], steps[1]) if jitter else ("no",), jitter),
         ("", (steps[2], steps[3]) if jitter else (), jitter),
-        switch("grey", bool(view.gray[i])),
-        switch("blur", bool(view.blur[i]), f"sigma {view.sigma[i]:.2f} px"),
-        switch("solarize", bool(view.solarize[i])),
+        switch("gray"),
+        switch("blur", f"sigma {view.sigma[i]:.2f} px"),
+        switch("solarize"),
     ]
 
 
-def operations(config: Config, samples: Samples, height: int, width: int) -> list[Strip]:
-    """Name of each strip and, in it, labels with the parameters of one view, on the image's central square."""
+def operations(config: Config, samples: DrawnSamples, height: int, width: int) -> list[Strip]:
+    """One strip per operation, with parameters that apply it alone to the central square of the first sample."""
     views = config.augment.view1, config.augment.view2
     side = min(height, width)
     shape = np.array([height]), np.array([width])
 
-    def alone(**update: object) -> ViewParams:
-        view = views[0].model_copy(update=PLAIN | update)
-        drawn = draw_view(config, view, 0, 0, samples.ids[:1], *shape)
-        if "crop_area" not in update:
+    def alone(**settings: object) -> ViewParams:
+        view = views[0].model_copy(update=PLAIN | settings)
+        drawn = draw(view, config.run.seed, 0, samples.ids[:1], 0, *shape, config.augment.profile)
+        if "crop_area" not in settings:
             drawn = replace(drawn, height=np.full(1, side, np.int32), width=np.full(1, side, np.int32))
         top, left = (height - drawn.height) // 2, (width - drawn.width) // 2
         return replace(drawn, top=top.astype(np.int32), left=left.astype(np.int32))
@@ -160,17 +149,21 @@ def operations(config: Config, samples: Samples, height: int, width: int) -> lis
     def crop(area: float, ratio: float) -> ViewParams:
         return alone(crop_area=(area, area), crop_ratio=(ratio, ratio))
 
-    def spread(low: float, high: float) -> list[float]:
-        return [low, (low + high) / 2, high]
-
-    areas = spread(*widest(config, "crop_area"))
-    low_ratio, high_ratio = widest(config, "crop_ratio")
-    ratios = [low_ratio, (low_ratio * high_ratio) ** 0.5, high_ratio]
-
-    def colour(name: str, value: float) -> ViewParams:
+    def jittered(name: str, value: float) -> ViewParams:
         changed: dict[str, Any] = {name: np.array([value], np.float32)}
         return replace(alone(jitter=1.0), **changed)
 
+    def limits(name: str) -> tuple[float, float]:
+        """The lowest and the highest value that either view can draw."""
+        low, high = zip(*(getattr(view, name) for view in views), strict=True)
+        return min(low), max(high)
+
+    def three(low: float, high: float) -> list[float]:
+        return [low, (low + high) / 2, high]
+
+    areas = three(*limits("crop_area"))
+    low, high = limits("crop_ratio")
+    ratios = [low, (low * high) ** 0.5, high]
     strips: list[Strip] = [
         (
             "crop: share of the area, at the middle ratio",
@@ -180,19 +173,10 @@ def operations(config: Config, samples: Samples, height: int, width: int) -> lis
     ]
     for name, neutral in neutral_jitter(config).items():
         reach = max(getattr(view, name) for view in views)
-        values = spread(neutral - reach, neutral + reach)
+        values = three(neutral - reach, neutral + reach)
         title = "hue: share of a turn" if name == "hue" else name
-        strips.append((title, [(signed(value, neutral), colour(name, value)) for value in values]))
-    sigmas = spread(*widest(config, "blur_sigma"))
+        strips.append((title, [(signed(value, neutral), jittered(name, value)) for value in values]))
+    sigmas = three(*limits("blur_sigma"))
     strips.append(("blur: sigma", [(f"{s:.2f} px", alone(blur=1.0, blur_sigma=(s, s))) for s in sigmas]))
-    switches = ("flip", "flip"), ("grey", "gray"), ("solarize", "solarize")
-    strips.append(("switches", [(label, alone(**{name: 1.0})) for label, name in switches]))
+    strips.append(("switches", [(name, alone(**{name: 1.0})) for name in ("flip", "gray", "solarize")]))
     return strips
-
-
-def widest(config: Config, name: str) -> tuple[float, float]:
-    """From the lower of both views' lower bounds to the higher of their upper ones."""
-    low, high = zip(
-        *(getattr(view, name) for view in (config.augment.view1, config.augment.view2)), strict=True
-    )
-    return min(low), max(high)

@@ -1,4 +1,4 @@
-"""The three pictures of tools/show_views.py: the contact sheet, a strip per operation, two back ends side by side."""
+"""The three pictures of tools/show_views.py: a contact sheet, one strip per operation, two back ends side by side."""
 
 import textwrap
 from dataclasses import fields, replace
@@ -13,56 +13,64 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from byolt.configs.schema import Config
-from byolt.files.atomic import replacing
 from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams
-from byolt.tools.viewing.samples import Row, Samples, make_views, neutral_jitter, operations, table, to_pixels
+from byolt.tools.reporting.figures import MARKS, save_png
+from byolt.tools.viewing.samples import (
+    DrawnSamples,
+    Row,
+    make_views,
+    neutral_jitter,
+    operations,
+    table,
+    to_pixels,
+)
 
 DPI = 200
-CELL = 448  # pixels of a picture's side: a whole multiple of views of 224, 112, 64 and 32 px
+CELL = 448  # pixels of a picture's side: a multiple of views of 224, 112, 64 and 32 px
 GAP = 36
 MARGIN = 56
-TITLE = 46  # pixels from the title to the next line
+TITLE = 46  # pixels from the title to the line below
 LINE = 28  # from one line of text to the next
-COLUMNS = (82, 276)  # where the values of a table of parameters stand, in pixels
+COLUMNS = (82, 276)  # left edges of the values in a table of parameters, in pixels
 TEXT = 6.6  # points
 INK, FAINT = "#212529", "#868e96"
-COLOURS = ("#e8590c", "#1c7ed6")  # view 1, view 2
+COLORS = tuple(mark.color for mark in MARKS[:2])  # view 1, view 2
 
 
 class Page:
-    """A figure that is laid out in pixels, from its top left corner."""
+    """A figure that is laid out in pixels from its top left corner."""
 
     def __init__(self, width: int, height: int, title: str, notes: list[str]) -> None:
         """
         Args:
             width: pixels.
-            height: pixels below the heading, which is added above.
+            height: pixels below the heading.
             title: first line of the heading.
             notes: its further lines; long ones are wrapped.
         """
         letters = (width - 2 * MARGIN) // 11
         wrapped = [line for note in notes for line in textwrap.wrap(note, letters)]
-        self.top = MARGIN + TITLE + LINE * len(wrapped) + GAP  # pixels that the heading takes
+        self.top = MARGIN + TITLE + LINE * len(wrapped) + GAP  # height of the heading in pixels
         self.width, self.height = width, self.top + height + MARGIN
         self.figure = Figure(figsize=(width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
         self.text(MARGIN, MARGIN, title, size=11, weight="bold")
         for number, line in enumerate(wrapped):
-            self.text(MARGIN, MARGIN + TITLE + LINE * number, line, colour=FAINT)
+            self.text(MARGIN, MARGIN + TITLE + LINE * number, line, color=FAINT)
 
     def text(
-        self, x: float, y: float, text: str, *, size: float = TEXT, colour: str = INK, weight: str = "normal"
+        self, x: float, y: float, text: str, *, size: float = TEXT, color: str = INK, weight: str = "normal"
     ) -> None:
-        """Text whose first line's top is at y."""
+        """Writes a text whose first line begins at y."""
         place = x / self.width, 1 - y / self.height
-        self.figure.text(*place, text, fontsize=size, color=colour, weight=weight, va="top", parse_math=False)
+        self.figure.text(*place, text, fontsize=size, color=color, weight=weight, va="top", parse_math=False)
 
     def picture(
         self, x: int, y: int, pixels: npt.NDArray[np.generic], side: int = CELL, frame: str | None = None
     ) -> Axes:
-        """An image at the left and the bottom of a square cell; its axes count its own pixels from its corner."""
+        """Draws an image at the left and the bottom of a square cell; the axes count the image's own pixels."""
         height, width = pixels.shape[:2]
         scale = side / max(height, width)
         box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
@@ -76,20 +84,19 @@ class Page:
         return axes
 
     def table(self, x: int, y: int, rows: list[Row]) -> None:
-        """Names, and beside each one or two values; what is not applied is faint."""
+        """Writes names and, beside each, one or two values; operations that are not applied are faint."""
         for number, (name, values, is_on) in enumerate(rows):
-            self.text(x, y + number * LINE, name, colour=FAINT)
+            self.text(x, y + number * LINE, name, color=FAINT)
             for offset, value in zip(COLUMNS, values, strict=False):
-                self.text(x + offset, y + number * LINE, value, colour=INK if is_on else FAINT)
+                self.text(x + offset, y + number * LINE, value, color=INK if is_on else FAINT)
 
     def save(self, path: Path) -> None:
         """Writes a PNG file, whole or not at all."""
-        with replacing(path) as temporary:
-            self.figure.savefig(temporary, format="png", dpi=DPI)
+        save_png(self.figure, path, DPI)
 
 
-def contact_sheet(config: Config, samples: Samples, backend: Backend, notes: list[str]) -> Page:
-    """A row per image (two rows beside one another from six images on): original with windows, view 1, view 2."""
+def contact_sheet(config: Config, samples: DrawnSamples, backend: Backend, notes: list[str]) -> Page:
+    """One row per image: original with crop windows, view 1, view 2. Six images or more make two columns of rows."""
     pixels = [to_pixels(config, view).clip(0, 1) for view in make_views(config, backend, samples)]
     neutral, count = neutral_jitter(config), len(samples.ids)
     blocks = 1 if count < 6 else 2
@@ -100,19 +107,19 @@ def contact_sheet(config: Config, samples: Samples, backend: Backend, notes: lis
     for column in range(blocks):
         left = MARGIN + column * (block + 2 * MARGIN)
         page.text(left, page.top, "original, with the window of each view", weight="bold")
-        for index, colour in enumerate(COLOURS):
+        for index, color in enumerate(COLORS):
             label = f"view {index + 1} " + ("━━━" if index == 0 else "╍╍╍")
-            page.text(left + (index + 1) * (CELL + GAP), page.top, label, colour=colour, weight="bold")
+            page.text(left + (index + 1) * (CELL + GAP), page.top, label, color=color, weight="bold")
     for i in range(count):
         row, column = divmod(i, blocks)
         x, y = MARGIN + column * (block + 2 * MARGIN), page.top + head + row * step
         original = decode(samples.encoded[i]).numpy()
         height, width = original.shape[:2]
         axes = page.picture(x, y, original)
-        for index, (params, colour) in enumerate(zip(samples.params, COLOURS, strict=True)):
-            window(axes, params, i, colour, dashed=index == 1)
+        for index, (params, color) in enumerate(zip(samples.params, COLORS, strict=True)):
+            window(axes, params, i, color, dashed=index == 1)
             left = x + (index + 1) * (CELL + GAP)
-            page.picture(left, y, pixels[index][i], frame=colour)
+            page.picture(left, y, pixels[index][i], frame=color)
             page.table(left, y + CELL + GAP // 2, table(params, i, height, width, neutral))
         about = [f"id {samples.ids[i]}", f"{width} × {height} px", samples.classes[i], samples.places[i]]
         lines = [line for text in about for line in textwrap.wrap(text, 36)[:3]]
@@ -121,15 +128,15 @@ def contact_sheet(config: Config, samples: Samples, backend: Backend, notes: lis
     return page
 
 
-def window(axes: Axes, view: ViewParams, i: int, colour: str, dashed: bool) -> None:
-    """Draws the crop window of sample i into its image; dashes leave another window's line visible below."""
+def window(axes: Axes, view: ViewParams, i: int, color: str, dashed: bool) -> None:
+    """Draws the crop window of sample i into its image; below dashes another window's line stays visible."""
     axes.add_patch(
         Rectangle(
             (int(view.left[i]), int(view.top[i])),
             int(view.width[i]),
             int(view.height[i]),
             fill=False,
-            edgecolor=colour,
+            edgecolor=color,
             linewidth=1.4,
             linestyle=(0, (4, 3)) if dashed else "solid",
             clip_on=False,
@@ -138,8 +145,8 @@ def window(axes: Axes, view: ViewParams, i: int, colour: str, dashed: bool) -> N
     )
 
 
-def operation_strips(config: Config, samples: Samples, backend: Backend, notes: list[str]) -> Page:
-    """The first sample, each operation alone: lowest, middle and highest value that the views can draw."""
+def operation_strips(config: Config, samples: DrawnSamples, backend: Backend, notes: list[str]) -> Page:
+    """Each operation alone on the first sample, with the lowest, middle and highest value that the views can draw."""
     height, width = decode(samples.encoded[0]).shape[:2]
     strips = operations(config, samples, height, width)
     flat = [params for _, strip in strips for _, params in strip]
@@ -169,12 +176,12 @@ def operation_strips(config: Config, samples: Samples, backend: Backend, notes: 
 
 
 def comparison(
-    config: Config, samples: Samples, backend: Backend, name: str, notes: list[str]
+    config: Config, samples: DrawnSamples, backend: Backend, name: str, notes: list[str]
 ) -> tuple[Page, list[str]]:
-    """A row per image: either view by the back end, by torch, and how far apart they are.
+    """One row per image: both views by the back end and by torch, and their difference.
 
     Returns:
-        The page, and a line for each view of each sample with the numbers.
+        The page, and one line of numbers for each view of each sample.
     """
     plain = TorchBackend(config.augment, torch.device("cpu"), torch.float32, config.data.threads)
     ours, theirs = (
@@ -194,9 +201,9 @@ def comparison(
         [*notes, what, overall],
     )
     lines = []
-    for index, colour in enumerate(COLOURS):
+    for index, color in enumerate(COLORS):
         left = MARGIN + index * (block + MARGIN)
-        page.text(left, page.top, f"view {index + 1}", colour=colour, weight="bold")
+        page.text(left, page.top, f"view {index + 1}", color=color, weight="bold")
         for place, heading in enumerate((name, "torch", f"difference × {factor:,}")):
             page.text(left + place * (side + gap), page.top + LINE, heading, size=6)
         for i, number in enumerate(samples.ids.tolist()):
@@ -213,5 +220,5 @@ def comparison(
 
 
 def short(value: float) -> str:
-    """Two digits that count, without an exponent."""
+    """Two significant digits without an exponent."""
     return np.format_float_positional(float(value), precision=2, fractional=False, trim="-")
