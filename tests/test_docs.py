@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from byolt.configs import schema
@@ -207,6 +208,26 @@ def test_features_of_a_folder_are_those_of_its_images(
     assert features.shape == (24, 128) and features.dtype == torch.float32
     assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
     assert np.load("features.npz")["classes"].tolist() == ["class0", "class1"]
+
+
+def test_repository_files_agree_with_one_another() -> None:
+    """The hooks run what make lint runs, the workflow runs .ci/run, versions and license are the package's."""
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    linters = {
+        line.strip().replace("$(BIN)/", "").replace(" --check .", "").removesuffix(" .")
+        for line in recipe[1].splitlines()
+    }
+    assert {hook["entry"].removeprefix(".venv/bin/") for hook in hooks} == linters
+    steps = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["ci"]["steps"]
+    assert {"run": ".ci/run"} in steps
+    for template in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir():
+        assert {"name", "description", "body"} <= yaml.safe_load(template.read_text()).keys()
+    citation, package = yaml.safe_load((ROOT / "CITATION.cff").read_text()), setup()["metadata"]
+    assert (citation["version"], citation["license"]) == (package["version"], package["license"])
+    assert f"## {package['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 
 def test_no_message_advises_a_package_index() -> None:
