@@ -40,13 +40,11 @@ def list_data_set(source: Path) -> Inputs:
         ValueError: It cannot be opened, or a tar contradicts its manifest.
     """
     found = open_source(source)
-    if isinstance(found, TarSource):
-        notes, left_out = _tar_notes(source)
-    elif isinstance(found, BetonSource):
-        notes = [_parse(found.note(i)) for i in range(len(found))]
-        left_out = found.unread_fields()
+    assert isinstance(found, TarSource | BetonSource)  # `is_data_set`
+    if isinstance(found, BetonSource):
+        notes, left_out = [_parse(found.note(i)) for i in range(len(found))], found.unread_fields()
     else:
-        raise ValueError(f"SRC {source} is not a data set")
+        notes, left_out = _tar_notes(source)
     keys = {key for key, _ in notes}
     if len(keys) < len(notes) or not all(map(_can_name_a_member, keys)):
         notes = [("", {"original_key": key, **info} if key else info) for key, info in notes]

@@ -20,30 +20,21 @@ SUFFIXES = {"webdataset": ".tar", "beton": ".beton"}  # by format
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """The options of a conversion; `tools/make_shards.py --help` explains each.
-
-    Attributes:
-        max_size: Longest side in pixels; 0 for no limit.
-        max_pixels: Larger images are refused before they are decoded.
-        decode: Whether JPEGs that pass byte for byte are decoded once, to prove that they can be.
-        split: "NAME=SHARE,...", or None for one data set.
-        shard_size: MB.
-        engine: "own", or "ffcv" for that library's writer.
-    """
+    """The options of a conversion; `tools/make_shards.py --help` explains each."""
 
     src: Path
     dst: Path
-    format: str = "webdataset"
+    format: str = "webdataset"  # or "beton"
     raw_fraction: float = 0.0
-    engine: str = "own"
+    engine: str = "own"  # or "ffcv"
     inside: str = ""
-    max_size: int = 0
+    max_size: int = 0  # pixels of the longer side; 0 for no limit
     quality: int = 95
     max_pixels: int = MAX_PIXELS
     decode: bool = True
-    split: str | None = None
+    split: str | None = None  # "NAME=SHARE,..."
     seed: int = 0
-    shard_size: int = 256
+    shard_size: int = 256  # MB
     workers: int = 1
     strict: bool = False
 

@@ -107,36 +107,32 @@ def _check_shard(path: Path, shard: Shard, records: np.ndarray, first: int, deco
     raw = BetonSource([path]).raw if is_beton and found is not None else np.zeros(len(records), bool)
     with open(path, "rb", buffering=0) as file:
         for number, record in enumerate(records):
-            data = os.pread(file.fileno(), int(record["length"]), int(record["offset"]))
-            problem = _check_sample(data, record, bool(raw[number]), decode)
-            if not problem and found is not None:
-                problem = _compare(found[number], record)
-            if problem:
-                problems.append(f"{path}: offset {record['offset']}: sample {first + number}: {problem}")
+            try:
+                data = os.pread(file.fileno(), int(record["length"]), int(record["offset"]))
+                _check_sample(data, record, bool(raw[number]), decode)
+                if found is not None:
+                    _compare(found[number], record)
+            except ValueError as error:
+                problems.append(f"{path}: offset {record['offset']}: sample {first + number}: {error}")
     return problems
 
 
-def _check_sample(data: bytes, record: np.ndarray, raw: bool, decode: bool) -> str:
-    """The problem of one encoded image, or of raw pixels; "" if there is none."""
+def _check_sample(data: bytes, record: np.ndarray, raw: bool, decode: bool) -> None:
+    """Raises ValueError if an encoded image, or raw pixels, differ from their record or do not decode."""
     if len(data) != record["length"]:
-        return f"{len(data)} of {record['length']} bytes are there"
+        raise ValueError(f"{len(data)} of {record['length']} bytes are there")
     if zlib.crc32(data) != record["crc32"]:
-        return "its bytes are not those that the manifest describes (crc32)"
+        raise ValueError("its bytes are not those that the manifest describes (crc32)")
     height, width = int(record["height"]), int(record["width"])
-    try:
-        header = encoded.check(encoded.ppm_header(height, width) + data if raw else data, height, width)
-        if decode:
-            prove(data, header)
-    except ValueError as error:
-        return str(error)
-    return ""
+    header = encoded.check(encoded.ppm_header(height, width) + data if raw else data, height, width)
+    if decode:
+        prove(data, header)
 
 
-def _compare(found: np.ndarray, record: np.ndarray) -> str:
+def _compare(found: np.ndarray, record: np.ndarray) -> None:
     for name in ("offset", "length", "label"):
         if found[name] != record[name]:
-            return f"{name} is {found[name]} in the file, the manifest states {record[name]}"
-    return ""
+            raise ValueError(f"{name} is {found[name]} in the file, the manifest states {record[name]}")
 
 
 def _check_samples(files: list[str], fields: dict[str, str], numbers: range, decode: bool) -> list[str]:
