@@ -42,25 +42,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("dst", type=Path, nargs="?", help="folder to make")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
     option("--format", choices=list(SUFFIXES), default="webdataset", help="default: webdataset")
-    option(
-        "--raw-fraction", type=float, default=0.0, metavar="P", help="share of a .beton's images to store raw"
-    )
-    option("--engine", choices=["own", "ffcv"], default="own", help="ffcv: its library re-encodes all images")
-    option("--inside", default="", metavar="FOLDER", help="folder within SRC to take, as train")
-    option(
-        "--max-size", type=int, default=0, metavar="PX", help="shrink images whose longer side exceeds this"
-    )
-    option("--quality", type=int, default=95, help="JPEG quality of re-encoded images (default 95)")
-    option("--max-pixels", type=int, default=MAX_PIXELS, help="refuse larger images before decoding them")
-    option(
-        "--no-decode",
-        dest="decode",
-        action="store_false",
-        help="check JPEGs by header and end alone: for files that are known to be whole",
-    )
-    option("--split", metavar="NAME=SHARE,...", help="as train=.9,val=.1: one data set each, in DST/NAME")
+    option("--raw-fraction", type=float, default=0.0, metavar="P", help="share of raw images in a .beton")
+    option("--engine", choices=["own", "ffcv"], default="own", help="ffcv: the library re-encodes all images")
+    option("--inside", default="", metavar="FOLDER", help="take only this folder of SRC, for example train")
+    option("--max-size", type=int, default=0, metavar="PX", help="shrink larger images to this longer side")
+    option("--quality", type=int, default=95, metavar="Q", help="of re-encoded JPEGs, 1 to 100 (default 95)")
+    option("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="refuse images with more pixels")
+    option("--no-decode", dest="decode", action="store_false", help="trust JPEGs with a sound header and end")
+    option("--split", metavar="NAME=SHARE,...", help="make several data sets in DST/NAME: train=.9,val=.1")
     option("--seed", type=int, default=0, help="of the shuffled order (default 0)")
-    option("--shard-size", type=int, default=256, metavar="MB", help="default 256")
+    option("--shard-size", type=int, default=256, metavar="MB", help="size of a shard (default 256)")
     option("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all CPUs)")
     option("--strict", action="store_true", help="stop at the first file that cannot be used")
     args = parser.parse_args(argv)
