@@ -1,4 +1,4 @@
-"""Settings. `schema.py` declares every setting once; `fixed.py` says which a resumed run may not change.
+"""The settings. `schema.py` declares each once; `fixed.py` lists those that a resumed run must keep.
 
-The YAML files are recipes; each opens with a claim. Imports nothing of ours. Begin with `schema.py`.
+Each YAML file is a recipe and opens with its claim. Imports nothing of byolt. Begin with `schema.py`.
 """

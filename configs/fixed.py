@@ -1,21 +1,21 @@
-"""What may not change within a run, and how a change is told."""
+"""Decides which settings a resumed run may change, and names those that it may not."""
 
 from pathlib import Path
 from typing import Any
 
 from byolt.configs.schema import Config, complete
 
-# Everything else (paths, threads, logging, precision) may, and how LARS is computed.
+# Everything else (paths, threads, logging, precision) may change, and so may the kernels of LARS.
 FIXED = ("run.seed", "data.order", "augment.", "model.", "optimizer.", "train.epochs", "train.batch_size",
          "train.accumulation", "data.fingerprint")  # fmt: skip
 FREE = ("optimizer.backend",)
 
 
 def check_allowed(config: Config, allowed: list[str]) -> None:
-    """Refuses an --allow-change that cannot be meant.
+    """Refuses --allow-change for a key that is unknown, needs no permission, or changes the network.
 
     Raises:
-        ValueError: a key is none that may be insisted on.
+        ValueError: names the key and the valid ones.
     """
     known = [key for key in [*_flatten(config.model_dump()), "data.fingerprint"] if _is_fixed(key)]
     for key in allowed:
@@ -30,13 +30,13 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
 def check_same_run(
     config: Config, fingerprint: str, path: Path, state: dict[str, Any], allowed: list[str]
 ) -> None:
-    """Refuses to continue a run with other settings than it was begun with.
+    """Refuses to continue a run with other settings than it began with.
 
     Args:
         config: the settings now.
         fingerprint: of the data set now.
         path: the checkpoint, for the message.
-        state: what it holds.
+        state: the checkpoint's content.
         allowed: dotted keys that may differ.
 
     Raises:
@@ -45,16 +45,13 @@ def check_same_run(
     then = _flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
     now = _flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
     changed = [
-        key
+        f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now"
         for key in sorted(then.keys() | now.keys())
         if _is_fixed(key) and then.get(key) != now.get(key) and key not in allowed
     ]
     if changed:
-        lines = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
-        raise ValueError(
-            f"{path} is from a run with other settings; restore them, or insist with --allow-change KEY:\n  "
-            + "\n  ".join(lines)
-        )
+        head = f"{path} is from a run with other settings; restore them, or insist with --allow-change KEY:"
+        raise ValueError("\n  ".join([head, *changed]))
 
 
 def _is_fixed(key: str) -> bool:

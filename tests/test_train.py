@@ -513,7 +513,7 @@ def test_two_ranks_train_like_one(run: Run, images: Path, tmp_path: Path) -> Non
         (["--allow-change", "optimizer.base_lrr"], "--allow-change optimizer.base_lrr: not one of"),
         (["--allow-change", "model.backbone"], "do not fit; begin a new run"),
         (["train.epochs=.inf"], "train.epochs=inf"),
-        (["run.out=${nope}"], "does not resolve"),
+        (["run.out=${nope}"], "do not resolve"),
         (["train.epochs=0.1", "optimizer.warmup_epochs=0"], "train.epochs=0.1 is less than one step"),
         (["--resume", "nowhere.pt"], "--resume nowhere.pt: no such checkpoint"),
         (["optimizer.backend=apex"], "unrelated package"),
@@ -537,7 +537,7 @@ def test_what_ranks_cannot_do_is_refused(run: Run) -> None:
     with patch.dict(os.environ, WORLD_SIZE="2"):
         done = run("train.compile=true")
     assert done.returncode == 2
-    assert "train.compile=true does not go with 2 ranks" in done.stderr
+    assert "train.compile=true does not work with 2 ranks" in done.stderr
     with patch.dict(os.environ, WORLD_SIZE="many"):
         assert "WORLD_SIZE=many is no number of ranks" in run().stderr
 
