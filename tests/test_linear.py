@@ -212,7 +212,7 @@ def test_a_step_that_is_not_finite_changes_no_weight() -> None:
 def test_the_benchmark_s_mistakes_are_one_line(option: str, capsys: pytest.CaptureFixture) -> None:
     assert bench_probe.main(["--backbone", "resnet8", option, "0"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"bench_probe: {option} 0: at least") and error.count("\n") == 1
+    assert error.startswith(f"bench_probe: {option} 0 must be at least") and error.count("\n") == 1
 
 
 def test_the_benchmark_runs_on_the_least_it_takes(capsys: pytest.CaptureFixture) -> None:

@@ -1,15 +1,15 @@
-"""How fast the data path and the training step are, stage by stage and together, and which of them is the bottleneck.
+"""Measures the speed of the data path and the training step, stage by stage and together, and names the bottleneck.
 
     python tools/bench.py SHARDS --threads 1 2 --torchvision
     python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json bench.json --picture bench.png
     python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
 
-An image is both its views. CPU ms are those of all threads and hardly move when others use the machine; images/s do. On
-a GPU, GPU µs are what passes between two events on the step's stream, waits for the host included. The stages and what
-their numbers mean: tools/benchmarks/stages.py; loader, step and both: together.py; peers: peers.py.
+Numbers are per image, which is both its views. CPU ms are summed over threads and change little when others use the
+machine; images/s change. On a GPU, GPU µs pass between two events on the step's stream, waits for the host included.
+tools/benchmarks/ explains the stages (stages.py), loader, step and both (together.py), and peers (peers.py).
 
-The stall is 1 - both / slower of the two alone, in images/s. Without a GPU loader and step share the cores, so there it
-says how they compete, not how long the step waits; and the step is then that of a small encoder (SMALL_STEP), unless
+The stall is 1 - both / slower of the two alone, in images/s. Without a GPU, loader and step share the cores: the stall
+tells how much they compete, not how long the step waits. The step is then that of a small encoder (SMALL_STEP), unless
 the command line says otherwise, so that it ends in a minute or two.
 """
 
@@ -27,15 +27,14 @@ import torch
 from byolt.configs import schema
 from byolt.model import distributed
 from byolt.model.run import provenance
-from byolt.model.step import PRECISIONS
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.loader import CorruptBudgetError
-from byolt.pipelines.sources import Source, open_source
+from byolt.pipelines.sources import open_source
 from byolt.tools.benchmarks.peers import run_harness
 from byolt.tools.benchmarks.picture import save_picture
-from byolt.tools.benchmarks.stages import Cost, measure_stages, rate
-from byolt.tools.benchmarks.together import ROUNDS, bottleneck, measure_together, stall
+from byolt.tools.benchmarks.stages import table
+from byolt.tools.benchmarks.together import ROUNDS, bottleneck, measure, stall
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "throughput.yaml"
 SMALL_STEP = [
@@ -45,54 +44,34 @@ SMALL_STEP = [
     "model.predictor_hidden=256",
     "train.batch_size=64",
 ]
+JSON_KEYS = {"color": "colour"}  # keys on disk keep the spelling of earlier versions
 
 
 def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distributed.World]:
-    """The config to measure and the device; without a GPU with a small step, with DALI unless data.backend=torch.
+    """The config and the device; DALI unless data.backend=torch, and without a GPU a small step.
 
     Raises:
-        ValueError: a setting is wrong, or DALI is not installed.
+        ValueError: a setting is invalid, or DALI is not installed.
     """
     config = schema.load(path, overrides)
     world = distributed.init(config.train.device, deterministic=config.train.deterministic)
     if world.size > 1:
-        raise ValueError("the benchmark is of one process: start it without torchrun")
+        raise ValueError("the benchmark measures one process: start it without torchrun")
     first = [] if world.device.type == "cuda" else SMALL_STEP
     if config.data.backend == "auto":
         first = [*first, "data.backend=dali"]
     config = schema.load(path, [*first, *overrides])
-    make_backend(config, world.device, torch.float32)  # says at once if DALI is missing
+    make_backend(config, world.device, torch.float32)  # raises now if DALI is missing
     return config, world
 
 
-def measure(
-    config: schema.Config, source: Source, world: distributed.World, batches: int, peer: bool
-) -> dict[str, Cost]:
-    """Costs of STAGES, "loader", "step", "both" and, if asked, "torchvision"."""
-    on_gpu, precision = world.device.type == "cuda", config.train.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    dtype = PRECISIONS[precision] if on_gpu else torch.float32
-    stages = measure_stages(config, source, world.device, dtype, batches)
-    return stages | measure_together(config, source, world, precision, dtype, batches, peer)
-
-
-def table(costs: dict[str, Cost]) -> str:
-    """One line for each cost."""
-    lines = [f"{'':14} {'images/s':>9} {'CPU ms':>8} {'GPU µs':>8}   an image"]
-    for name, cost in costs.items():
-        gpu = f"{cost.gpu_us:,.1f}" if cost.gpu_us is not None else "-"
-        lines.append(f"{name:14} {rate(cost.images_per_s):>9} {cost.cpu_ms:>8.3f} {gpu:>8}")
-    return "\n".join(lines)
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures and prints; returns what --json writes."""
+    """Measures and prints; returns the document for --json."""
     overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
     config, world = settings(args.config, overrides)
     source, hardware = open_source(config.data.path), provenance.hardware(world.device)
     on_gpu, cores = world.device.type == "cuda", len(os.sched_getaffinity(0))
-    torch.set_num_threads(cores)  # of the step, as in train.py
+    torch.set_num_threads(cores)  # for the step, as in train.py
     print(
         f"{config.data.path}: {len(source)} images, {config.augment.size} px, {config.model.backbone}, "
         f"batch {config.train.batch_size}; {hardware}"
@@ -112,7 +91,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             row["torchvision_ratio"] = costs["torchvision"].cpu_ms / costs["loader"].cpu_ms
             print(f"torchvision takes {row['torchvision_ratio']:.1f} times the loader's CPU time")
         row["costs"] = {
-            name: asdict(cost) | {"images_per_s": cost.images_per_s} for name, cost in costs.items()
+            JSON_KEYS.get(name, name): asdict(cost) | {"images_per_s": cost.images_per_s}
+            for name, cost in costs.items()
         }
         results.append(row)
     if args.peers is not None:
@@ -125,10 +105,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         comparisons = {}
         if args.torchvision:
             compared = {name: costs[name].cpu_ms for name in ("loader", "torchvision")}
-            comparisons["Beside a plain torchvision v2 pipeline"] = compared
+            comparisons["Loader and a plain torchvision v2 pipeline"] = compared
         if peers:
             compared = {peer["peer"]: peer["cpu_ms"] for peer in peers if "cpu_ms" in peer}
-            comparisons["In the peers' harness, each a process of its own"] = compared
+            comparisons["Peers, each in a process of its own"] = compared
         title = f"{hardware}, {threads} thread(s), {config.augment.size} px"
         save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
     return {
@@ -145,23 +125,28 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the tables; returns the exit code."""
+    """Returns the exit code: 0 measured, 2 invalid request, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
         "words",
         nargs="*",
         metavar="DATASET | section.key=value",
-        help="what data.path takes (shards, a folder of images, synthetic:COUNT:HxW), and overrides of the config",
+        help="a data.path (shards, a folder of images, synthetic:COUNT:HxW) and overrides of the config",
     )
     parser.add_argument(
         "--config", type=Path, default=DEFAULT_CONFIG, help="default: configs/throughput.yaml"
     )
     parser.add_argument(
-        "--threads", type=int, nargs="+", help="each in turn; default: data.threads, at most as many as cores"
+        "--threads",
+        type=int,
+        nargs="+",
+        help="numbers of threads to measure; default: data.threads, at most one per core",
     )
-    parser.add_argument("--batches", type=int, default=16, help="of each measurement (default 16)")
     parser.add_argument(
-        "--torchvision", action="store_true", help="a plain torchvision v2 pipeline beside it"
+        "--batches", type=int, default=16, help="number of batches of each measurement (default 16)"
+    )
+    parser.add_argument(
+        "--torchvision", action="store_true", help="also measure a plain torchvision v2 pipeline"
     )
     parser.add_argument(
         "--peers",
@@ -169,8 +154,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME",
         help="other pipelines on the same JPEGs (benchmarks/peers), by name; default: all that are installed",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there too")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="and a bar chart there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a bar chart")
     args = parser.parse_intermixed_args(argv)
     args.command = sys.argv[1:] if argv is None else argv
     try:

@@ -1,7 +1,7 @@
-"""The whole loader beside the pipelines that a BYOL user would otherwise take, in one interleaved run.
+"""Compares the whole loader with the pipelines of other projects, in one interleaved run.
 
-The pipelines and the harness are in the checkout's benchmarks/peers. The harness runs `loader` below, as train.py would
-run it, in a process of its own like every peer.
+The pipelines and the harness are in benchmarks/peers of a checkout. The harness runs `loader` below in a process of its
+own, like every peer.
 """
 
 import json
@@ -24,13 +24,11 @@ from byolt.pipelines.sources import open_source
 ROOT = Path(__file__).resolve().parent.parent.parent
 HARNESS = ROOT / "benchmarks" / "peers" / "measure.py"
 OURS = "byolt"
-CONFIG = (
-    "BYOLT_PEERS_CONFIG"  # environment variable: the run's settings, a YAML file, for the harness's process
-)
+CONFIG = "BYOLT_PEERS_CONFIG"  # environment variable: a YAML file with the run's settings
 
 
 class Job(Protocol):
-    """What the harness asks for."""
+    """The harness's request to a pipeline."""
 
     data: str
     batch_size: int
@@ -39,7 +37,7 @@ class Job(Protocol):
 
 
 def loader(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
-    """The run's own recipe, kept in memory or not as train.py would, on the harness's images; float32 on the CPU."""
+    """Both views of the images by the recipe of the run, float32 on the CPU, kept in memory if train.py does so."""
     config = schema.load(
         os.environ[CONFIG],
         [
@@ -61,14 +59,14 @@ def loader(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
 def run_harness(
     peers: list[str], config: schema.Config, workers: int, batches: int, repeats: int, harness: Path = HARNESS
 ) -> list[dict[str, Any]]:
-    """Runs the harness on the folder of JPEGs at data.path; its log goes to stderr as it comes.
+    """Runs the harness on the folder of JPEGs at data.path; its log goes to stderr.
 
     Args:
         peers: names of peers; empty for all.
-        config: the run: ours follows all of it, the peers the path, the batch and the size of a view.
-        workers: processes of the peers, threads of ours.
-        batches: timed batches of each turn.
-        repeats: turns.
+        config: of the run. Ours follows all settings; peers follow the path, the batch size and the view size.
+        workers: number of processes of the peers and of threads of ours.
+        batches: number of timed batches of each turn.
+        repeats: number of turns.
         harness: the program, benchmarks/peers/measure.py.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What the online linear probe adds to a training step, on noise: both are timed in turn, the medians are compared.
+"""Measures the cost of the online linear probe: times a training step on noise and the probe, compares medians.
 
 python tools/benchmarks/probe.py [--backbone resnet18] [--stem cifar] [--size 32] [--batch 64] [--classes 10]
 """
@@ -20,7 +20,7 @@ from byolt.model.step import TrainStep
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code: 0 measured, 2 a mistake in what was asked for."""
+    """Returns the exit code: 0 measured, 2 invalid request."""
     parser = argparse.ArgumentParser(
         prog="bench_probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for option, lowest in least.items():
         if getattr(args, option) < lowest:
-            print(f"bench_probe: --{option} {getattr(args, option)}: at least {lowest}", file=sys.stderr)
+            print(
+                f"bench_probe: --{option} {getattr(args, option)} must be at least {lowest}", file=sys.stderr
+            )
             return 2
     world = distributed.init()
     on_gpu = world.device.type == "cuda"

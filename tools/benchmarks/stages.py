@@ -1,17 +1,17 @@
-"""What each stage costs when it runs alone: reading, drawing, decoding, the parts of the views, the hand-over.
+"""The cost of each stage alone: reading, drawing parameters, decoding, the parts of the views, the hand-over.
 
-    read          bytes of the images (data.threads at a time, as the loader reads), headers checked (one thread)
-    draw          which samples, and the parameters of their views (one thread)
-    decode        the back end with views of 8 px and nothing else to do
-    crop + resize views of full size, nothing else drawn, minus decode: with flip, normalisation and writing the result
-    colour        the same with jitter and grey as drawn, minus the line above
-    blur          likewise
-    solarize      likewise: the whole back end minus the line above
-    hand-over     the finished batch to the step's device, dtype and memory layout
+    read          reads the images with data.threads threads, as the loader does; checks headers in one thread
+    draw          sample ids and the parameters of their views, one thread
+    decode        the back end with views of 8 px and no operation
+    crop + resize views of full size without operations, minus decode; includes flip, normalization and output
+    color         the same with jitter and gray, minus the line above
+    blur          the same with blur, minus the line above
+    solarize      the same with solarize, which is the whole back end, minus the line above
+    hand-over     moves the finished batch to the step's device, dtype and memory layout
 
-A back end makes both views in one go, so its parts cannot be timed one by one: they are differences between calls on
-the same images, in turn, of which each has one more operation switched on. Normalisation cannot be switched off. On a
-busy machine a small difference may come out negative.
+A back end makes both views in one call, so the cost of a part is the difference between two calls on the same images,
+of which the second has one more operation. Normalization cannot be switched off. On a busy machine a small difference
+can be negative.
 """
 
 import time
@@ -30,11 +30,11 @@ from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.sources import ParallelReader, Source
 from byolt.pipelines.views import ViewParams, draw_both
 
-SMALL = 8  # side in pixels of views that cost next to nothing; the smallest that augment.size allows
+SMALL = 8  # pixels: the smallest augment.size, so that decoding is almost all of the cost
 OPERATIONS = ("jitter", "gray", "blur", "solarize")
 PARTS = {
     "crop + resize": (),
-    "colour": ("jitter", "gray"),
+    "color": ("jitter", "gray"),
     "blur": ("jitter", "gray", "blur"),
     "solarize": OPERATIONS,
 }
@@ -43,12 +43,13 @@ STAGES = ("read", "draw", "decode", *PARTS, "hand-over")
 
 @dataclass(frozen=True)
 class Cost:
-    """What an image (both its views) takes."""
+    """Time per image, which is both its views."""
 
     wall_ms: float
     cpu_ms: float  # of all threads of the process
-    # Between two events on the current stream, waits included; None without a GPU.
-    gpu_us: float | None = None
+    gpu_us: float | None = (
+        None  # between two events on the current stream, waits included; None without a GPU
+    )
 
     def __sub__(self, other: "Cost") -> "Cost":
         gpu = None if self.gpu_us is None or other.gpu_us is None else self.gpu_us - other.gpu_us
@@ -56,19 +57,28 @@ class Cost:
 
     @property
     def images_per_s(self) -> float | None:
-        """None where a difference is not positive."""
+        """None if the time, a difference, is not positive."""
         return 1000 / self.wall_ms if self.wall_ms > 0 else None
 
 
 def rate(images_per_s: float | None) -> str:
-    """As it is printed; a dash for a difference that is not positive."""
+    """The rate as text; a dash if it is None."""
     if images_per_s is None:
         return "-"
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"
 
 
+def table(costs: dict[str, Cost]) -> str:
+    """A heading and one line for each cost."""
+    lines = [f"{'':14} {'images/s':>9} {'CPU ms':>8} {'GPU µs':>8}   per image"]
+    for name, cost in costs.items():
+        gpu = f"{cost.gpu_us:,.1f}" if cost.gpu_us is not None else "-"
+        lines.append(f"{name:14} {rate(cost.images_per_s):>9} {cost.cpu_ms:>8.3f} {gpu:>8}")
+    return "\n".join(lines)
+
+
 class Clock:
-    """Adds up what happens inside `measure`."""
+    """Adds up the time of all `measure` blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
@@ -77,7 +87,7 @@ class Clock:
 
     @contextmanager
     def measure(self, images: int) -> Iterator[None]:
-        """Times the block, which handles so many images; waits for the GPU before and after."""
+        """Times the block, which handles this number of images; waits for the GPU before and after."""
         if self._on_gpu:
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
@@ -98,7 +108,7 @@ class Clock:
 
 
 def only(params: ViewParams, operations: tuple[str, ...]) -> ViewParams:
-    """The same windows and flips, and of OPERATIONS only these."""
+    """The parameters with only these of OPERATIONS applied."""
     off = {name: np.zeros_like(getattr(params, name)) for name in OPERATIONS if name not in operations}
     return replace(params, **off)
 
@@ -106,17 +116,17 @@ def only(params: ViewParams, operations: tuple[str, ...]) -> ViewParams:
 def measure_stages(
     config: Config, source: Source, device: torch.device, dtype: torch.dtype, batches: int
 ) -> dict[str, Cost]:
-    """Every stage of STAGES on the first batches of the run.
+    """Measures every stage of STAGES on the first batches of a run.
 
     Args:
-        config: the run.
+        config: of the run.
         source: its images.
-        device: where the step is.
-        dtype: in which the step wants the views.
-        batches: that many, after one more that builds and compiles.
+        device: of the step.
+        dtype: of the views for the step.
+        batches: number of batches, after one more that builds and compiles.
 
     Raises:
-        ValueError: an image is unsound; names it.
+        ValueError: an image is damaged; names it.
     """
     augment, seed, size = config.augment, config.run.seed, config.train.batch_size
     small = config.model_copy(update={"augment": augment.model_copy(update={"size": SMALL})})
@@ -137,12 +147,12 @@ def measure_stages(
             for i, data in zip(ids.tolist(), encoded, strict=True):
                 _inspect(source, i, data)
         bare = [only(params, ()) for params in drawn]
-        decode(encoded, *bare)  # not counted: finding the caches cold costs 0.2 ms an image
+        decode(encoded, *bare)  # not counted: cold caches cost 0.2 ms per image
         with clocks["decode"].measure(size):
             decode(encoded, *bare)
-        made = backend(encoded, *bare)  # likewise
+        made = backend(encoded, *bare)  # not counted either
         for name, operations in PARTS.items():
-            del made  # lets the back end use that memory again, as it does for batches that are done with
+            del made  # so that the back end can reuse its memory, as in training
             params = [only(view, operations) for view in drawn]
             with clocks[name].measure(size):
                 made = backend(encoded, *params)
@@ -166,5 +176,5 @@ def _inspect(source: Source, i: int, data: bytes) -> None:
         inspect(data)
     except ValueError as error:
         raise ValueError(
-            f"{source.describe(i)}: {error}; find all such with tools/verify_shards.py"
+            f"{source.describe(i)}: {error}; find all of them with tools/verify_shards.py"
         ) from None

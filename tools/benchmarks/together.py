@@ -1,8 +1,8 @@
-"""What the stages do together: the whole loader, the training step on resident data, and the one feeding the other.
+"""The cost of the whole loader, of the training step on resident data, and of the step fed by the loader.
 
-They run in turns in one process, so that a slow spell of the machine hits all alike; the median of the rounds counts.
-Between the turns nothing works ahead unseen: the loader's queue is emptied before it is measured, and everything else
-waits until the loader has filled it again.
+They run in turns in one process, so that a slow phase of the machine affects all alike, and the median over the rounds
+counts. Work that the loader does ahead is never hidden: its queue is emptied before the loader is measured, and other
+measurements wait until the loader has filled the queue again.
 """
 
 import io
@@ -18,44 +18,59 @@ from torch import Tensor
 
 from byolt.configs.schema import Config, ViewConfig
 from byolt.model.distributed import World
-from byolt.model.step import StepResult, make_step
+from byolt.model.step import PRECISIONS, StepResult, make_step
 from byolt.pipelines.backends import make_backend, make_resident
 from byolt.pipelines.loader import Batch, Loader
 from byolt.pipelines.sources import Source
-from byolt.tools.benchmarks.stages import STAGES, Clock, Cost, rate
+from byolt.tools.benchmarks.stages import STAGES, Clock, Cost, measure_stages, rate
 
 ROUNDS = 3
-LONGEST_WAIT = 10.0  # seconds; on one CPU thread two batches of 256 images, made ahead, take less than one
-LONGEST = 3.0  # seconds after which a turn ends early: a step can take that long on a CPU
+LONGEST_WAIT = 10.0  # seconds; two batches of 256 images on one CPU thread take less than 1 s
+LONGEST = 3.0  # seconds after which a turn ends early; one step can take that long on a CPU
+
+
+def measure(config: Config, source: Source, world: World, batches: int, torchvision: bool) -> dict[str, Cost]:
+    """Costs of STAGES, "loader", "step", "both" and, if requested, "torchvision"; arguments as `measure_together`."""
+    on_gpu, precision = world.device.type == "cuda", config.train.precision
+    if precision == "auto":
+        precision = "bf16" if on_gpu else "fp32"
+    dtype = PRECISIONS[precision] if on_gpu else torch.float32
+    stages = measure_stages(config, source, world.device, dtype, batches)
+    return stages | measure_together(config, source, world, precision, dtype, batches, torchvision)
 
 
 def measure_together(
-    config: Config, source: Source, world: World, precision: str, dtype: torch.dtype, batches: int, peer: bool
+    config: Config,
+    source: Source,
+    world: World,
+    precision: str,
+    dtype: torch.dtype,
+    batches: int,
+    torchvision: bool,
 ) -> dict[str, Cost]:
-    """Costs of "loader", "step", "both" and, if asked, "torchvision".
+    """Costs of "loader", "step", "both" and, if requested, "torchvision".
 
     Args:
-        config: the run.
+        config: of the run.
         source: its images.
         world: a single process.
         precision: of the step, "fp32", "bf16" or "fp16".
         dtype: of the views.
-        batches: of a turn, unless they take longer than LONGEST.
-        peer: also a plain torchvision pipeline, one thread, on the images of the loader's last batch.
+        batches: number of batches of a turn, unless they take longer than LONGEST.
+        torchvision: also measures a plain torchvision pipeline in one thread, on the images of the first batch.
     """
     size = config.train.batch_size
     train_step = make_step(config, world, precision)
-    views = torchvision_views(config) if peer else None
+    views = torchvision_views(config) if torchvision else None
     turns: dict[str, list[Cost]] = {}
 
     def step(batch: list[Batch]) -> StepResult:
         pairs = [(part.view1, part.view2) for part in batch]
-        # At 0 the weights stay, and the work is the same.
-        return train_step(pairs, lr=0.0, tau=config.optimizer.base_tau)
+        return train_step(pairs, lr=0.0, tau=config.optimizer.base_tau)  # at lr 0 the weights do not change
 
     def turn(name: str, work: Iterator[object]) -> None:
         clock, begun = Clock(world.device), time.perf_counter()
-        with clock.measure(0):  # as a whole: a step need not wait for the one before it
+        with clock.measure(0):  # one measurement, because steps overlap
             for _ in range(batches):
                 next(work)
                 clock.images += size
@@ -69,7 +84,7 @@ def measure_together(
         steps = iter(loader)
 
         def fresh() -> Iterator[list[Batch]]:
-            """The loader's batches from now on, without those made ahead while others were measured."""
+            """The loader's next batches, without those that it made ahead during other measurements."""
             for _ in islice(steps, config.data.prefetch // config.train.accumulation + 2):
                 pass
             return steps
@@ -99,10 +114,10 @@ def median(costs: list[Cost]) -> Cost:
 
 
 def wait_until_idle() -> None:
-    """Until the loader has made its batches ahead: no thread of this process works any more.
+    """Waits until no thread of this process works, because the loader has filled its queue.
 
-    Or LONGEST_WAIT is over: a library's thread may spin for ever (on a GPU, one of the driver's or DALI's), and then
-    its work is part of whatever is measured.
+    Ends after LONGEST_WAIT: a thread of a library may spin forever (on a GPU, one of the driver's or DALI's). Its work
+    is then part of every measurement.
     """
     before, begun = -1.0, time.monotonic()
     while time.process_time() - before > 0.005 and time.monotonic() - begun < LONGEST_WAIT:
@@ -111,7 +126,7 @@ def wait_until_idle() -> None:
 
 
 def stall(loader: float, step: float, both: float) -> float:
-    """Share of the speed that is lost when the loader feeds the step: 1 - both / slower of the two alone.
+    """Share of the speed that is lost when the loader feeds the step: 1 - both / slower of the two.
 
     Args:
         loader: images/s of the loader alone.
@@ -122,21 +137,21 @@ def stall(loader: float, step: float, both: float) -> float:
 
 
 def bottleneck(costs: dict[str, Cost], on_gpu: bool) -> str:
-    """One sentence: which of loader and step is slower, and where the loader's time goes."""
+    """One sentence: whether the loader or the step is slower, and which stage takes most of the loader's time."""
     loader, step = 1000 / costs["loader"].wall_ms, 1000 / costs["step"].wall_ms
     unit = "ms" if on_gpu else "CPU ms"
     spent = {name: costs[name].wall_ms if on_gpu else costs[name].cpu_ms for name in STAGES}
-    dearest = max(spent, key=lambda name: spent[name])
-    of_it = f"{dearest} takes {spent[dearest]:.2f} of its {sum(spent.values()):.2f} {unit} an image"
+    longest = max(spent, key=lambda name: spent[name])
+    share = f"{longest} takes {spent[longest]:.2f} of its {sum(spent.values()):.2f} {unit} per image"
     if step <= loader:
-        return f"The step is the bottleneck: {rate(step)} images/s, where the loader makes {rate(loader)} ({of_it})."
-    return (
-        f"The loader is the bottleneck: {rate(loader)} images/s, where the step takes {rate(step)}; {of_it}."
-    )
+        return (
+            f"The step is the bottleneck: {rate(step)} images/s; the loader makes {rate(loader)} ({share})."
+        )
+    return f"The loader is the bottleneck: {rate(loader)} images/s; the step takes {rate(step)}. In the loader {share}."
 
 
 def torchvision_views(config: Config) -> Callable[[bytes], list[Tensor]]:
-    """The recipe as torchvision's documentation would have it: PIL decodes, transforms.v2 on uint8 tensors."""
+    """The recipe as in torchvision's documentation: PIL decodes, transforms.v2 work on uint8 tensors."""
     from torchvision.transforms import InterpolationMode, v2
 
     augment = config.augment
@@ -167,7 +182,7 @@ def torchvision_views(config: Config) -> Callable[[bytes], list[Tensor]]:
 
 
 def one_by_one(views: Callable[[bytes], list[Tensor]], encoded: list[bytes]) -> Cost:
-    """Cost of both views of every image, stacked, in one thread of the CPU."""
+    """Cost of both views of every image, stacked, in one CPU thread."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     clock = Clock(torch.device("cpu"))

@@ -37,7 +37,7 @@ LINE = 28  # from one line of text to the next
 COLUMNS = (82, 276)  # left edges of the values in a table of parameters, in pixels
 TEXT = 6.6  # points
 INK, FAINT = "#212529", "#868e96"
-COLORS = tuple(mark.color for mark in MARKS[:2])  # view 1, view 2
+COLORS = MARKS[0].color, MARKS[6].color  # view 1, view 2
 
 
 class Page:
