@@ -53,13 +53,13 @@ def test_tau_goes_from_base_to_one() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"step": -1}, "step is -1"),
-        ({"step": 11}, "step is 11"),
-        ({"total_steps": 0}, "total_steps is 0"),
-        ({"warmup_steps": 11}, "warmup_steps is 11"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"base_lr": -0.1}, "base_lr is -0.1"),
-        ({"base_lr": math.nan}, "base_lr is nan"),
+        ({"step": -1}, "step=-1"),
+        ({"step": 11}, "step=11"),
+        ({"total_steps": 0}, "total_steps=0"),
+        ({"warmup_steps": 11}, "warmup_steps=11"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"base_lr": -0.1}, "base_lr=-0.1"),
+        ({"base_lr": math.nan}, "base_lr=nan"),
     ],
 )
 def test_learning_rate_refuses(wrong: dict[str, float], message: str) -> None:
