@@ -115,7 +115,7 @@ def test_command_lines_are_understood(command: Command, monkeypatch: pytest.Monk
     while words and re.match(r"[A-Z_]+=", words[0]):
         del words[0]
     program, *rest = words
-    program = program.removeprefix("v/bin/")  # an environment made by the line before
+    program = re.sub(r"^\.?v(env)?/bin/", "", program)  # of an environment that a line before has made
     if program == "." or rest[:2] == ["-m", "venv"]:
         return
     if program == "make":

@@ -54,7 +54,7 @@ def test_only_its_own_files_import_it(library: str) -> None:
 
 
 def test_ffcv_is_not_imported_with_the_code() -> None:
-    """It may not be installed: whoever imports it does so inside a function."""
+    """It may not be installed: it is imported inside functions only."""
     for path in FILES:
         statements: list[ast.AST] = [ast.parse(path.read_text())]
         while statements:
