@@ -1,38 +1,37 @@
 """Pre-trains an encoder with BYOL. One file, read top to bottom:
 
-settings → world → data → model → resume → loop → results
+settings -> world -> data -> model -> resume -> loop -> results
 
 python train.py --config configs/quickstart.yaml
 torchrun --nproc-per-node=8 train.py --config configs/r50_1000ep.yaml run.out=runs/r50 --resume auto
 """
 
 import argparse
-import copy
-import math
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from byolt.configs import fixed, schema
+from byolt.configs import derived, fixed, schema
 from byolt.files import failpoint
 from byolt.files.lock import Lock
 
-if TYPE_CHECKING:  # importing torch takes seconds; a wrong setting is refused before that
-    from torch import nn
-
+if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and signals handled before
     from byolt.model.distributed import World
+    from byolt.model.run.run import Run
+    from byolt.model.run.trace import Trace
+    from byolt.pipelines.loader import Loader
     from byolt.pipelines.sources import Source
+
+# ── settings ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Stop:
-    """Remembers the signal that asks the run to end; installed before the slow imports."""
+    """Remembers the signal that asks the run to stop."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -47,344 +46,166 @@ class Stop:
 
 
 def main() -> int:
+    """Exit codes: 0 finished, 1 failed, 2 a mistake in settings or data, 128 + N stopped by signal N."""
     parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    parser.add_argument(
-        "--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH"
-    )
-    parser.add_argument(
-        "--allow-change",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="resume although this setting differs",
-    )
-    parser.add_argument(
-        "--trace",
-        type=int,
-        metavar="STEPS",
-        help="write a Chrome trace of so many steps, after a warm-up, into run.out",
-    )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved config, and stop")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
+    add = parser.add_argument
+    add("--config", required=True, help="YAML file; see configs/")
+    add("--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or from PATH")
+    add("--allow-change", action="append", default=[], metavar="KEY", help="resume with another value of KEY")
+    add("--trace", type=int, metavar="STEPS", help="write a Chrome trace of STEPS steps to run.out")
+    add("--print-config", action="store_true", help="print the resolved config and exit")
+    add("overrides", nargs="*", metavar="section.key=value", help="override settings")
     args = parser.parse_intermixed_args()
     try:
         config = schema.load(args.config, args.overrides)
         config.check_ranks(world_size())
         fixed.check_allowed(config, args.allow_change)
         if args.trace is not None and args.trace < 1:
-            raise ValueError(f"--trace {args.trace}: give the number of steps, 1 or more")
+            raise ValueError(f"--trace {args.trace} must be at least 1")
         if args.print_config:
-            print(describe(config))
+            from byolt.pipelines.sources import open_source
+
+            print(derived.describe(config, world_size(), open_source))
             return 0
         if args.resume not in (None, "auto") and not Path(args.resume).is_file():
-            raise ValueError(f"--resume {args.resume}: no such checkpoint; give an existing file, or auto")
+            raise ValueError(f"--resume {args.resume}: no such file; name a checkpoint, or use auto")
     except (ValueError, OSError) as error:
         return fail(error)
     try:
         with Lock(Path(config.run.out, "run.lock"), f"run.out={config.run.out}") as lock:
-            return train(config, args.resume, args.allow_change, args.trace or 0, Stop(), lock)
+            return train(config, args, Stop(), lock)
     except KeyboardInterrupt:
         return 130
 
 
+def world_size() -> int:
+    """Number of ranks; torchrun sets it."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"in the environment, WORLD_SIZE={text} is not a valid number of ranks: use torchrun"
+        )
+    return int(text)
+
+
 def fail(error: Exception) -> int:
-    """A user's mistake: one message, no traceback."""
+    """Reports a user's mistake in one message without a traceback."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
     print(f"error: {rank}{error}", file=sys.stderr)
     return 2
 
 
-def world_size() -> int:
-    """Number of ranks, as torchrun says it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"environment variable WORLD_SIZE={text} is no number of ranks; start with torchrun")
-    return int(text)
+# ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def describe(config: schema.Config) -> str:
-    """The resolved config as YAML, and as comments what follows from it."""
-    from byolt.pipelines.sources import open_source
-
-    ranks = world_size()
-    lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
-    lines.append(f"# peak learning rate: {config.peak_lr:g}")
-    lines.append(f"# images per rank and micro-batch: {config.images_per_rank(ranks)} on {ranks} rank(s)")
-    images, why = config.data.expected_images, f"data.path={config.data.path}"
-    try:
-        images = len(open_source(config.data.path))
-    except ValueError as error:
-        why = ("data.expected_images; " if images else "") + str(error).replace("\n", " ")
-    if images:
-        lines.append(f"# images: {images} ({why})")
-        lines.append(
-            f"# steps: {config.total_steps(images)}, of these warm-up: {config.warmup_steps(images)}"
-        )
-    else:
-        lines.append(f"# steps: unknown: {why}")
-    return "\n".join(lines)
-
-
-def train(
-    config: schema.Config, resume: str | None, allowed: list[str], trace_steps: int, stop: Stop, lock: Lock
-) -> int:
+def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Lock) -> int:
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")
-    import torch
+    from byolt.model import distributed
+    from byolt.model.run import failure, guard, trace
+    from byolt.model.run.checkpoint import CheckpointError
+    from byolt.pipelines.loader import CorruptBudgetError
 
-    from byolt.files.progress import Meter
-    from byolt.files.rows import read_rows
-    from byolt.model import distributed, schedules
-    from byolt.model.quality.probe import make_probe
-    from byolt.model.run import checkpoint, digest, failure, guard, pictures, provenance, trace
-    from byolt.model.run import log as metrics
-    from byolt.model.run.resume import begin
-    from byolt.model.run.trained import export_trained
-    from byolt.model.step import PRECISIONS, make_step
-    from byolt.pipelines.backends import make_backend, make_resident
-    from byolt.pipelines.loader import CorruptBudgetError, Loader
-    from byolt.pipelines.order import steps_per_epoch
-
-    out = Path(config.run.out)
-    # ----------------------------------------------------------------------------------------------- world
+    settings, run = config.train, None
     try:
-        world = distributed.init(
-            config.train.device, config.train.timeout_minutes * 60, config.train.deterministic
-        )
+        world = distributed.init(settings.device, settings.timeout_minutes * 60, settings.deterministic)
     except ValueError as error:
         return fail(error)
-    step, begun = 0, False
     try:
-        on_gpu = world.device.type == "cuda"
-        fitting = "bf16" if on_gpu else "fp32"
-        precision = fitting if config.train.precision == "auto" else config.train.precision
-        if not on_gpu:
-            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            if ranks_here > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1 for several ranks
-                torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-        torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
-
-        # -------------------------------------------------------------------------------------------- data
-        source = open_split("data.path", config.data.path)
-        queries = open_split("eval.path", config.eval.path) if config.eval.path else None
-        check_labels(config, source, queries, world.size)
-        steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
-        total_steps, warmup_steps = config.total_steps(len(source)), config.warmup_steps(len(source))
-        if total_steps < 1:
-            raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step; raise it")
-        last_step = min(total_steps, config.train.stop_at_step or total_steps)
-        delivered = PRECISIONS[precision] if on_gpu else torch.float32
-        resident = make_resident(config, source, world.device, delivered)
-        backend, backend_reason = resident or make_backend(config, world.device, delivered)
-
-        # ------------------------------------------------------------------------------------------- model
-        train_step = make_step(config, world, precision)
-        model = train_step.model
-        probe = make_probe(config, int(model.online.encoder.num_features), source.labels, world)  # type: ignore[arg-type]
-        finite = guard.FiniteCheck(world, overflow_allowed=precision == "fp16")
-
-        # ------------------------------------------------------------------------------------------ resume
-        note = distributed.on_main(lock.take, world)
-        if note and world.is_main:
-            print(f"warning: {note}", file=sys.stderr)
-        out.mkdir(parents=True, exist_ok=True)  # on other machines, if they do not share it
-        found, step, knn_untrained = begin(
-            resume, config, source.fingerprint, allowed, train_step, probe, world
-        )
-        if (
-            not found
-        ):  # the list of bad images is an earlier attempt's; it goes before any rank begins a new one
-            distributed.on_main(lambda: (out / "corrupt.jsonl").unlink(missing_ok=True), world)
-        trace.check_length(trace_steps, last_step - step)
-        loader = Loader(
-            config,
-            source,
-            backend,
-            rank=world.rank,
-            world_size=world.size,
-            first_step=step,
-            corrupt_log=out / "corrupt.jsonl",
-            device=world.device,
-        )
-        log = metrics.MetricLog(out, step) if world.is_main else None
-        if world.is_main:
-            facts: dict[str, Any] = {"ranks": world.size, "precision": precision, "backend": backend_reason}
-            facts["config"] = config.model_dump(mode="json")
-            provenance.record_start(out, step, world.device, facts)
-
-        # -------------------------------------------------------------------------------------------- loop
-        begun, saved = True, time.monotonic()
-        display = Meter("step", last_step, step, enabled=world.is_main)
-
-        def run_state() -> dict[str, Any]:
-            """What a checkpoint holds; the same on every rank."""
-            return {
-                "step": step,
-                "model": model.state_dict(),
-                "momentum": train_step.optimizer.state_dict()["state"],
-                "train_step": train_step.state_dict(),
-                "probe": probe.state_dict() if probe else None,
-                "config": config.model_dump(mode="json"),
-                "data": source.fingerprint,
-                "knn_untrained": knn_untrained,
-            }
-
-        @contextmanager
-        def writing(stop: bool = config.run.on_write_error == "stop") -> Iterator[None]:
-            """What fails to be written within ends the run, or is told; run.on_write_error says which."""
-            try:
-                yield
-            except OSError as error:
-                if stop:
-                    raise
-                display.say(f"warning: step {step}: {error}; going on")
-
-        def save() -> None:
-            """Rank 0 writes what is the same on every rank; the others meet it at their next reduction."""
-            nonlocal saved
-            saved = time.monotonic()
-            if world.is_main:
-                checkpoint.save(out, step, run_state(), config.run.keep_checkpoints)
-
-        def evaluate(untrained: bool = False) -> float | None:
-            """kNN top-1 in per cent, shown and logged; None without a labelled split."""
-            if queries is None:
-                return None
-            accuracy = knn_top1(config, model.online.encoder, source, queries, world, calibrate=untrained)
-            if not math.isfinite(accuracy):
-                raise FloatingPointError("the encoder's features are not finite; nothing is exported")
-            display.say(f"step {step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}")
-            if log:
-                with writing():
-                    log.add(step, {"knn_top1": accuracy})
-            return accuracy
-
-        steps_per_eval = max(1, round(config.eval.every_epochs * len(source) / config.train.batch_size))
-        tracing = trace.Trace(trace_steps if world.is_main else 0, out, display.say)
-        with display, loader, log or nullcontext(), tracing:
-            display.say(backend_reason)
-            how = f"resumed from {found}" if found else "new run"
-            display.say(
-                f"{how}: steps {step} to {last_step} of {total_steps}, {len(source)} images, "
-                f"{world.size} x {world.device.type}, {precision}"
-            )
-            if step >= last_step:
-                display.say(f"nothing is left to train: step {step} was the last")
-            if config.data.expected_images not in (None, len(source)):
-                display.say(
-                    f"the recipe was written for {config.data.expected_images} images, {config.data.path} "
-                    f"holds {len(source)}: the schedules follow the latter"
-                )
-            stopping = distributed.any_rank(bool(stop.signal), world)
-            if step == 0 and not stopping:
-                knn_untrained = evaluate(untrained=True)
-            batches = iter(loader)
-            window = metrics.Window(world, config.train.batch_size, step)
-            while step < last_step and not stopping:
-                with tracing.range("wait for data"):
-                    batch = next(batches)
-                if step == 0 and world.is_main:
-                    mean, std = config.augment.mean, config.augment.std
-                    with writing():
-                        pictures.save_view_pairs(out / "views.png", batch[0].view1, batch[0].view2, mean, std)
-                logging = (step + 1) % config.run.log_every == 0 or step + 1 == last_step
-                lr, tau = schedules.of_run(step, config, warmup_steps, total_steps)
-                failpoint.reach("step", step)
-                with tracing.range("training step"):
-                    result = train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logging)
-                right = None
-                if probe:
-                    labels = torch.cat([b.label for b in batch])
-                    right = probe(torch.cat(result.features1), labels, lr, result.finite)
-                window.add(result.loss, right)
-                finite.add(step + 1, result, torch.cat([b.id for b in batch]))
-                step += 1
-                display.update(step)
-                tracing.step(step)
-
-                # On a GPU a look or a vote makes the host wait for the device.
-                if logging or not on_gpu:
-                    finite.check(out, run_state)
-                if logging:
-                    assert result.gauges
-                    row = {
-                        "epoch": step * config.train.batch_size / len(source),
-                        "lr": lr,
-                        "tau": tau,
-                        "gradient_norm": result.gradient_norm.item(),
-                        **window.row(
-                            step, loader.waited, loader.corrupt_count, result.gauges._asdict(), bool(probe)
-                        ),
-                    }
-                    display.update(
-                        step,
-                        f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {lr:.4g}  tau {tau:.5f}  "
-                        f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.1f} %",
-                    )
-                    if log:
-                        with writing():
-                            failpoint.reach("log", step)
-                            log.add(step, row)
-                    if said := guard.collapse_warning(row["projection_std"], config):
-                        if config.train.on_collapse == "stop":
-                            save()
-                            raise guard.CollapseError(f"{said}; saved, and stopped as train.on_collapse says")
-                        display.say(f"warning: step {step}: {said}")
-                if step % steps_per_eval == 0 and last_step - step > steps_per_eval // 2:
-                    with window.paused():  # images/s is the training's alone
-                        evaluate()
-                if step < last_step and (not on_gpu or world.size == 1 or step % 10 == 0):
-                    late = time.monotonic() - saved > config.run.checkpoint_minutes * 60
-                    if distributed.any_rank(late, world):
-                        # A flag not yet looked at would be lost with this process.
-                        finite.check(out, run_state)
-                        with writing(), window.paused():
-                            save()
-                    stopping = distributed.any_rank(bool(stop.signal), world)
-
-            # --------------------------------------------------------------------------------------- results
-            finite.check(out, run_state)
-            save()
-            if not stopping:
-                knn_trained = evaluate()
-                if log:
-                    export_trained(out / "encoder.safetensors", model.online.encoder, config, step)
-                    with writing(stop=False):  # a picture does not undo a finished run
-                        pictures.save_loss_curve(out / "loss.png", read_rows(log.path))
-                done = (
-                    "finished"
-                    if step == total_steps
-                    else f"stopped as train.stop_at_step says, {total_steps} are planned,"
-                )
-                display.say(f"{done} at step {step}: {out}/encoder.safetensors")
-            if log:
-                with writing():
-                    log.close()
-        code = 0
-        if stopping:
-            number = stop.signal or signal.SIGTERM  # another rank's signal: torchrun sends SIGTERM
-            code = 128 + number
-            display.say(f"stopped by {signal.Signals(number).name} at step {step}; go on with --resume auto")
-        elif world.is_main and knn_trained is not None:
-            untrained = "not measured" if knn_untrained is None else f"{knn_untrained:.1f} %"
-            print(f"kNN top-1: {untrained} untrained, {knn_trained:.1f} % trained")
-        sha256 = digest.agreed(run_state(), world)
-        if world.is_main:
-            print(f"digest: step {step} sha256 {sha256}", flush=True)
+        run, loader = prepare(config, args, stop, lock, world)
+        tracing = trace.Trace(args.trace if args.trace and world.is_main else 0, run.out, run.meter.say)
+        with run.meter, loader, run.metrics or nullcontext(), tracing:
+            loop(run, loader, tracing)
+            finish(run)
+        code = report(run)
     except Exception as error:
-        mistake = not begun and isinstance(error, (ValueError, OSError, checkpoint.CheckpointError))
+        mistake = run is None and isinstance(error, (ValueError, OSError, CheckpointError))
         foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
         if not mistake and not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
             traceback.print_exc()
-        print(f"error: {failure.explain(error, step if begun else None, world)}", file=sys.stderr)
+        print(f"error: {failure.explain(error, run.step if run else None, world)}", file=sys.stderr)
         return 2 if mistake else 1
     distributed.shutdown(world)
     return code
 
 
+def prepare(
+    config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Lock, world: "World"
+) -> tuple["Run", "Loader"]:
+    """Everything before the first step; a ValueError, OSError or CheckpointError in it is a user's mistake."""
+    import torch
+
+    from byolt.model import distributed
+    from byolt.model.quality.monitor import KnnMonitor
+    from byolt.model.quality.probe import make_probe
+    from byolt.model.run import provenance, trace
+    from byolt.model.run.resume import begin
+    from byolt.model.run.run import Run
+    from byolt.model.step import PRECISIONS, make_step
+    from byolt.pipelines.backends import make_backend, make_resident
+    from byolt.pipelines.loader import Loader
+    from byolt.pipelines.order import steps_per_epoch
+    from byolt.pipelines.plain import plain_images
+    from byolt.pipelines.subset import spaced
+
+    # ── world ───────────────────────────────────────────────────────────────────────────────────────────────
+    device, precision = world.device, config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu" and (ranks_here > 1 or "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
+
+    # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
+    source = open_split("data.path", config.data.path)
+    queries = open_split("eval.path", config.eval.path) if config.eval.path else None
+    knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None
+    steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
+    total_steps = config.total_steps(len(source))
+    if total_steps < 1:
+        raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step: raise it")
+    last_step = min(total_steps, config.train.stop_at_step or total_steps)
+    dtype = PRECISIONS[precision] if device.type == "cuda" else torch.float32
+    resident = make_resident(config, source, device, dtype)
+    backend, backend_reason = resident or make_backend(config, device, dtype)
+
+    # ── model ───────────────────────────────────────────────────────────────────────────────────────────────
+    train_step = make_step(config, world, precision)
+    num_features = int(train_step.model.online.encoder.num_features)  # type: ignore[arg-type]
+    probe = make_probe(config, num_features, source.labels, world)
+
+    # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────
+    if (note := distributed.on_main(lock.take, world)) and world.is_main:
+        print(f"warning: {note}", file=sys.stderr)
+    out = Path(config.run.out)
+    out.mkdir(parents=True, exist_ok=True)  # on machines that do not share it
+    start = begin(args.resume, config, source.fingerprint, args.allow_change, train_step, probe, world)
+    corrupt_log = out / "corrupt.jsonl"
+    if not start.path:  # an earlier attempt's list of bad images goes before any rank begins a new one
+        distributed.on_main(lambda: corrupt_log.unlink(missing_ok=True), world)
+    trace.check_length(args.trace or 0, last_step - start.step)
+    loader = Loader(
+        config, source, backend, rank=world.rank, world_size=world.size, first_step=start.step,
+        corrupt_log=corrupt_log, device=device,
+    )  # fmt: skip
+    run = Run(
+        config, world, train_step, probe, knn, num_images=len(source), fingerprint=source.fingerprint,
+        start=start, last_step=last_step, signal=lambda: stop.signal,
+    )  # fmt: skip
+    if world.is_main:
+        facts = {"ranks": world.size, "precision": precision, "backend": backend_reason}
+        provenance.record_start(out, start.step, device, facts | {"config": config.model_dump(mode="json")})
+    run.meter.say(backend_reason)
+    run.meter.say(
+        f"{f'resumed from {start.path}' if start.path else 'new run'}: steps {start.step} to {last_step} of "
+        f"{total_steps}, {len(source)} images, {world.size} x {device.type}, {precision}"
+    )
+    return run, loader
+
+
 def open_split(key: str, path: str) -> "Source":
-    """Opens a data set; an error names the setting."""
+    """Opens a data set; errors name the setting."""
     from byolt.pipelines.sources import open_source
 
     try:
@@ -393,62 +214,80 @@ def open_split(key: str, path: str) -> "Source":
         raise ValueError(f"{key}: {error}") from None
 
 
-def check_labels(config: schema.Config, source: "Source", queries: "Source | None", ranks: int) -> None:
-    """Refuses splits that kNN cannot compare."""
-    from byolt.model.quality.scores import num_classes
-
-    if queries is None:
-        return
-    if len(queries) < ranks:
-        raise ValueError(
-            f"eval.path={config.eval.path} holds {len(queries)} images for {ranks} ranks: use more"
-        )
-    for key, split in (("data.path", source), ("eval.path", queries)):
-        if (split.labels < 0).any():
-            raise ValueError(
-                f"{key} holds unlabelled images, and kNN needs labels in both sets: set eval.path=null, and judge the "
-                "encoder with tools/evaluate.py --train LABELLED --data LABELLED"
-            )
-    num_classes(source.labels, queries.labels)
-    if source.classes and queries.classes and source.classes != queries.classes:
-        raise ValueError(
-            f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
-            f"{queries.classes} and {source.classes}"
-        )
+# ── loop ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def knn_top1(
-    config: schema.Config,
-    encoder: "nn.Module",
-    source: "Source",
-    queries: "Source",
-    world: "World",
-    calibrate: bool,
-) -> float:
-    """kNN top-1 in per cent (NaN if a feature is not finite): bank data.path, queries eval.path, ranks share them.
+def loop(run: "Run", loader: "Loader", tracing: "Trace") -> None:
+    """Trains to the last step, or until a rank gets a signal."""
+    import torch
 
-    Args:
-        calibrate: average the batch-norm statistics over 2,048 plain images first (in a copy): an untrained
-            encoder has none, and the comparison with it would flatter the trained one.
-    """
-    from byolt.model.quality import features, knn, scores
-    from byolt.pipelines.plain import plain_images
-    from byolt.pipelines.subset import spaced
+    run.begin()
+    batches = iter(loader)
+    while run.step < run.last_step and not run.stopping:
+        with tracing.range("wait for data"):
+            batch = next(batches)
+        if run.step == 0:
+            run.draw_views(batch[0].view1, batch[0].view2)
+        lr, tau = run.lr_and_tau()
+        logged = run.is_logged(run.step + 1)
+        failpoint.reach("step", run.step)
+        with tracing.range("training step"):
+            result = run.train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logged)
+        right = None
+        if run.probe:
+            labels = torch.cat([b.label for b in batch])
+            right = run.probe(torch.cat(result.features1), labels, lr, result.finite)
+        run.count(result, right, torch.cat([b.id for b in batch]))
+        tracing.step(run.step)
+        if logged:
+            run.log(lr, tau, result, loader.waited, loader.corrupt_count)
+        run.evaluate_if_due()
+        run.save_or_stop_if_due()
 
-    if calibrate:
-        encoder = copy.deepcopy(encoder)
-        batch = max(2, 256 // world.size)  # batch norm needs 2 images
-        whole, count = batch * world.size, min(2048, len(source))
-        # Whole batches, as many on every rank: each counts as much. Of fewer images one batch.
-        count = count // whole * whole or count // world.size * world.size
-        ids = spaced(len(source), count)[world.rank :: world.size]
-        features.calibrate_batch_norm(encoder, plain_images(source, ids, config, batch))
-    bank, tested = (
-        plain_images(split, spaced(len(split), config.eval.max_images)[world.rank :: world.size], config)
-        for split in (source, queries)
-    )
-    classes = scores.num_classes(source.labels, queries.labels)
-    return knn.knn_of_run(encoder, bank, tested, classes, config.eval.k, config.eval.temperature, world)
+
+# ── results ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def finish(run: "Run") -> None:
+    """Saves; unless a signal stopped the run, also evaluates, exports the encoder and draws the loss curve."""
+    from byolt.files.rows import read_rows
+    from byolt.model.run.pictures import save_loss_curve
+    from byolt.model.run.trained import export_trained
+
+    run.check_finite()
+    run.save()
+    if not run.stopping:
+        run.knn_trained = run.evaluate()
+        path = run.out / "encoder.safetensors"
+        if run.metrics:
+            export_trained(path, run.train_step.model.online.encoder, run.config, run.step)
+            with run.writing(may_stop=False):  # a missing picture does not undo a finished run
+                save_loss_curve(run.out / "loss.png", read_rows(run.metrics.path))
+        total = run.config.total_steps(run.num_images)
+        early = f" of {total}, as train.stop_at_step asks" if run.step < total else ""
+        run.meter.say(f"finished at step {run.step}{early}: {path}")
+    if run.metrics:
+        with run.writing():
+            run.metrics.close()
+
+
+def report(run: "Run") -> int:
+    """Prints the kNN accuracy and, as the last line, the digest; returns the exit code."""
+    from byolt.model.run import digest
+
+    code = 0
+    if run.stopping:
+        number = run.signal() or signal.SIGTERM  # another rank got the signal: torchrun sends SIGTERM
+        code = 128 + number
+        name = signal.Signals(number).name
+        run.meter.say(f"stopped by {name} at step {run.step}; continue with --resume auto")
+    elif run.world.is_main and run.knn_trained is not None:
+        untrained = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
+        print(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")
+    sha256 = digest.agreed(run.state(), run.world)
+    if run.world.is_main:
+        print(f"digest: step {run.step} sha256 {sha256}", flush=True)
+    return code
 
 
 if __name__ == "__main__":

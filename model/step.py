@@ -1,4 +1,4 @@
-"""One training step: autocast, loss, backward, finite check, LARS, EMA. Nothing waits for the device."""
+"""One training step: target, online network, loss, backward, LARS, EMA. The host never waits for the device."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import Config
-from byolt.model.byol import BYOL, Predictions, byol_loss, l2_normalize, make_byol
+from byolt.model.byol import BYOL, byol_loss, l2_normalize, make_byol
 from byolt.model.distributed import World, broadcast_module, no_sync, wrap
 from byolt.model.optim import LARS, ema_update_
 from byolt.model.sync_norm import convert_sync_batchnorm
@@ -26,10 +26,10 @@ class Gauges(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """What one step leaves on the device: 0-dim tensors, not yet read by the host."""
+    """The outcome of one step: 0-dim tensors on the device, not yet read by the host."""
 
-    loss: Tensor  # float32, mean over this rank's samples; average over ranks where it is shown
-    finite: Tensor  # bool, the same on every rank; where False, nothing of model and momentum changed
+    loss: Tensor  # float32, mean over this rank's samples
+    finite: Tensor  # bool, the same on every rank; if False, the step changed nothing
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
     features1: list[Tensor]  # (n, F) of each micro-batch's first view, detached: for a probe
@@ -38,21 +38,21 @@ class StepResult(NamedTuple):
 class TrainStep:
     """Updates online network, momentum and target from the views of one global batch.
 
-    It moves the model to the world's device, equalises it over ranks, synchronises its batch norm and wraps
-    the online network; model, optimizer and their state_dicts stay the caller's to save and load, at any
-    time. All parameter objects stay the same, so the optimizer may be built before.
+    It moves the model to the world's device, broadcasts rank 0's weights, synchronizes batch norm, and wraps the online
+    network. The parameter objects stay the same, so the optimizer may be built before, and the state_dicts of model
+    and optimizer may be saved and loaded at any time.
 
     Args:
         model: online and target network.
         optimizer: LARS over `model.online.parameters()`.
-        world: the processes that share each batch.
-        precision: "fp32", "bf16" or "fp16" (autocast; fp16 with a gradient scaler); weights stay float32.
+        world: the processes; they share each batch.
+        precision: of autocast: "fp32", "bf16" or "fp16" (with a gradient scaler); weights stay float32.
         accumulation: micro-batches per step, >= 1; gradients are averaged over them.
         channels_last: NHWC layout for images and convolutions.
         compile: run both networks through torch.compile.
 
     Raises:
-        ValueError: precision or accumulation is out of its range.
+        ValueError: precision or accumulation is not valid.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class TrainStep:
         compile: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
-            raise ValueError(f"precision is {precision!r}; set one of {', '.join(PRECISIONS)}")
+            raise ValueError(f"train.precision={precision} is unknown; set one of {', '.join(PRECISIONS)}")
         if accumulation < 1:
-            raise ValueError(f"accumulation is {accumulation}; it must be 1 or more")
+            raise ValueError(f"train.accumulation={accumulation} must be at least 1")
         self.model, self.optimizer = model, optimizer
         self.device, self.accumulation = world.device, accumulation
         self.dtype = PRECISIONS[precision]
@@ -90,10 +90,12 @@ class TrainStep:
     def __call__(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, tau: float, gauges: bool = False
     ) -> StepResult:
-        """One update.
+        """Updates the online network by LARS, and the target by EMA.
+
+        A gradient that is not finite on any rank changes nothing: no weight, momentum or batch-norm statistic.
 
         Args:
-            micro_batches: as many pairs (view1, view2) as `accumulation`, each (n, 3, H, W) on the device.
+            micro_batches: `accumulation` pairs (view1, view2), each (n, 3, H, W) on the device.
             lr: learning rate of this update.
             tau: EMA coefficient of this update.
             gauges: also measure the signs of collapse (a product of (n, D) and (D, n) per network).
@@ -103,71 +105,70 @@ class TrainStep:
         """
         if len(micro_batches) != self.accumulation:
             raise ValueError(
-                f"got {len(micro_batches)} micro-batches for train.accumulation = {self.accumulation}"
+                f"got {len(micro_batches)} micro-batches, train.accumulation={self.accumulation}"
             )
         self.optimizer.zero_grad(set_to_none=True)
         statistics = self._read_statistics()
         losses, features1 = [], []
         for index, (view1, view2) in enumerate(micro_batches):
-            last = index == self.accumulation - 1
+            view1, view2 = self._lay_out(view1), self._lay_out(view2)
+            last = index == self.accumulation - 1  # its backward averages the sum of gradients over ranks
             with nullcontext() if last else no_sync(self.online):
-                loss, online, projection1 = self._forward(view1, view2)
+                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                    projection1, projection2 = self.target(view1, view2)
+                    online = self.online(view1, view2)
+                loss = byol_loss(online, projection1, projection2)
                 self.scaler.scale(loss / self.accumulation).backward()
             losses.append(loss.detach())
             features1.append(online.features1)
-        finite, gradient_norm = self._update(lr)
-        self._keep_statistics(finite, statistics)
+
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.online.parameters() if p.grad is not None]
+        gradient_norm = torch.nn.utils.get_total_norm(gradients)
+        finite = gradient_norm.isfinite()  # the same on every rank: the gradients are averages over ranks
+        self._lars(lr, finite)
         ema_update_(self.target_parameters, self.online_parameters, tau, finite)
-        measured = (
+        self._keep_statistics(finite, statistics)
+        self.scaler.update()
+
+        signs = (
             Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
         )
-        return StepResult(torch.stack(losses).mean(), finite, gradient_norm, measured, features1)
+        return StepResult(torch.stack(losses).mean(), finite, gradient_norm, signs, features1)
 
-    def _forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Predictions, Tensor]:
-        """Loss, what the online network said, and the target's projection of the first view."""
-        if view1.ndim == 4:
-            view1, view2 = (view.contiguous(memory_format=self.layout) for view in (view1, view2))
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
-            projection1, projection2 = self.target(view1, view2)
-            online = self.online(view1, view2)
-        return byol_loss(online, projection1, projection2), online, projection1
+    def _lay_out(self, view: Tensor) -> Tensor:
+        return view.contiguous(memory_format=self.layout) if view.ndim == 4 else view
 
-    def _update(self, lr: float) -> tuple[Tensor, Tensor]:
-        """LARS, without effect where a gradient is not finite; on averaged gradients all ranks agree."""
-        self.scaler.unscale_(self.optimizer)
+    def _lars(self, lr: float, finite: Tensor) -> None:
+        """LARS of all parameters; nothing changes where `finite` is False."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        gradient_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = gradient_norm.isfinite()
         self.optimizer.found_inf = (~finite).float()
         self.optimizer.step()
         del self.optimizer.found_inf
-        self.scaler.update()
-        return finite, gradient_norm
 
     def _read_statistics(self) -> list[Tensor]:
-        """Batch norm's running statistics and its counters, one flat copy each."""
+        """Copies batch norm's running statistics into one flat tensor, and its counters into another."""
         return [torch.cat([b.reshape(-1) for b in group]) for group in self.statistics]
 
     def _keep_statistics(self, finite: Tensor, before: list[Tensor]) -> None:
-        """Takes a step's batch-norm statistics back where it was not finite: NaN would stay in them for ever."""
+        """Restores batch norm's statistics after a step that was not finite: a NaN would stay in them forever."""
         for group, old, new in zip(self.statistics, before, self._read_statistics(), strict=True):
             kept = torch.where(finite, new, old).split([b.numel() for b in group])
             torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(kept, group, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
-        """{"scaler": the gradient scaler's state}, which is empty unless precision is fp16."""
+        """Returns {"scaler": the gradient scaler's state}, empty unless precision is fp16."""
         return {"scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` gave, for the same precision."""
-        if state["scaler"]:  # empty where the run was not fp16 until now
+        """Restores the result of `state_dict`."""
+        if state["scaler"]:  # empty if the run was not fp16 until now
             self.scaler.load_state_dict(state["scaler"])
 
 
 def make_step(config: Config, world: World, precision: str) -> TrainStep:
-    """Model, optimizer and step of a run; weights are drawn from torch's global generator.
+    """Builds model, optimizer and step of a run; torch's global generator initializes the weights.
 
     Args:
         config: of the run.
@@ -191,13 +192,13 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
 
 @torch.no_grad()
 def collapse_gauges(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two signs that all samples are mapped to one point.
+    """Two signs that the network maps all samples to one point.
 
     Args:
         x: (N, D) floating point, N >= 2.
 
     Returns:
-        The standard deviation over samples of each normalised dimension, averaged over dimensions: 0 if
+        The standard deviation over samples of each normalized dimension, averaged over dimensions: 0 if
         collapsed, about 1/sqrt(D) if spread over the sphere (arXiv 2011.10566, sec. 4.1). And the mean
         |cosine| between different samples: 1 if collapsed, about sqrt(2 / (pi D)) if spread.
     """

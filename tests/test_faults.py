@@ -128,7 +128,7 @@ def test_signal_in_the_last_step_and_a_finished_run(halved: Run, whole: Process)
     process = halved("--resume", "auto", BYOLT_FAIL=f"step:{STEPS - 1}:SIGTERM")
     assert process.wait() == 0 and process.digest == whole.digest
     again = finish(halved)
-    assert f"nothing is left to train: step {STEPS} was the last" in again.text
+    assert f"nothing left to train: step {STEPS} is the last" in again.text
     assert again.digest == whole.digest
     assert steps_logged(halved) == list(range(1, STEPS + 1))
 
@@ -275,7 +275,7 @@ def test_full_disk_is_told_and_the_run_goes_on_where_configured(
     process = halved("--resume", "auto", "run.on_write_error=continue", BYOLT_FAIL=where)
     assert process.wait() == 0 and process.digest == whole.digest
     assert "warning: step 6: " in process.text
-    assert "No space left on device; going on" in process.text
+    assert "No space left on device; continuing" in process.text
     assert halved.leftovers() == []
     logged = [step for step in range(1, STEPS + 1) if "log" not in where or step != 6]
     assert steps_logged(halved) == logged

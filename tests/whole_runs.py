@@ -39,9 +39,7 @@ SERVER.set_forkserver_preload(
     [
         "whole_runs",
         "train",
-        "byolt.model.run.resume",
-        "byolt.model.run.guard",
-        "byolt.model.run.pictures",
+        "byolt.model.run.run",
         "byolt.pipelines.loader",
     ]
 )

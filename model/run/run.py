@@ -1,0 +1,223 @@
+"""A run as it goes: its state, and when it is logged, checked, evaluated, saved and stopped."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from byolt.configs.schema import Config
+from byolt.files import failpoint
+from byolt.files.progress import Meter
+from byolt.model import distributed, schedules
+from byolt.model.distributed import World
+from byolt.model.quality.monitor import KnnMonitor
+from byolt.model.quality.probe import OnlineProbe
+from byolt.model.run import checkpoint, guard
+from byolt.model.run.log import MetricLog, Window
+from byolt.model.run.pictures import save_view_pairs
+from byolt.model.run.resume import Start
+from byolt.model.step import StepResult, TrainStep
+
+
+@dataclass
+class Run:
+    """One start of a run, on one rank. All ranks make the same calls in the same order."""
+
+    config: Config
+    world: World
+    train_step: TrainStep
+    probe: OnlineProbe | None
+    knn: KnnMonitor | None
+    num_images: int  # of the data set
+    fingerprint: str  # of the data set
+    start: InitVar[Start]
+    last_step: int  # of this start
+    signal: Callable[[], int]  # the signal that asked this rank to stop, or 0
+
+    def __post_init__(self, start: Start) -> None:
+        self.step = start.step  # optimizer steps done
+        self.knn_untrained = start.knn_untrained  # kNN top-1 in percent, before the first step
+        self.knn_trained: float | None = None  # at the end
+        self.out = Path(self.config.run.out)
+        self.meter = Meter("step", self.last_step, self.step, enabled=self.world.is_main)
+        self.on_gpu = self.world.device.type == "cuda"
+        self.stopping = False  # a rank got a signal; the same on every rank
+        self.metrics = MetricLog(self.out, self.step) if self.world.is_main else None
+        self._window = Window(self.world, self.config.train.batch_size, self.step)
+        self._finite = guard.FiniteCheck(self.world, overflow_allowed=self.train_step.scaler.is_enabled())
+        self._saved = time.monotonic()
+
+    # ── before the loop ─────────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self) -> None:
+        """Evaluates the untrained encoder of a new run, and starts the clock of the training."""
+        expected, path = self.config.data.expected_images, self.config.data.path
+        if self.step >= self.last_step:
+            self.meter.say(f"nothing left to train: step {self.step} is the last")
+        if expected not in (None, self.num_images):
+            self.meter.say(
+                f"data.expected_images={expected}, but {path} holds {self.num_images} images: the schedules use these"
+            )
+        self._vote_on_stopping()
+        if self.step == 0 and not self.stopping:
+            self.knn_untrained = self.evaluate(untrained=True)
+        self._window.begin(self.step, 0.0)
+
+    def draw_views(self, view1: Tensor, view2: Tensor) -> None:
+        """Writes views.png: the first pairs of views, (n, 3, size, size) each, as the network gets them."""
+        if self.world.is_main:
+            mean, std = self.config.augment.mean, self.config.augment.std
+            with self.writing():
+                save_view_pairs(self.out / "views.png", view1, view2, mean, std)
+
+    # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def lr_and_tau(self) -> tuple[float, float]:
+        """Learning rate and EMA coefficient of the next update."""
+        warmup_steps = self.config.warmup_steps(self.num_images)
+        return schedules.of_run(
+            self.step, self.config, warmup_steps, self.config.total_steps(self.num_images)
+        )
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a row of numbers follows after `step` steps."""
+        return step % self.config.run.log_every == 0 or step == self.last_step
+
+    def count(self, result: StepResult, right: Tensor | None, ids: Tensor) -> None:
+        """Counts a step; refuses one that is not finite.
+
+        Args:
+            result: of the step.
+            right: the share of its images that the probe classified correctly, 0-dim.
+            ids: its sample ids, (n,) int64 on the CPU.
+        """
+        self._window.add(result.loss, right)
+        self._finite.add(self.step + 1, result, ids)
+        self.step += 1
+        self.meter.update(self.step)
+        if self.is_logged(self.step) or not self.on_gpu:  # a GPU's flags are read when the host waits anyway
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Stops every rank if a step since the last check was not finite; see `FiniteCheck.check`."""
+        self._finite.check(self.out, self.state)
+
+    def log(self, lr: float, tau: float, result: StepResult, waited: float, corrupt: int) -> None:
+        """Shows and writes a row about the steps since the last one; warns of collapse, or stops.
+
+        Args:
+            lr: learning rate of the last step.
+            tau: its EMA coefficient.
+            result: of the last step, with gauges.
+            waited: seconds that this rank has spent in total on waiting for the loader.
+            corrupt: undecodable images that this rank has met in total.
+
+        Raises:
+            CollapseError: the projections have collapsed and train.on_collapse=stop; a checkpoint is saved.
+        """
+        assert result.gauges
+        row = {
+            "epoch": self.step * self.config.train.batch_size / self.num_images,
+            "lr": lr,
+            "tau": tau,
+            "gradient_norm": result.gradient_norm.item(),
+            **self._window.row(
+                self.step, waited, corrupt, result.gauges._asdict(), probed=self.probe is not None
+            ),
+        }
+        self.meter.update(
+            self.step,
+            f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {lr:.4g}  tau {tau:.5f}  "
+            f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.1f} %",
+        )
+        self._write(row)
+        if warning := guard.collapse_warning(row["projection_std"], self.config):
+            if self.config.train.on_collapse == "stop":
+                self.save()
+                raise guard.CollapseError(f"{warning}; stopped after a checkpoint (train.on_collapse=stop)")
+            self.meter.say(f"warning: step {self.step}: {warning}")
+
+    def _write(self, values: dict[str, float]) -> None:
+        if self.metrics:
+            with self.writing():
+                failpoint.reach("log", self.step)
+                self.metrics.add(self.step, values)
+
+    # ── evaluating, saving, stopping ────────────────────────────────────────────────────────────────────────
+
+    def evaluate_if_due(self) -> None:
+        """Evaluates every eval.every_epochs epochs, except shortly before the end, which is evaluated anyway."""
+        epochs = self.config.eval.every_epochs
+        every = max(1, round(epochs * self.num_images / self.config.train.batch_size))
+        if self.step % every == 0 and self.last_step - self.step > every // 2:
+            self.evaluate()
+
+    def evaluate(self, untrained: bool = False) -> float | None:
+        """Shows and logs kNN top-1 in percent; returns None without a labeled split."""
+        if self.knn is None:
+            return None
+        with self._window.paused():
+            accuracy = self.knn(self.train_step.model.online.encoder, calibrate=untrained)
+            if not math.isfinite(accuracy):
+                raise FloatingPointError("the encoder's features are not finite; the encoder is not exported")
+            self.meter.say(
+                f"step {self.step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}"
+            )
+            self._write({"knn_top1": accuracy})
+        return accuracy
+
+    def save_or_stop_if_due(self) -> None:
+        """Saves every run.checkpoint_minutes minutes, and notices a signal; the ranks vote on both.
+
+        A vote makes a GPU's host wait for the device, so several GPUs vote every 10 steps only.
+        """
+        if self.step == self.last_step or (self.on_gpu and self.world.size > 1 and self.step % 10):
+            return
+        late = time.monotonic() - self._saved > self.config.run.checkpoint_minutes * 60
+        if distributed.any_rank(late, self.world):
+            self.check_finite()  # a flag that nobody has read would be lost with this process
+            with self.writing():
+                self.save()
+        self._vote_on_stopping()
+
+    def _vote_on_stopping(self) -> None:
+        self.stopping = distributed.any_rank(bool(self.signal()), self.world)
+
+    def save(self) -> None:
+        """Writes a checkpoint on rank 0; the others wait at their next reduction."""
+        self._saved = time.monotonic()
+        if self.world.is_main:
+            with self._window.paused():
+                checkpoint.save(self.out, self.step, self.state(), self.config.run.keep_checkpoints)
+
+    def state(self) -> dict[str, Any]:
+        """The content of a checkpoint (`resume.STATE`); the same on every rank."""
+        return {
+            "step": self.step,
+            "model": self.train_step.model.state_dict(),
+            "momentum": self.train_step.optimizer.state_dict()["state"],
+            "train_step": self.train_step.state_dict(),
+            "probe": self.probe.state_dict() if self.probe else None,
+            "config": self.config.model_dump(mode="json"),
+            "data": self.fingerprint,
+            "knn_untrained": self.knn_untrained,
+        }
+
+    @contextmanager
+    def writing(self, may_stop: bool = True) -> Iterator[None]:
+        """An OSError in the block stops the run or only logs a warning, as run.on_write_error says.
+
+        Args:
+            may_stop: False: it only logs a warning.
+        """
+        try:
+            yield
+        except OSError as error:
+            if may_stop and self.config.run.on_write_error == "stop":
+                raise
+            self.meter.say(f"warning: step {self.step}: {error}; continuing")

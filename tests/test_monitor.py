@@ -1,0 +1,49 @@
+"""The images with which an untrained encoder is calibrated."""
+
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from byolt.configs import schema
+from byolt.model.distributed import World
+from byolt.model.quality.monitor import KnnMonitor
+from byolt.pipelines.plain import plain_images
+from byolt.pipelines.sources import open_source
+from byolt.pipelines.subset import spaced
+
+CONFIG = Path(__file__).resolve().parent.parent / "configs/quickstart.yaml"
+
+
+def calibration(images: int, rank: int, ranks: int) -> list[int]:
+    """Sizes of this rank's batches."""
+    sizes: list[int] = []
+    source = open_source(f"synthetic:{images}:8x8")
+    world = World(rank, 0, ranks, torch.device("cpu"), "gloo")
+    monitor = KnnMonitor(schema.load(CONFIG), source, source, world, plain_images, spaced)
+    with (
+        patch(
+            "byolt.model.quality.features.calibrate_batch_norm",
+            lambda _, batches: sizes.extend(len(labels) for _, labels in batches),
+        ),
+        patch("byolt.model.quality.knn.knn_of_run", return_value=1.0),
+    ):
+        assert monitor(torch.nn.Linear(1, 1), calibrate=True) == 1
+    return sizes
+
+
+@pytest.mark.parametrize(("ranks", "expected"), [(8, 32), (128, 2), (200, 2), (512, 2)])
+def test_batches_have_two_images_on_however_many_ranks(ranks: int, expected: int) -> None:
+    """Batch norm in training mode refuses one image, and 256 // 512 is 0."""
+    assert set(calibration(1024, 0, ranks)) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("images", "ranks", "expected"),
+    [(257, 1, [256]), (300, 1, [256]), (513, 1, [256, 256]), (5000, 1, [256] * 8), (40, 1, [40]), (41, 2, [20]),
+     (259, 2, [128]), (5000, 3, [85] * 8)],
+)  # fmt: skip
+def test_batches_are_whole(images: int, ranks: int, expected: list[int]) -> None:
+    """Of a last batch of one image batch norm has no variance, and of few it would count as much as 256."""
+    assert calibration(images, ranks - 1, ranks) == expected
