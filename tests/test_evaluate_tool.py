@@ -327,7 +327,7 @@ def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytes
     for path, part in (
         (run, "is a folder: name its encoder.safetensors"),
         (damaged, "is damaged"),
-        (other, "does not say its 'steps'"),
+        (other, "has no 'steps' in its header"),
         (tmp_path / "nowhere.safetensors", "cannot be read"),
         (run / "config.yaml", "is no byolt checkpoint"),
     ):

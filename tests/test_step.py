@@ -226,9 +226,9 @@ def test_collapse_gauges_of_known_batches() -> None:
 
 
 def test_it_refuses_wrong_settings() -> None:
-    with pytest.raises(ValueError, match="train.precision=fp8 is unknown"):
+    with pytest.raises(ValueError, match=r"train.precision=fp8 is unknown"):
         _setup("fp8")
-    with pytest.raises(ValueError, match="train.accumulation=0 must be at least 1"):
+    with pytest.raises(ValueError, match=r"train.accumulation=0 must be at least 1"):
         _setup(accumulation=0)
     with pytest.raises(ValueError, match=r"got 1 micro-batches, train.accumulation=2"):
         _setup(accumulation=2)[2]([_views(1)], lr=0.1, tau=0.9)

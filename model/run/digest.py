@@ -1,4 +1,4 @@
-"""One line that says whether two runs are in the same state, to the bit."""
+"""The digest of a run: equal if two runs are in the same state, to the bit."""
 
 import hashlib
 from typing import Any
@@ -11,42 +11,42 @@ from byolt.model.distributed import World
 
 
 def digest(state: dict[str, Any]) -> str:
-    """sha256, in hex, over all that decides how a run goes on.
+    """sha256, in hex, of everything that decides how a run continues.
 
-    That is: parameters, target and batch-norm statistics ("model"), momentum, the gradient scaler ("train_step"), the
-    step, and what the sampler's position follows from: step, seed, order, batch size and data set. Not the clock, the
-    paths or the number of ranks. Where tensors lie, on which device or in which memory format, does not matter.
+    These are the parameters, target and batch-norm statistics ("model"), momentum, the gradient scaler ("train_step"),
+    the step, and the sampler's position: step, seed, order, batch size and data set. Paths, number of ranks, and the
+    device and memory format of tensors do not matter.
 
     Args:
-        state: what a checkpoint holds (`checkpoint.load`).
+        state: the content of a checkpoint (`checkpoint.load`).
     """
     settings = state["config"]
-    what = {name: state[name] for name in ("step", "model", "momentum", "train_step")}
-    what["sampler"] = [
+    content = {name: state[name] for name in ("step", "model", "momentum", "train_step")}
+    content["sampler"] = [
         state["data"],
         settings["run"]["seed"],
         settings["data"]["order"],
         settings["train"]["batch_size"],
     ]
     sha256 = hashlib.sha256()
-    _feed(sha256, what)
+    _feed(sha256, content)
     return sha256.hexdigest()
 
 
 def agreed(state: dict[str, Any], world: World) -> str:
-    """The digest, after all ranks have compared theirs.
+    """Returns the digest, which must be the same on all ranks.
 
     Raises:
         RuntimeError: the ranks are not in the same state.
     """
     mine = digest(state)
     if distributed.any_rank(mine != distributed.broadcast_object(mine, world), world):
-        raise RuntimeError("the ranks are not in the same state; please report this with the settings")
+        raise RuntimeError("the ranks are not in the same state; please report this bug with your settings")
     return mine
 
 
 def _feed(sha256: Any, value: Any) -> None:
-    """Every value is preceded by its kind and length, so that no two structures give the same bytes."""
+    """Hashes a value after its kind and length, so that no two structures give the same bytes."""
     if isinstance(value, dict):
         sha256.update(b"dict %d " % len(value))
         for key in sorted(value, key=repr):

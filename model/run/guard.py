@@ -1,7 +1,7 @@
-"""Loss or gradient that is not finite: which step, which rank, which samples.
+"""Stops a run whose loss or gradient is not finite, or whose projections collapse.
 
-Flags stay on the device until the host waits for it anyway; a step that is not finite changes neither weights nor
-statistics meanwhile (`step.TrainStep`), so the run's state is finite whenever it is saved.
+The flags of the steps stay on the device until the host waits for it anyway. A step that is not finite changes no
+weight or statistic (`step.TrainStep`), so the run's state is finite whenever it is saved.
 """
 
 import json
@@ -20,31 +20,31 @@ from byolt.model.step import StepResult
 
 
 class FiniteCheck:
-    """Remembers steps until `check` asks whether one was bad."""
+    """Collects the flags of steps; `check` reads them."""
 
     def __init__(self, world: World, overflow_allowed: bool) -> None:
         """
         Args:
             world: the processes.
-            overflow_allowed: a gradient may be infinite where the loss is not (fp16, whose scale is lowered then).
+            overflow_allowed: accept an infinite gradient of a finite loss (fp16: the scaler then lowers its scale).
         """
         self._world, self._overflow_allowed = world, overflow_allowed
         self._flags: list[Tensor] = []
         self._samples: list[tuple[int, Tensor]] = []
 
     def add(self, step: int, result: StepResult, ids: Tensor) -> None:
-        """Notes a step of this rank: its number, what came out, and its sample ids, int64 (n,) on the CPU."""
+        """Adds a step of this rank: its number, its result, and its sample ids, (n,) int64 on the CPU."""
         bad_loss = ~result.loss.isfinite()
         bad = bad_loss if self._overflow_allowed else bad_loss | ~result.finite
         self._flags.append(torch.stack([bad, bad_loss]))
         self._samples.append((step, ids))
 
     def look(self) -> list[dict[str, Any]]:
-        """What was bad since the last look; every rank must call it at the same step, and waits for its device.
+        """Reads the flags since the last look. All ranks call it at the same step; it waits for the device.
 
         Returns:
-            For each bad step and rank whose own loss was not finite: step, rank and sample ids. Where all losses of
-            a bad step were finite and only the gradient was not: every rank's.
+            Step, rank and sample ids of every rank whose loss was not finite in a step; of all ranks if only the
+            gradient was not.
         """
         flags = torch.stack(self._flags).tolist() if self._flags else []
         samples, self._flags, self._samples = self._samples, [], []
@@ -68,14 +68,14 @@ class FiniteCheck:
         return report
 
     def check(self, out: Path, state: Callable[[], dict[str, Any]]) -> None:
-        """Stops every rank if a step since the last look was bad; the run's state, which is finite, is set aside.
+        """Stops every rank if a step since the last check was not finite, and saves the run's state, which is finite.
 
         Args:
-            out: folder of the run; not-finite.json, with what `look` returns, and aside-STEP.pt go there.
-            state: gives what a checkpoint holds.
+            out: folder of the run, for not-finite.json (the result of `look`) and the checkpoint aside-STEP.pt.
+            state: returns the content of a checkpoint.
 
         Raises:
-            FloatingPointError: such a step was found; on every rank.
+            FloatingPointError: on every rank.
         """
         bad = self.look()
         if not bad:
@@ -90,26 +90,26 @@ class FiniteCheck:
         raise FloatingPointError(
             f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
             f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
-            f"then go on with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
+            f"then continue with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
             "train.precision=fp32"
         )
 
 
 class CollapseError(Exception):
-    """The projections have collapsed, and train.on_collapse is stop."""
+    """The projections have collapsed, and train.on_collapse=stop."""
 
 
 def collapse_warning(projection_std: float, config: Config) -> str:
-    """A sentence where the projections' spread is below train.collapse_std; "" otherwise, and where it is ignored.
+    """Returns a warning if the projections spread less than train.collapse_std; else, or with on_collapse=ignore, "".
 
     Args:
         projection_std: of the target's projections, averaged over dimensions and ranks (`step.collapse_gauges`).
-        config: its projector_size D says what the spread over the whole sphere is: 1/sqrt(D).
+        config: its projector_size D gives the spread over the whole sphere, 1/sqrt(D).
     """
     spread = projection_std * config.model.projector_size**0.5
     if config.train.on_collapse == "ignore" or spread >= config.train.collapse_std:
         return ""
     return (
-        f"collapse: the projections' standard deviation is {spread:.2g} of what a sphere's is, below "
+        f"collapse: the projections' standard deviation is {spread:.2g} times that of a uniform sphere, below "
         f"train.collapse_std={config.train.collapse_std:g}"
     )

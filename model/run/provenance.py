@@ -1,4 +1,4 @@
-"""How a run was started: one line of starts.jsonl for each start, so that a result can say what made it."""
+"""How a run was started: each start appends command, hardware and versions to starts.jsonl."""
 
 import os
 import platform
@@ -24,8 +24,8 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
     Args:
         out: folder of the run.
         step: steps done before this start.
-        device: what the run computes on.
-        facts: further things to keep beside command, time, hardware and versions: JSON values.
+        device: of the run.
+        facts: more JSON values to keep.
 
     Raises:
         OSError: the file cannot be written.
@@ -44,12 +44,12 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
 
 
 def read_starts(out: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none where it was made before they were recorded."""
+    """The starts of a run, oldest first; none of a run that predates starts.jsonl."""
     return read_rows(out / FILE)
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU, if the device is one, then processor and cores this process may use."""
+    """Names the GPU, if the device is one, the processor, and the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
     host = f"{_processor()}, {cores} core{'s' * (cores > 1)}"
     if device.type != "cuda":
@@ -59,7 +59,7 @@ def hardware(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that a run's numbers depend on, those that are installed."""
+    """Versions of Python and of the installed libraries that a run's numbers depend on."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
@@ -70,7 +70,7 @@ def versions() -> dict[str, str]:
 
 
 def _processor() -> str:
-    """The processor's name as Linux gives it, else the architecture."""
+    """The processor's name in /proc/cpuinfo, or else the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

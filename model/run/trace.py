@@ -1,4 +1,4 @@
-"""A Chrome trace of a few training steps: what the host, the loader's thread and the GPU did when (torch.profiler)."""
+"""A Chrome trace of a few training steps: host, loader thread and GPU on one time line (torch.profiler)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -7,35 +7,35 @@ from pathlib import Path
 from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import profile, record_function, schedule
 
-WARM_UP = 5  # steps before the first traced one, in which kernels are chosen, compiled and allocated for
+WARM_UP = 5  # steps before the first traced one, for choosing and compiling kernels and allocating memory
 
 
 def check_length(steps: int, left: int) -> None:
-    """Refuses a trace that the run would not live to finish.
+    """Refuses a trace that is longer than the run.
 
     Args:
         steps: to trace; 0 for none.
-        left: steps that the run still has.
+        left: steps until the end of the run.
 
     Raises:
-        ValueError: they are too few.
+        ValueError: too few steps are left.
     """
     if steps and WARM_UP + steps > left:
         raise ValueError(
-            f"--trace {steps} needs {WARM_UP + steps} steps with its warm-up, and the run has {left} left: trace "
-            "fewer, or train longer"
+            f"--trace {steps} needs {WARM_UP + steps} steps with its warm-up, but the run has {left} left: trace "
+            "fewer steps, or train longer"
         )
 
 
 class Trace:
-    """Traces `steps` steps after WARM_UP; a context manager around the loop, which calls `step` after each.
+    """Traces `steps` steps after WARM_UP. A context manager around the loop, which calls `step` after each step.
 
-    With 0 steps it does nothing. Profiling slows the steps down: read the order and shares, not images/s, from it.
+    With 0 steps it does nothing. Profiling slows the steps down: the trace shows their order and shares, not images/s.
 
     Args:
-        steps: how many.
-        folder: where `trace.json` is written; open it in chrome://tracing or ui.perfetto.dev.
-        say: told where the trace is.
+        steps: number of steps.
+        folder: gets `trace.json`; open it in chrome://tracing or ui.perfetto.dev.
+        say: prints a line.
     """
 
     def __init__(self, steps: int, folder: Path, say: Callable[[str], None]) -> None:
@@ -59,11 +59,11 @@ class Trace:
             self._profile.__exit__(None, None, None)
 
     def range(self, name: str) -> AbstractContextManager[object]:
-        """Shows the block under a name."""
+        """Names the block in the trace."""
         return record_function(name) if self._profile else nullcontext()
 
     def step(self, number: int) -> None:
-        """Step `number` of the run is done."""
+        """Ends step `number` of the run."""
         self._last = number
         if self._profile:
             self._profile.step()

@@ -1,4 +1,4 @@
-"""A trained encoder out of a run's folder: from a checkpoint, or from the exported encoder.safetensors."""
+"""Loads and exports a trained encoder: from a checkpoint, or as encoder.safetensors."""
 
 import hashlib
 from pathlib import Path
@@ -15,19 +15,21 @@ from byolt.model.run import checkpoint
 
 
 class Trained(NamedTuple):
-    """The online encoder of a run and what is known of it."""
+    """The online encoder of a run."""
 
-    path: Path  # the file it came from
+    path: Path  # the file
     encoder: nn.Module  # on the CPU, in eval mode
     config: schema.Config  # of the run
     step: int  # optimizer steps done
-    digest: str  # sha256 of the encoder's weights: the same for a checkpoint and what was exported from it
+    digest: (
+        str  # sha256 of the encoder's weights: the same for a checkpoint and for the encoder exported from it
+    )
 
 
 def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: int) -> None:
-    """Writes the online encoder after `step` steps as safetensors, with what `load_trained` needs to know."""
+    """Writes the online encoder after `step` steps as safetensors; its header has all that `load_trained` needs."""
     metadata = {
-        "format": "pt",  # transformers loads no file without it
+        "format": "pt",  # transformers refuses a file without it
         "backbone": config.model.backbone,
         "stem": config.model.stem,
         "steps": str(step),
@@ -43,7 +45,7 @@ def load_trained(path: str | Path) -> Trained:
         path: a checkpoint-*.pt or an encoder.safetensors.
 
     Raises:
-        CheckpointError: it is neither, is damaged, or is of a run whose settings this version does not know.
+        CheckpointError: the file is neither, is damaged, or has settings that this version does not know.
     """
     path = Path(path)
     state_dict, step, config = (
@@ -51,7 +53,7 @@ def load_trained(path: str | Path) -> Trained:
     )
     if not 0 <= step < 2**63:
         raise checkpoint.CheckpointError(
-            f"{path} says that it is of step {shorten(str(step), 30)}: it is damaged"
+            f"{path} claims to be of step {shorten(str(step), 30)}: it is damaged"
         )
     encoder = make_encoder(config.model.backbone, config.model.stem)
     try:
@@ -63,7 +65,7 @@ def load_trained(path: str | Path) -> Trained:
 
 
 def weights_digest(state_dict: dict[str, Tensor]) -> str:
-    """sha256 over names, types, shapes and values, in the order of the names."""
+    """sha256, in hex, of names, types, shapes and values in the order of the names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state_dict.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -82,7 +84,7 @@ def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from None
     except KeyError as error:
         raise checkpoint.CheckpointError(
-            f"{path} does not say its {error}: give the encoder.safetensors that train.py wrote, or a checkpoint"
+            f"{path} has no {error} in its header: use the encoder.safetensors that train.py wrote, or a checkpoint"
         ) from None
     except ValueError as error:
         raise checkpoint.CheckpointError(f"{path}: its config cannot be used: {error}") from None
