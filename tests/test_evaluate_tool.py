@@ -329,7 +329,7 @@ def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytes
         (damaged, "is damaged"),
         (other, "has no 'steps' in its header"),
         (tmp_path / "nowhere.safetensors", "cannot be read"),
-        (run / "config.yaml", "is no byolt checkpoint"),
+        (run / "config.yaml", "is not a byolt checkpoint"),
     ):
         assert evaluate.main([str(path), "--protocol", "knn"]) == 2
         assert part in capsys.readouterr().err

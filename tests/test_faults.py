@@ -114,7 +114,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(
     newest = halved.newest()[0]
     newest.write_bytes(damage(newest.read_bytes()))
     process = finish(halved)
-    assert f"warning: checkpoint {newest} is " in process.text and "passed over" in process.text
+    assert f"warning: checkpoint {newest} is " in process.text and "skipped" in process.text
     assert f"resumed from {halved.out}/checkpoint-000000003.pt: steps 3 to" in process.text
     assert process.digest == whole.digest
 

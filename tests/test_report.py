@@ -215,7 +215,7 @@ def test_the_newest_whole_encoder_is_taken(folder: Path, tmp_path: Path) -> None
     (folder / "encoder.safetensors").write_bytes(b"x" * 100)
     (folder / "checkpoint-000000005.pt").write_bytes(b"x" * 100)
     text, _ = _report(folder)
-    assert "encoder.safetensors cannot be read" in text and "checkpoint-000000005.pt is no byolt" in text
+    assert "encoder.safetensors cannot be read" in text and "checkpoint-000000005.pt is not a byolt" in text
     assert read_run(folder).encoder_origin == "checkpoint-000000003.pt, step 3"
 
 

@@ -87,7 +87,7 @@ def test_checkpoint_of_a_gpu_loads_without_one(golden: Path, tmp_path: Path) -> 
 def test_another_version_is_refused_with_both_numbers(golden: Path, tmp_path: Path) -> None:
     data = golden.read_bytes().replace(b"byolt-checkpoint 1 ", b"byolt-checkpoint 12 ", 1)
     (tmp_path / "new.pt").write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"new\.pt is of version 12, this code reads 1"):
+    with pytest.raises(CheckpointError, match=r"new\.pt has version 12, this release reads 1"):
         checkpoint.load(tmp_path / "new.pt")
 
 
@@ -107,28 +107,28 @@ def _put(*keys: Any, value: Any = None) -> Callable[[dict], None]:
 
 WEIGHT = "online.encoder.conv1.weight"
 HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
-    "extra key": (_put("evil", value=1), "missing, unknown or odd: evil"),
-    "no key": (_put("momentum"), "missing, unknown or odd: momentum"),
-    "step is text": (_put("step", value="3"), "odd: step"),
-    "step is true": (_put("step", value=True), "odd: step"),
-    "step is negative": (_put("step", value=-1), "odd: step"),
-    "config is a list": (_put("config", value=[1]), "odd: config"),
-    "extra tensor": (_put("model", "evil", value=torch.ones(2)), r"model\.evil is float32 \(2,\), it should be not there"),
-    "no tensor": (_put("model", WEIGHT), "conv1.weight is not there, it should be float32"),
-    "shape": (_put("model", WEIGHT, value=torch.ones(3)), r"conv1.weight is float32 \(3,\), it should be float32 \("),
+    "extra key": (_put("evil", value=1), "unexpected or wrongly typed keys: evil"),
+    "no key": (_put("momentum"), "unexpected or wrongly typed keys: momentum"),
+    "step is text": (_put("step", value="3"), "wrongly typed keys: step"),
+    "step is true": (_put("step", value=True), "wrongly typed keys: step"),
+    "step is negative": (_put("step", value=-1), "wrongly typed keys: step"),
+    "config is a list": (_put("config", value=[1]), "wrongly typed keys: config"),
+    "extra tensor": (_put("model", "evil", value=torch.ones(2)), r"model\.evil is float32 \(2,\), but must be absent"),
+    "no tensor": (_put("model", WEIGHT), "conv1.weight is absent, but must be float32"),
+    "shape": (_put("model", WEIGHT, value=torch.ones(3)), r"conv1.weight is float32 \(3,\), but must be float32 \("),
     "dtype": (_put("model", WEIGHT, value=torch.ones(8, 3, 3, 3).double()), "conv1.weight is float64"),
     "no tensor at all": (_put("model", WEIGHT, value="x"), "conv1.weight is of type str"),
     "sparse": (_put("model", WEIGHT, value=torch.eye(3).to_sparse()), "conv1.weight is sparse or empty"),
     "huge by strides": (
         _put("model", WEIGHT, value=torch.zeros(1).expand(2_500_000_000)),
-        r"float32 \(2500000000,\), it should",
+        r"float32 \(2500000000,\), but must",
     ),
     "momentum": (_put("momentum", 0, "momentum", value=torch.ones(3)), "momentum of parameter 0 is float32"),
     "momentum too many": (_put("momentum", 99, value={"momentum": torch.ones(3)}), "parameter 99 is float32"),
-    "momentum is none": (_put("momentum", 0, value=[1]), "its momentum or scaler is none"),
-    "momentum is a tensor": (_put("momentum", 0, value=torch.ones(3)), "its momentum or scaler is none"),
+    "momentum is none": (_put("momentum", 0, value=[1]), "malformed: its momentum or scaler"),
+    "momentum is a tensor": (_put("momentum", 0, value=torch.ones(3)), "malformed: its momentum or scaler"),
     "scaler": (_put("train_step", "scaler", "scale", value="x"), "its scaler is"),
-    "no scaler": (_put("train_step", "scaler"), "its momentum or scaler is none"),
+    "no scaler": (_put("train_step", "scaler"), "malformed: its momentum or scaler"),
 }  # fmt: skip
 
 
@@ -151,12 +151,12 @@ SCALER = torch.amp.GradScaler("cpu").state_dict()
 @pytest.mark.parametrize(
     ("scaler", "message"),
     [
-        ({"foo": 1.0}, r"scaler\._growth_tracker is not there, it should be of type int"),
-        (SCALER | {"foo": 1.0}, r"scaler\.foo is of type float, it should be not there"),
-        ({key: SCALER[key] for key in SCALER if key != "scale"}, r"scaler\.scale is not there"),
+        ({"foo": 1.0}, r"scaler\._growth_tracker is absent, but must be of type int"),
+        (SCALER | {"foo": 1.0}, r"scaler\.foo is of type float, but must be absent"),
+        ({key: SCALER[key] for key in SCALER if key != "scale"}, r"scaler\.scale is absent"),
         (
             SCALER | {"growth_interval": 2.5},
-            r"scaler\.growth_interval is of type float, it should be of type int",
+            r"scaler\.growth_interval is of type float, but must be of type int",
         ),
         (SCALER | {"scale": float("nan")}, r"its scaler is .*nan"),
         (SCALER | {"scale": float("inf")}, r"its scaler is .*inf"),
@@ -199,7 +199,7 @@ def test_either_checkpoint_is_checked_before_their_steps_are_compared(
     state = checkpoint.load(golden)
     checkpoint.write(tmp_path / "checkpoint-000000005.pt", state | {"step": 5} | newest)
     checkpoint.write(tmp_path / "chosen.pt", state | {"step": 9} | chosen)
-    with pytest.raises(CheckpointError, match=f"{named} holds no run's state"):
+    with pytest.raises(CheckpointError, match=f"{named} is malformed: "):
         find_checkpoint(tmp_path, str(tmp_path / "chosen.pt"), WORLD)
 
 
@@ -295,6 +295,6 @@ def test_hostile_checkpoint_is_one_line_of_train_py(golden: Path, tmp_path: Path
     change = [text for key in allowed for text in ("--allow-change", key)]
     done = run("--resume", str(tmp_path / "evil.pt"), "eval.path=null", "train.epochs=3", *change)
     assert done.returncode == 2, done.stderr
-    assert "evil.pt does not fit this network: model.online.encoder.conv1.weight is not there" in done.stderr
+    assert "evil.pt does not fit this network: model.online.encoder.conv1.weight is absent" in done.stderr
     assert not list(run.out.glob("checkpoint-*"))
     shutil.rmtree(run.out)

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, and the exported encoder.
+"""Writes and reads checkpoints, and writes the exported encoder.
 
-A checkpoint is one file: a header line with the sha256 of all that follows, then torch's own format. It is written
-to a temporary file, fsynced and renamed, so a name that exists is a file that was finished; the hash notices what
-the disk did to it since (torch.load alone accepted 300 of 300 single-bit flips).
+A checkpoint is one file: a header line with the sha256 of the rest, then torch's own format. It is written to a
+temporary file, fsynced and renamed, so every checkpoint-*.pt was finished; the hash detects later damage (torch.load
+alone accepted 300 of 300 single-bit flips).
 """
 
 import hashlib
@@ -33,11 +33,11 @@ class CheckpointError(Exception):
 
 
 class _Hashing:
-    """A file for torch.save to write into that hashes what passes."""
+    """A file for torch.save that hashes the data written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.sha256, self._writes = file, hashlib.sha256(), 0
-        self.failed: OSError | None = None  # torch.save makes a RuntimeError of it
+        self.failed: OSError | None = None  # torch.save raises a RuntimeError instead
 
     def write(self, data: bytes) -> int:
         try:
@@ -54,13 +54,13 @@ class _Hashing:
 
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Writes a checkpoint and removes all but the newest `keep`, and temporaries that a killed run left.
+    """Writes a checkpoint; removes all but the newest `keep`, and the temporary files of a killed run.
 
     Args:
-        folder: where checkpoints are.
+        folder: of the checkpoints.
         step: optimizer steps done, part of the name.
         state: tensors, numbers, strings and containers of them.
-        keep: at least 1.
+        keep: number of checkpoints to keep, >= 1.
 
     Raises:
         OSError: the disk is full or the folder cannot be written; earlier checkpoints are untouched.
@@ -74,7 +74,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def write(path: Path, state: dict[str, Any]) -> None:
-    """Writes one checkpoint, whole or not at all; see `save`."""
+    """Writes one checkpoint completely or not at all; see `save`."""
     with replacing(path) as temporary:
         body: _Hashing | None = None
         try:
@@ -86,20 +86,20 @@ def write(path: Path, state: dict[str, Any]) -> None:
                 file.write(_MAGIC + body.sha256.hexdigest().encode() + b"\n")
         except (OSError, RuntimeError) as error:
             cause = error if isinstance(error, OSError) else body and body.failed
-            if not cause:  # the device's, say: no advice about disks helps then
+            if not cause:  # an error of the device, for example: not the disk's
                 raise
-            free = f"{shutil.disk_usage(path.parent).free / 1e6:.0f} MB" if path.parent.is_dir() else "0 MB"
+            free = shutil.disk_usage(path.parent).free / 1e6 if path.parent.is_dir() else 0
             raise OSError(
-                f"checkpoint {path} cannot be written, {free} are free there; free some space, or lower "
+                f"checkpoint {path} cannot be written, {free:.0f} MB are free; free some space, or lower "
                 f"run.keep_checkpoints ({cause})"
             ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU. Nothing in it is run, whoever wrote it.
+    """Reads a checkpoint onto the CPU. It executes nothing from the file.
 
     Raises:
-        CheckpointError: it does not exist, is no checkpoint, of another version, or is damaged.
+        CheckpointError: the file does not exist, is not a checkpoint, has another version, or is damaged.
     """
     try:
         with path.open("rb") as file:
@@ -107,12 +107,12 @@ def load(path: Path) -> dict[str, Any]:
             version = re.match(re.escape(_FORMAT) + rb"(\d{1,9}) ", header)
             if version and int(version[1]) != VERSION:
                 raise CheckpointError(
-                    f"checkpoint {path} is of version {int(version[1])}, this code reads {VERSION}: continue it with "
+                    f"checkpoint {path} has version {int(version[1])}, this release reads {VERSION}: continue it with "
                     "the release that wrote it"
                 )
             if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
                 raise CheckpointError(
-                    f"checkpoint {path} is no byolt checkpoint (version {VERSION}), or its head is damaged"
+                    f"checkpoint {path} is not a byolt checkpoint (version {VERSION}), or its header is damaged"
                 )
             data = file.read()
             if hashlib.sha256(data).hexdigest().encode() != header[len(_MAGIC) : -1]:
@@ -124,15 +124,15 @@ def load(path: Path) -> dict[str, Any]:
         body = io.BytesIO(data)
         _check_entries(body)
         state = torch.load(body, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever foreign bytes with a right sha256 make of torch's reader
+    except Exception as error:  # torch's reader raises many kinds on foreign bytes with a valid sha256
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from None
     if not isinstance(state, dict):
-        raise CheckpointError(f"checkpoint {path} holds a {type(state).__name__}, not a run's state")
+        raise CheckpointError(f"checkpoint {path} is malformed: a {type(state).__name__} instead of a dict")
     return state
 
 
 def _check_entries(body: BinaryIO) -> None:
-    """Refuses an archive that unpacks to more than it is: torch itself stores entries without compression."""
+    """Refuses an archive that unpacks to more than its size: torch stores entries without compression."""
     with zipfile.ZipFile(body) as archive:
         size = sum(entry.file_size for entry in archive.infolist())
     if size > body.seek(0, os.SEEK_END):
@@ -141,10 +141,10 @@ def _check_entries(body: BinaryIO) -> None:
 
 
 def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that is whole.
+    """Loads the newest checkpoint that is not damaged.
 
     Returns:
-        Its path (None if there is none), its state, and one sentence for each damaged one that was passed over.
+        Its path (None if there is none), its state, and one sentence for each damaged checkpoint skipped.
     """
     damaged: list[str] = []
     for path in _newest_first(folder):
@@ -160,12 +160,12 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def export_encoder(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes an encoder as safetensors, whole or not at all.
+    """Writes an encoder as safetensors, completely or not at all.
 
     Args:
         path: the file.
-        state_dict: torchvision's keys, without the classifier.
-        metadata: strings that go into the file's header.
+        state_dict: tensors by torchvision's keys, without the classifier.
+        metadata: strings for the file's header.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with replacing(path) as temporary:

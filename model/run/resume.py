@@ -1,4 +1,4 @@
-"""Where a run goes on: the checkpoint to continue from, and putting its state back."""
+"""Finds the checkpoint from which a run continues, and restores its state."""
 
 import sys
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from byolt.model.run import checkpoint
 from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.step import TrainStep
 
-STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which types
+STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of their values
     "step": (int,),
     "model": (dict, OrderedDict),
     "momentum": (dict,),
@@ -30,11 +30,11 @@ STATE: dict[str, tuple[type, ...]] = {  # what a checkpoint holds, and of which 
 
 
 class Start(NamedTuple):
-    """Where a run begins."""
+    """The point from which a run continues."""
 
-    path: Path | None  # the checkpoint that it continues; None for a new run
+    path: Path | None  # the checkpoint; None for a new run
     step: int  # steps done
-    knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in per cent
+    knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in percent
 
 
 def begin(
@@ -46,19 +46,19 @@ def begin(
     probe: OnlineProbe | None,
     world: World,
 ) -> Start:
-    """Finds the checkpoint to continue from, sees that it is of this run, and puts its state back.
+    """Finds the checkpoint to continue from, checks that it is of this run, and restores its state.
 
     Args:
         resume: None for a new run, "auto" for the newest checkpoint in run.out, or the path of one.
         config: the settings now.
         fingerprint: of the data set now.
         allowed: dotted keys of settings that may differ from the checkpoint's.
-        train_step: built with the config; its model and optimizer are changed too.
+        train_step: built with the config; its model and optimizer are restored too.
         probe: the online probe, if the run has one.
         world: the processes; rank 0 chooses for all.
 
     Raises:
-        ValueError: run.out holds what a new run would overwrite, or only damaged checkpoints; or settings differ.
+        ValueError: a new run would overwrite checkpoints, all of them are damaged, or settings differ.
         CheckpointError: the checkpoint cannot be used.
     """
     path, state = find_checkpoint(Path(config.run.out), resume, world)
@@ -74,13 +74,13 @@ def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path |
     state: dict[str, Any] = {}
 
     def choose() -> Path | None:
-        nonlocal state
-        path, state = _choose(out, resume)
+        path, found = _choose(out, resume)
+        state.update(found)
         return path
 
     path = distributed.on_main(choose, world)
     if path and not world.is_main:
-        state = _load(path)  # fails by name where the ranks do not share run.out
+        state = _load(path)  # fails with the file's name if the ranks do not share run.out
     return path, state
 
 
@@ -88,8 +88,8 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
     newest, state, damaged = checkpoint.load_newest(out)
     if resume is None and (newest or damaged):
         raise ValueError(
-            f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, "
-            "or choose another run.out"
+            f"run.out={out} holds checkpoints of an earlier run: add --resume auto to continue it, or choose "
+            "another run.out"
         )
     if newest:
         _check_state(newest, state)
@@ -102,9 +102,11 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
             )
         return Path(resume), chosen
     for sentence in damaged:
-        print(f"warning: {sentence}; passed over", file=sys.stderr)
+        print(f"warning: {sentence}; skipped", file=sys.stderr)
     if damaged and newest is None:
-        raise ValueError(f"run.out={out} holds damaged checkpoints only: restore one, or use another run.out")
+        raise ValueError(
+            f"run.out={out} holds only damaged checkpoints: restore one, or choose another run.out"
+        )
     return newest, state
 
 
@@ -115,63 +117,53 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _check_state(path: Path, state: dict[str, Any]) -> None:
-    """Refuses what is no run's state; makes an older release's today's."""
+    """Refuses a malformed state; converts one of an older release."""
     state.setdefault("probe", None)
-    state.pop("seconds", None)  # that the run had taken
-    odd = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
-    if not odd and state["step"] < 0:
-        odd = ["step"]
-    if odd:
-        names = ", ".join(sorted(map(str, odd)))
-        raise CheckpointError(f"checkpoint {path} holds no run's state; missing, unknown or odd: {names}")
+    state.pop("seconds", None)  # the run's duration
+    wrong = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
+    if not wrong and state["step"] < 0:
+        wrong = ["step"]
+    if wrong:
+        names = ", ".join(sorted(map(str, wrong)))
+        raise CheckpointError(
+            f"checkpoint {path} is malformed: missing, unexpected or wrongly typed keys: {names}"
+        )
 
 
 def restore(path: Path, state: dict[str, Any], train_step: TrainStep, probe: OnlineProbe | None) -> None:
-    """Puts a checkpoint's tensors into model, optimizer, scaler and probe; settings stay the config's.
+    """Loads a checkpoint's tensors into model, optimizer, scaler and probe; settings stay the config's.
 
     Args:
         path: the checkpoint, for messages.
-        state: what it holds, with the keys of `STATE`.
+        state: its content, with the keys of `STATE`.
         train_step: built with the config that the checkpoint names.
-        probe: the online probe, if the run has one; it begins anew where the checkpoint holds none.
+        probe: the online probe, if the run has one; it begins anew if the checkpoint has none.
 
     Raises:
-        CheckpointError: a tensor or a value of the scaler is missing, unknown, or of another shape or kind. Nothing
+        CheckpointError: a tensor or a value of the scaler is absent, unexpected, or of another shape or type. Nothing
             was changed then.
     """
     model, optimizer = train_step.model, train_step.optimizer
     groups = optimizer.state_dict()["param_groups"]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     try:
-        found = {f"momentum of parameter {i}": state["momentum"][i]["momentum"] for i in state["momentum"]}
+        momenta = {i: entry["momentum"] for i, entry in state["momentum"].items()}
         scaler = dict(state["train_step"]["scaler"])
     except (LookupError, TypeError, ValueError):
-        raise CheckpointError(
-            f"checkpoint {path} holds no run's state: its momentum or scaler is none"
-        ) from None
+        raise CheckpointError(f"checkpoint {path} is malformed: its momentum or scaler") from None
     largest = torch.finfo(torch.float32).max
     if not all(type(value) in (int, float) and 0 <= value <= largest for value in scaler.values()):
-        raise CheckpointError(f"checkpoint {path} holds no run's state: its scaler is {scaler}")
-    found |= {f"model.{name}": tensor for name, tensor in state["model"].items()}
-    expected = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    now = train_step.state_dict()["scaler"]
-    if now and scaler:  # empty where the run is not fp16, or was not until now
-        found |= {f"scaler.{name}": value for name, value in scaler.items()}
-        expected |= {f"scaler.{name}": value for name, value in now.items()}
-    if state["momentum"]:  # none before the first step
-        expected |= {f"momentum of parameter {i}": parameter for i, parameter in enumerate(parameters)}
+        raise CheckpointError(f"checkpoint {path} is malformed: its scaler is {scaler}")
+    expected_momenta = dict(enumerate(parameters)) if momenta else {}  # none before the first step
+    _check_fit(path, "momentum of parameter ", momenta, expected_momenta)
+    _check_fit(path, "model.", state["model"], model.state_dict())
+    expected_scaler = train_step.state_dict()["scaler"]
+    if expected_scaler and scaler:  # empty unless the run is, and was, fp16
+        _check_fit(path, "scaler.", scaler, expected_scaler)
     if probe and state["probe"]:
-        found |= {f"probe.{name}": tensor for name, tensor in state["probe"].items()}
-        for name, parameter in probe.head.named_parameters():
-            expected[f"probe.{name}"] = parameter
-            if state["momentum"]:
-                expected[f"probe.momentum.{name}"] = parameter
-    for name in sorted(found.keys() | expected.keys()):
-        is_, should = _kind(found.get(name)), _kind(expected.get(name))
-        if is_ != should:
-            raise CheckpointError(
-                f"checkpoint {path} does not fit this network: {name} is {is_}, it should be {should}"
-            )
+        head = dict(probe.head.named_parameters())
+        with_momentum = head | {f"momentum.{name}": parameter for name, parameter in head.items()}
+        _check_fit(path, "probe.", state["probe"], with_momentum if momenta else head)
     model.load_state_dict(state["model"])
     optimizer.load_state_dict({"state": state["momentum"], "param_groups": groups})
     train_step.load_state_dict(state["train_step"])
@@ -179,9 +171,19 @@ def restore(path: Path, state: dict[str, Any], train_step: TrainStep, probe: Onl
         probe.load_state_dict(state["probe"])
 
 
+def _check_fit(path: Path, prefix: str, found: dict[Any, Any], expected: dict[Any, Any]) -> None:
+    """Refuses entries that are absent, unexpected, or of another shape or type."""
+    for key in sorted(found.keys() | expected.keys(), key=str):
+        actual, required = _kind(found.get(key)), _kind(expected.get(key))
+        if actual != required:
+            raise CheckpointError(
+                f"checkpoint {path} does not fit this network: {prefix}{key} is {actual}, but must be {required}"
+            )
+
+
 def _kind(value: object) -> str:
-    """Shape and dtype of a tensor, type of another value; for comparing and for people."""
+    """Dtype and shape of a tensor, or the type of another value."""
     if isinstance(value, Tensor):
         layout = "" if value.layout == torch.strided and not value.is_meta else "sparse or empty "
         return layout + f"{value.dtype} {tuple(value.shape)}".removeprefix("torch.")
-    return "not there" if value is None else f"of type {type(value).__name__}"
+    return "absent" if value is None else f"of type {type(value).__name__}"
