@@ -48,6 +48,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_two_pipelines_in_turns(images: Path, tmp_path: Path) -> None:
     fakes, out = tmp_path / "fakes.py", tmp_path / "out.json"
     fakes.write_text(FAKES)
