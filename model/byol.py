@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from byolt.configs.schema import ModelConfig
+from byolt.model.kernels.norm import BatchNorm, each_view
 from byolt.model.resnet import initialize_, make_encoder
 
 
@@ -24,11 +25,16 @@ class MLP(nn.Sequential):
     def __init__(self, in_features: int, hidden: int, out_features: int) -> None:
         super().__init__(
             nn.Linear(in_features, hidden),
-            nn.BatchNorm1d(hidden),
+            BatchNorm(hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, out_features, bias=False),
         )
         initialize_(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_features) -> (N, out_features)."""
+        first, norm, _, last = self
+        return last(norm(first(x), relu=True))
 
 
 class Online(nn.Module):
@@ -42,10 +48,9 @@ class Online(nn.Module):
 
     def forward(self, view1: Tensor, view2: Tensor) -> Predictions:
         """Both views in one call (one reduction under DDP); batch norm's statistics are those of each view alone."""
-        features1 = self.encoder(view1)
-        features2 = self.encoder(view2)
-        prediction1 = self.predictor(self.projector(features1))
-        prediction2 = self.predictor(self.projector(features2))
+        features1, features2 = each_view(self.encoder, view1, view2)
+        projections = each_view(self.projector, features1, features2)
+        prediction1, prediction2 = each_view(self.predictor, *projections)
         return Predictions(prediction1, prediction2, features1.detach())
 
 
@@ -67,7 +72,7 @@ class Target(nn.Module):
     @torch.no_grad()
     def forward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
         """Projections (N, D) of both views; batch norm's statistics are those of each view alone."""
-        return self.projector(self.encoder(view1)), self.projector(self.encoder(view2))
+        return each_view(self.projector, *each_view(self.encoder, view1, view2))
 
 
 class BYOL(nn.Module):

@@ -1,17 +1,52 @@
 """The encoders: torchvision's ResNets and the small resnet8, with the reference's initialization."""
 
 import math
-from typing import get_args
+from typing import Any, get_args
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet
 
 from byolt.configs.schema import Backbone, Stem
+from byolt.model.kernels.norm import BatchNorm
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 STEMS: tuple[str, ...] = get_args(Stem)
+
+
+class BasicBlock(resnet.BasicBlock):
+    """torchvision's, its batch norms fused with what follows them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x), relu=True)
+        return self.bn2(self.conv2(out), *_shortcut(self, x), relu=True)
+
+
+class Bottleneck(resnet.Bottleneck):
+    """torchvision's, its batch norms fused with what follows them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn1(self.conv1(x), relu=True)
+        out = self.bn2(self.conv2(out), relu=True)
+        return self.bn3(self.conv3(out), *_shortcut(self, x), relu=True)
+
+
+def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> tuple[Tensor, BatchNorm | None]:
+    """What a block adds to its output, and its batch norm if there is one."""
+    if block.downsample is None:
+        return x, None
+    convolution, norm = block.downsample
+    return convolution(x), norm
+
+
+class ResNet(resnet.ResNet):
+    """torchvision's, its batch norms fused with what follows them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W) -> (N, 512) from basic blocks, (N, 2048) from bottlenecks."""
+        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
 class ResNet8(nn.Module):
@@ -24,27 +59,37 @@ class ResNet8(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 32, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(32)
-        self.relu = nn.ReLU(inplace=True)
+        self.bn1 = BatchNorm(32)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(32, 32))
-        self.layer2 = nn.Sequential(BasicBlock(32, 64, stride=2, downsample=_shortcut(32, 64)))
-        self.layer3 = nn.Sequential(BasicBlock(64, 128, stride=2, downsample=_shortcut(64, 128)))
+        self.layer1 = nn.Sequential(BasicBlock(32, 32, norm_layer=BatchNorm))
+        self.layer2 = nn.Sequential(_halving_block(32, 64))
+        self.layer3 = nn.Sequential(_halving_block(64, 128))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module = nn.Linear(128, 10)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, 128)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(self.bn1(self.conv1(images), relu=True))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _shortcut(channels_in: int, channels_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=2, bias=False),
-        nn.BatchNorm2d(channels_out),
+def _halving_block(channels_in: int, channels_out: int) -> BasicBlock:
+    shortcut = nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=2, bias=False), BatchNorm(channels_out)
     )
+    return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut, norm_layer=BatchNorm)
+
+
+# Block, blocks of each stage, width of a bottleneck relative to ResNet-50's 64, as in torchvision.
+_RESNETS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
+    "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
+    "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
+    "resnet101": (Bottleneck, (3, 4, 23, 3), 64),
+    "resnet152": (Bottleneck, (3, 8, 36, 3), 64),
+    "wide_resnet50_2": (Bottleneck, (3, 4, 6, 3), 128),
+}
 
 
 def make_encoder(backbone: str, stem: str) -> nn.Module:
@@ -66,7 +111,11 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
     if stem not in STEMS:
         raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
-    encoder = ResNet8() if backbone == "resnet8" else torchvision.models.get_model(backbone, weights=None)
+    if backbone == "resnet8":
+        encoder: Any = ResNet8()
+    else:
+        block, blocks, width = _RESNETS[backbone]
+        encoder = ResNet(block, list(blocks), width_per_group=width, norm_layer=BatchNorm)
     encoder.num_features = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":

@@ -10,8 +10,8 @@ from torch import Tensor
 from byolt.configs.schema import Config
 from byolt.model.byol import BYOL, byol_loss, l2_normalize, make_byol
 from byolt.model.distributed import World, broadcast_module, no_sync, wrap
+from byolt.model.kernels.norm import convert_sync_batchnorm
 from byolt.model.optim import LARS, ema_update_
-from byolt.model.sync_norm import convert_sync_batchnorm
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -1,32 +1,38 @@
 """Two CPU ranks against one rank with the whole batch; torchrun's environment; the helpers."""
 
-import inspect
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from byolt.model import distributed, sync_norm
+from byolt.model import distributed
 from byolt.model.byol import BYOL
 from byolt.model.distributed import World
+from byolt.model.kernels import norm as norms
+from byolt.model.kernels.norm import BatchNorm, convert_sync_batchnorm
 from byolt.model.optim import LARS
 from byolt.model.resnet import make_encoder
 from byolt.model.step import TrainStep
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
-BATCH, STEPS = 16, 2
+TRAININGS: dict[str, dict[str, int]] = {
+    "plain": {"accumulation": 1},
+    "accumulated": {"accumulation": 2},
+    "fused": {"accumulation": 1, "batch": 4, "steps": 1},  # Triton's interpreter takes seconds
+}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _train(world: World, accumulation: int) -> dict[str, Any]:
-    """Two steps on this rank's share of fixed batches; what must not depend on the number of ranks.
+def _train(
+    world: World, accumulation: int, batch: int = 16, steps: int = 2, fused: bool = False
+) -> dict[str, Any]:
+    """Steps on this rank's share of fixed batches; what must not depend on the number of ranks.
 
     In float64: in float32 a ReLU whose input is within rounding of 0 may switch, and gradients jump.
     """
@@ -38,11 +44,14 @@ def _train(world: World, accumulation: int) -> dict[str, Any]:
     model.double()
     optimizer = LARS(model.online.parameters(), lr=0.0, weight_decay=1e-2, trust_coefficient=0.01)
     step = TrainStep(model, optimizer, world, "fp32", accumulation, channels_last=False)
+    if fused:
+        norms.FUSED_DEVICES = {"cpu"}
+        step.layout = torch.channels_last  # of the images, and thereby of what convolutions make of them
     generator = torch.Generator().manual_seed(7)
     losses: list[Tensor] = []
     gradients: dict[str, Tensor] = {}
-    for k in range(STEPS):
-        views = torch.randn(accumulation, 2, BATCH, 3, 8, 8, generator=generator, dtype=torch.float64)
+    for k in range(steps):
+        views = torch.randn(accumulation, 2, batch, 3, 8, 8, generator=generator, dtype=torch.float64)
         share = views.chunk(world.size, dim=2)[world.rank]
         result = step([(pair[0], pair[1]) for pair in share], lr=0.5, tau=0.9)
         losses.append(distributed.all_reduce_mean(result.loss, world))
@@ -70,8 +79,8 @@ def _worker(rank: int, port: int, folder: str) -> None:
     norm = nn.BatchNorm2d(3).eval()
     out = {
         "world": (world.rank, world.local_rank, world.size, str(world.device), world.backend, world.is_main),
-        "plain": _train(world, accumulation=1),
-        "accumulated": _train(world, accumulation=2),
+        "plain": _train(world, **TRAININGS["plain"]),
+        "accumulated": _train(world, **TRAININGS["accumulated"]),
         "norms": {name: _one_norm(world, *case) for name, case in NORMS.items()},
         "mean": distributed.all_reduce_mean(row, world),
         "row": row,
@@ -79,11 +88,9 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "object": distributed.broadcast_object({"step": 10 + rank}, world),
         "rows": distributed.gather_rows(row.repeat(rank + 1, 1), world),
         "labels": distributed.gather_rows(torch.arange(3 - rank), world),
-        "eval": (sync_norm.convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
+        "eval": (convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
     }
-    for kernel in (stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt):
-        setattr(torch, f"batch_norm_{kernel.__name__}", kernel)
-    sync_norm._SyncNormalize = sync_norm._FusedSyncNormalize  # type: ignore[misc]
+    out["fused"] = _train(world, **TRAININGS["fused"], fused=True)
     out["fused norms"] = {name: _one_norm(world, *case) for name, case in NORMS.items()}
     distributed.barrier(world)
     torch.save(out, Path(folder) / f"{rank}.pt")
@@ -98,7 +105,7 @@ def _one_norm(
     images, slopes = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
     share = slice(None) if world.size == 1 else slice(-1) if world.rank == 0 else slice(-1, None)
     plain = nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d
-    norm: Any = sync_norm.convert_sync_batchnorm(plain(shape[1], momentum=momentum), world)
+    norm: Any = convert_sync_batchnorm(plain(shape[1], momentum=momentum), world)
     norm.double() if dtype == torch.float64 else norm.float()
     with torch.no_grad():
         norm.weight.copy_(torch.linspace(0.5, 2, shape[1]))
@@ -129,87 +136,6 @@ NORMS = {
     "rows": (ROWS, PLAIN, torch.float32, 0.1),
     "rows, bfloat16": (ROWS, PLAIN, torch.bfloat16, 0.1),
 }
-
-
-# What torch's kernels for CUDA, which the CPU has not, compute, in plain arithmetic; named and called as they are. What
-# they ask of their arguments is asserted.
-
-
-def _wide(x: Tensor) -> Tensor:
-    """(C, n) of at least float32."""
-    assert x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
-    return x.transpose(0, 1).reshape(x.shape[1], -1).to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _narrow(wide: Tensor, x: Tensor) -> Tensor:
-    """(C, n) in the shape, dtype and layout of x."""
-    out = wide.view(x.shape[1], len(x), *x.shape[2:]).transpose(0, 1).to(x.dtype)
-    return torch.empty_like(x).copy_(out)
-
-
-def stats(input: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    variance, mean = torch.var_mean(_wide(input), 1, correction=0)
-    return mean, (variance + eps).rsqrt()
-
-
-def gather_stats_with_counts(
-    input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    momentum: float,
-    eps: float,
-    counts: Tensor,
-) -> tuple[Tensor, Tensor]:
-    assert mean.shape == invstd.shape == (len(counts), input.shape[1]) and counts.ndim == 1
-    assert counts.dtype == running_mean.dtype == mean.dtype
-    total, column = counts.sum(), counts[:, None]
-    overall = (column * mean).sum(0) / total
-    variance = (column * (invstd**-2 - eps + (mean - overall) ** 2)).sum(0) / total
-    running_mean += momentum * (overall - running_mean)
-    running_var += momentum * (variance * total / (total - 1) - running_var)
-    return overall, (variance + eps).rsqrt()
-
-
-def elemt(input: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
-    column = ((_wide(input) - mean[:, None]) * (invstd * weight)[:, None]) + bias[:, None]
-    return _narrow(column, input)
-
-
-def backward_reduce(
-    grad_out: Tensor,
-    input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    input_g: bool,
-    weight_g: bool,
-    bias_g: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert grad_out.stride() == input.stride() and grad_out.dtype == input.dtype
-    assert input_g and weight_g and bias_g
-    slopes = _wide(grad_out)
-    sum_dy, sum_dy_xmu = slopes.sum(1), (slopes * (_wide(input) - mean[:, None])).sum(1)
-    return sum_dy, sum_dy_xmu, (sum_dy_xmu * invstd).to(weight.dtype), sum_dy.to(weight.dtype)
-
-
-def backward_elemt(
-    grad_out: Tensor,
-    input: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor,
-    sum_dy: Tensor,
-    sum_dy_xmu: Tensor,
-    count: Tensor,
-) -> Tensor:
-    assert grad_out.stride() == input.stride() and weight.dtype == mean.dtype
-    assert count.dtype == torch.int32 and count.is_contiguous() and len(count) == 2
-    centred = _wide(input) - mean[:, None]
-    mean_dy, mean_dy_xmu = sum_dy / count.sum(), sum_dy_xmu / count.sum()
-    column = _wide(grad_out) - mean_dy[:, None] - centred * (invstd**2 * mean_dy_xmu)[:, None]
-    return _narrow(column * (invstd * weight)[:, None], input)
 
 
 def _free_port() -> int:
@@ -247,11 +173,9 @@ def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
-@pytest.mark.parametrize(("name", "accumulation"), [("plain", 1), ("accumulated", 2)])
-def test_two_ranks_equal_one_with_the_whole_batch(
-    ranks: list[dict[str, Any]], name: str, accumulation: int
-) -> None:
-    whole = _train(ALONE, accumulation)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_two_ranks_equal_one_with_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+    whole = _train(ALONE, **TRAININGS[name])
     assert bool(whole["finite"])
     for rank in ranks:
         torch.testing.assert_close(rank[name]["losses"], whole["losses"], rtol=1e-10, atol=0)
@@ -268,7 +192,7 @@ def test_two_ranks_equal_one_with_the_whole_batch(
 def test_batch_norm_over_uneven_shares_equals_one_of_the_whole(
     ranks: list[dict[str, Any]], kind: str, name: str
 ) -> None:
-    """By our own arithmetic, and by the calls that a GPU gets, their kernels replaced by the arithmetic above."""
+    """By the definition, and by the kernels for GPUs where they take the batch."""
     whole, dtype = _one_norm(ALONE, *NORMS[name]), NORMS[name][2]
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 0.03, torch.float64: 1e-10}[dtype]
     found = [rank[kind][name] for rank in ranks]
@@ -280,19 +204,6 @@ def test_batch_norm_over_uneven_shares_equals_one_of_the_whole(
     torch.testing.assert_close(added, whole["parameters"], rtol=tolerance, atol=tolerance)
     for rank in found:
         torch.testing.assert_close(rank["statistics"], whole["statistics"], rtol=3e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [stats, gather_stats_with_counts, elemt, backward_reduce, backward_elemt],
-    ids=lambda f: f.__name__,
-)
-def test_kernels_for_cuda_are_called_as_torch_declares_them(kernel: Callable) -> None:
-    """The stand-ins above, which the calls fit, have torch's arguments and results."""
-    schema = getattr(torch.ops.aten, f"batch_norm_{kernel.__name__}").default._schema
-    assert list(inspect.signature(kernel).parameters) == [argument.name for argument in schema.arguments]
-    results = get_type_hints(kernel)["return"]
-    assert len(get_args(results) or [results]) == len(schema.returns)
 
 
 @pytest.mark.gpu
@@ -307,7 +218,8 @@ def test_on_a_gpu_it_equals_torchs_batch_norm_and_the_host_does_not_wait(
     )
     try:
         plain = nn.BatchNorm2d(16).to(place)
-        ours = sync_norm.SyncBatchNorm(nn.BatchNorm2d(16).to(place))
+        ours = BatchNorm(16).to(place)
+        ours.synchronized = True
         generator = torch.Generator(place).manual_seed(0)
         x, slopes = (
             torch.randn(8, 16, 9, 9, device=place, generator=generator).to(dtype, memory_format=layout)
@@ -362,7 +274,7 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
     assert world.is_main
     module, x = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(3, 2)
     assert distributed.wrap(module, world) is module
-    assert sync_norm.convert_sync_batchnorm(module, world) is module
+    assert convert_sync_batchnorm(module, world) is module
     assert type(module[1]) is nn.BatchNorm1d
     with distributed.no_sync(module):
         assert torch.equal(distributed.all_reduce_mean(x, world), x)
@@ -417,7 +329,7 @@ def test_how_torch_computes_is_settled_before_cuda_starts(
 
 RESTARTED = """
 import os, torch
-from byolt.model import distributed, sync_norm
+from byolt.model import distributed
 world = distributed.init("cpu", timeout=60)
 total = distributed.all_reduce_mean(torch.tensor([float(world.rank)]), world)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and world.rank == 1:

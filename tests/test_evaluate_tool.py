@@ -413,7 +413,7 @@ def test_batch_norms_of_an_untrained_encoder_fit_the_training_images(run: Path) 
     frozen.calibrate(setup)
     inside: list[torch.Tensor] = []
     norm = setup.encoder.bn1
-    norm.register_forward_hook(lambda module, inputs, output: inside.append(output.clone()))  # type: ignore[operator,union-attr]
+    norm.register_forward_hook(lambda module, inputs, output: inside.append(module.forward(*inputs)))  # type: ignore[operator,union-attr]
     images = torch.cat([images for images, _ in plain_images(train, np.arange(72), setup.config)])
     with torch.no_grad():
         setup.encoder(images)

@@ -22,7 +22,7 @@ ALLOWED = {
     "llvmlite": set(),
     "triton": {
         *(f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")),
-        "model/kernels/lars_triton.py",
+        *(f"model/kernels/{operation}_triton.py" for operation in ("lars", "norm")),
     },
     "amp_C": {"model/kernels/lars_apex.py"},
     "apex": {"model/kernels/lars_apex.py"},

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from byolt.configs.schema import Config
 from byolt.model import distributed, schedules
+from byolt.model.kernels.norm import convert_sync_batchnorm
 from byolt.model.quality import linear
-from byolt.model.sync_norm import convert_sync_batchnorm
 from byolt.pipelines.backends import Backend, make_backend
 from byolt.pipelines.loader import Batch, Loader
 from byolt.pipelines.sources import Source
