@@ -20,7 +20,7 @@ from byolt.pipelines.sources import Source
 from byolt.pipelines.views import ViewParams, draw, draw_both
 
 Pixels = npt.NDArray[np.float32]  # (..., size, size, 3) in [0, 1]
-Row = tuple[str, tuple[str, ...], bool]  # name, values side by side, whether the operation is applied
+Row = tuple[str, tuple[str, ...]]  # name, values side by side
 Strip = tuple[str, list[tuple[str, ViewParams]]]  # name; labels with the parameters of one view
 
 JITTER = ("brightness", "contrast", "saturation", "hue")  # in the numbering of pipelines.views
@@ -117,15 +117,14 @@ def table(view: ViewParams, i: int, height: int, width: int, neutral: dict[str, 
     ]
 
     def switch(name: str, value: str = "yes") -> Row:
-        on = bool(getattr(view, name)[i])
-        return name, (value if on else "no",), on
+        return name, (value if getattr(view, name)[i] else "no",)
 
     return [
-        ("crop", (f"{share:.1f} % of the area, ratio {columns / rows:.2f}",), True),
-        ("", (f"{columns} × {rows} px at ({view.left[i]}, {view.top[i]})",), True),
+        ("crop", (f"{share:.1f} % of the area, ratio {columns / rows:.2f}",)),
+        ("", (f"{columns} × {rows} px at ({view.left[i]}, {view.top[i]})",)),
         switch("flip"),
-        ("jitter", (steps[0], steps[1]) if jitter else ("no",), jitter),
-        ("", (steps[2], steps[3]) if jitter else (), jitter),
+        ("jitter", (steps[0], steps[1]) if jitter else ("no",)),
+        ("", (steps[2], steps[3]) if jitter else ()),
         switch("gray"),
         switch("blur", f"sigma {view.sigma[i]:.2f} px"),
         switch("solarize"),

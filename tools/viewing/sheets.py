@@ -1,13 +1,14 @@
 """The three pictures of tools/show_views.py: a contact sheet, one strip per operation, two back ends side by side."""
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
@@ -17,10 +18,9 @@ from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams
-from byolt.tools.reporting.figures import MARKS, save_png
+from byolt.tools.reporting.figures import MARKS, drawable, save_png
 from byolt.tools.viewing.samples import (
     DrawnSamples,
-    Row,
     make_views,
     neutral_jitter,
     operations,
@@ -29,120 +29,111 @@ from byolt.tools.viewing.samples import (
 )
 
 DPI = 200
-CELL = 448  # pixels of a picture's side: a multiple of views of 224, 112, 64 and 32 px
-GAP = 36
-MARGIN = 56
-TITLE = 46  # pixels from the title to the line below
-LINE = 28  # from one line of text to the next
-COLUMNS = (82, 276)  # left edges of the values in a table of parameters, in pixels
-TEXT = 6.6  # points
-INK, FAINT = "#212529", "#868e96"
+CELL = 448  # pixels of an image's side: a multiple of views of 224, 112, 64 and 32 px
+GAP, MARGIN = 36, 56  # pixels
+TITLE, LINE = 50, 24  # heights in pixels
+LETTER = 10  # width in pixels
+TEXT = 5.8  # points, monospaced
 COLORS = MARKS[0].color, MARKS[6].color  # view 1, view 2
 
 
-class Page:
-    """A figure that is laid out in pixels from its top left corner."""
+class Cell(NamedTuple):
+    """An image, its heading and the lines of text below it."""
 
-    def __init__(self, width: int, height: int, title: str, notes: list[str]) -> None:
+    pixels: npt.NDArray[np.generic]  # (H, W, 3), uint8 or float in [0, 1]
+    text: Sequence[str] = ()
+    heading: str = ""
+    color: str = "black"  # of the heading
+    frame: str | None = None  # color
+    windows: Sequence[tuple[int, int, int, int]] = ()  # left, top, width, height of view 1 and view 2
+
+
+class Page:
+    """A figure with a title, notes and rows of cells, laid out in pixels from its top left corner."""
+
+    def __init__(
+        self, title: str, notes: Sequence[str], rows: Sequence[Sequence[Cell]], side: int = CELL
+    ) -> None:
         """
         Args:
-            width: pixels.
-            height: pixels below the heading.
-            title: first line of the heading.
-            notes: its further lines; long ones are wrapped.
+            title: first line.
+            notes: further lines; long ones are wrapped.
+            rows: the cells.
+            side: pixels of a cell's side.
         """
-        letters = (width - 2 * MARGIN) // 11
-        wrapped = [line for note in notes for line in textwrap.wrap(note, letters)]
-        self.top = MARGIN + TITLE + LINE * len(wrapped) + GAP  # height of the heading in pixels
-        self.width, self.height = width, self.top + height + MARGIN
-        self.figure = Figure(figsize=(width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
-        self.text(MARGIN, MARGIN, title, size=11, weight="bold")
-        for number, line in enumerate(wrapped):
-            self.text(MARGIN, MARGIN + TITLE + LINE * number, line, color=FAINT)
+        self.width = 2 * MARGIN + max(map(len, rows)) * (side + GAP) - GAP
+        lines = [line for note in notes for line in textwrap.wrap(note, (self.width - 2 * MARGIN) // LETTER)]
+        y = MARGIN + TITLE + LINE * len(lines)
+        tops = []
+        for row in rows:
+            tops.append(y + GAP + (LINE + GAP // 2) * any(cell.heading for cell in row))
+            y = tops[-1] + side + GAP // 2 + LINE * max(len(cell.text) for cell in row)
+        self.height = y + MARGIN
+        self.figure = Figure(figsize=(self.width / DPI, self.height / DPI), dpi=DPI, facecolor="white")
+        self._write(MARGIN, MARGIN, title, size=11, weight="bold")
+        for number, line in enumerate(lines):
+            self._write(MARGIN, MARGIN + TITLE + LINE * number, line, color="gray")
+        for row, top in zip(rows, tops, strict=True):
+            for column, cell in enumerate(row):
+                self._draw(MARGIN + column * (side + GAP), top, cell, side)
 
-    def text(
-        self, x: float, y: float, text: str, *, size: float = TEXT, color: str = INK, weight: str = "normal"
-    ) -> None:
-        """Writes a text whose first line begins at y."""
+    def _write(self, x: float, y: float, text: str, size: float = TEXT, **style: Any) -> None:
         place = x / self.width, 1 - y / self.height
-        self.figure.text(*place, text, fontsize=size, color=color, weight=weight, va="top", parse_math=False)
+        style |= {"va": "top", "parse_math": False, "family": "monospace", "fontsize": size}
+        self.figure.text(*place, drawable(text), **style)
 
-    def picture(
-        self, x: int, y: int, pixels: npt.NDArray[np.generic], side: int = CELL, frame: str | None = None
-    ) -> Axes:
-        """Draws an image at the left and the bottom of a square cell; the axes count the image's own pixels."""
-        height, width = pixels.shape[:2]
+    def _draw(self, x: int, y: int, cell: Cell, side: int) -> None:
+        """Draws the image at the left and the bottom of its square; its axes count its own pixels."""
+        height, width = cell.pixels.shape[:2]
         scale = side / max(height, width)
-        box_height, box_width = max(1, round(height * scale)), max(1, round(width * scale))
-        place = x / self.width, 1 - (y + side) / self.height
-        axes = self.figure.add_axes((*place, box_width / self.width, box_height / self.height))
-        axes.imshow(pixels, extent=(0, width, height, 0), aspect="auto")
-        axes.set_xticks([])
-        axes.set_yticks([])
-        for spine in axes.spines.values():
-            spine.set(visible=frame is not None, edgecolor=frame, linewidth=1.2)
-        return axes
-
-    def table(self, x: int, y: int, rows: list[Row]) -> None:
-        """Writes names and, beside each, one or two values; operations that are not applied are faint."""
-        for number, (name, values, is_on) in enumerate(rows):
-            self.text(x, y + number * LINE, name, color=FAINT)
-            for offset, value in zip(COLUMNS, values, strict=False):
-                self.text(x + offset, y + number * LINE, value, color=INK if is_on else FAINT)
+        size = max(1, round(width * scale)) / self.width, max(1, round(height * scale)) / self.height
+        axes = self.figure.add_axes((x / self.width, 1 - (y + side) / self.height, *size))
+        axes.imshow(cell.pixels, extent=(0, width, height, 0), aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=cell.frame is not None, edgecolor=cell.frame, linewidth=1.2)
+        for (left, top, *extent), color, line in zip(cell.windows, COLORS, ("-", (0, (4, 3))), strict=False):
+            stroke = [withStroke(linewidth=2.6, foreground="white")]
+            style: dict[str, Any] = {
+                "fill": False,
+                "edgecolor": color,
+                "linewidth": 1.4,
+                "linestyle": line,
+                "clip_on": False,
+            }
+            axes.add_patch(Rectangle((left, top), *extent, **style, path_effects=stroke))
+        if cell.heading:
+            self._write(x, y - LINE - GAP // 2, cell.heading, color=cell.color, weight="bold")
+        for number, text in enumerate(cell.text):
+            self._write(x, y + side + GAP // 2 + LINE * number, text)
 
     def save(self, path: Path) -> None:
         """Writes a PNG file, whole or not at all."""
         save_png(self.figure, path, DPI)
 
 
+def _in_rows(cells: list[Cell], columns: int) -> list[list[Cell]]:
+    return [cells[start : start + columns] for start in range(0, len(cells), columns)]
+
+
 def contact_sheet(config: Config, samples: DrawnSamples, backend: Backend, notes: list[str]) -> Page:
-    """One row per image: original with crop windows, view 1, view 2. Six images or more make two columns of rows."""
-    pixels = [to_pixels(config, view).clip(0, 1) for view in make_views(config, backend, samples)]
-    neutral, count = neutral_jitter(config), len(samples.ids)
-    blocks = 1 if count < 6 else 2
-    block, step = 3 * CELL + 2 * GAP, CELL + 8 * LINE + 2 * GAP
-    head = LINE + GAP // 2
-    width = 2 * MARGIN + blocks * block + (blocks - 1) * 2 * MARGIN
-    page = Page(width, head + -(-count // blocks) * step - GAP, "What the network sees", notes)
-    for column in range(blocks):
-        left = MARGIN + column * (block + 2 * MARGIN)
-        page.text(left, page.top, "original, with the window of each view", weight="bold")
-        for index, color in enumerate(COLORS):
-            label = f"view {index + 1} " + ("━━━" if index == 0 else "╍╍╍")
-            page.text(left + (index + 1) * (CELL + GAP), page.top, label, color=color, weight="bold")
-    for i in range(count):
-        row, column = divmod(i, blocks)
-        x, y = MARGIN + column * (block + 2 * MARGIN), page.top + head + row * step
-        original = decode(samples.encoded[i]).numpy()
+    """Original with crop windows, view 1 and view 2 of every image; two images per row if there are six or more."""
+    views = [to_pixels(config, view).clip(0, 1) for view in make_views(config, backend, samples)]
+    neutral, images, cells = neutral_jitter(config), 1 if len(samples.ids) < 6 else 2, []
+    for i, encoded in enumerate(samples.encoded):
+        original = decode(encoded).numpy()
         height, width = original.shape[:2]
-        axes = page.picture(x, y, original)
-        for index, (params, color) in enumerate(zip(samples.params, COLORS, strict=True)):
-            window(axes, params, i, color, dashed=index == 1)
-            left = x + (index + 1) * (CELL + GAP)
-            page.picture(left, y, pixels[index][i], frame=color)
-            page.table(left, y + CELL + GAP // 2, table(params, i, height, width, neutral))
         about = [f"id {samples.ids[i]}", f"{width} × {height} px", samples.classes[i], samples.places[i]]
-        lines = [line for text in about for line in textwrap.wrap(text, 36)[:3]]
-        for number, line in enumerate(lines):
-            page.text(x, y + CELL + GAP // 2 + number * LINE, line, weight="normal" if number else "bold")
-    return page
-
-
-def window(axes: Axes, view: ViewParams, i: int, color: str, dashed: bool) -> None:
-    """Draws the crop window of sample i into its image; below dashes another window's line stays visible."""
-    axes.add_patch(
-        Rectangle(
-            (int(view.left[i]), int(view.top[i])),
-            int(view.width[i]),
-            int(view.height[i]),
-            fill=False,
-            edgecolor=color,
-            linewidth=1.4,
-            linestyle=(0, (4, 3)) if dashed else "solid",
-            clip_on=False,
-            path_effects=[withStroke(linewidth=2.6, foreground="white")],
-        )
-    )
+        lines = [line for text in about for line in textwrap.wrap(text, CELL // LETTER)[:3]]
+        windows = [(int(p.left[i]), int(p.top[i]), int(p.width[i]), int(p.height[i])) for p in samples.params]
+        heading = "original, window of each view" * (i < images)
+        cells.append(Cell(original, lines, heading, windows=windows))
+        for params, pixels, color, name in zip(
+            samples.params, views, COLORS, ("view 1 ━━━", "view 2 ╍╍╍"), strict=True
+        ):
+            rows = table(params, i, height, width, neutral)
+            lines = [f"{name:9}{' '.join(f'{value:18}' for value in values)}" for name, values in rows]
+            cells.append(Cell(pixels[i], lines, name * (i < images), color, frame=color))
+    return Page("What the network sees", notes, _in_rows(cells, 3 * images))
 
 
 def operation_strips(config: Config, samples: DrawnSamples, backend: Backend, notes: list[str]) -> Page:
@@ -155,30 +146,18 @@ def operation_strips(config: Config, samples: DrawnSamples, backend: Backend, no
     )
     many = replace(samples, places=samples.places[:1] * len(flat), encoded=samples.encoded[:1] * len(flat))
     views, _ = make_views(config, backend, many, (joined, joined))
-    pixels = iter(to_pixels(config, views).clip(0, 1))
-    strip_width, step = 3 * CELL + GAP, CELL + 2 * LINE + 2 * GAP
-    rows = -(-len(strips) // 2)
-    page = Page(
-        3 * MARGIN + 2 * strip_width,
-        rows * step - GAP,
-        f"Each operation alone, on sample {samples.ids[0]}",
-        notes,
-    )
-    for number, (name, strip) in enumerate(strips):
-        x = MARGIN + number % 2 * (strip_width + MARGIN)
-        y = page.top + number // 2 * step
-        page.text(x, y, name, weight="bold", size=8)
-        for place, (label, _) in enumerate(strip):
-            left = x + place * (CELL + GAP // 2)
-            page.picture(left, y + LINE + 6, next(pixels))
-            page.text(left, y + LINE + CELL + 14, label, size=8)
-    return page
+    headed = [(name * (n == 0), label) for name, strip in strips for n, (label, _) in enumerate(strip)]
+    cells = [
+        Cell(pixels, [label], heading)
+        for pixels, (heading, label) in zip(to_pixels(config, views).clip(0, 1), headed, strict=True)
+    ]
+    return Page(f"Each operation alone, on sample {samples.ids[0]}", notes, _in_rows(cells, 6))
 
 
 def comparison(
     config: Config, samples: DrawnSamples, backend: Backend, name: str, notes: list[str]
 ) -> tuple[Page, list[str]]:
-    """One row per image: both views by the back end and by torch, and their difference.
+    """Both views of every image by the back end and by torch, and their difference.
 
     Returns:
         The page, and one line of numbers for each view of each sample.
@@ -190,32 +169,22 @@ def comparison(
     apart = [np.abs(a - b) * 255 for a, b in zip(ours, theirs, strict=True)]
     largest, mean = max(float(difference.max()) for difference in apart), float(np.mean(apart))
     factor = 10 ** int(np.floor(np.log10(255 / largest))) if 0 < largest < 255 else 1
-    side, gap = CELL // 2, GAP // 2
-    block, head, step = 3 * side + 2 * gap, 2 * LINE + gap, side + 2 * LINE + GAP
     overall = f"all views: max {short(largest)}, mean {short(mean)}"
-    what = f"difference: |{name} − torch| × {factor:,}; black is equal; max and mean in levels of 255"
-    page = Page(
-        3 * MARGIN + 2 * block,
-        head + len(samples.ids) * step - GAP,
-        f"{name} beside torch",
-        [*notes, what, overall],
-    )
-    lines = []
-    for index, color in enumerate(COLORS):
-        left = MARGIN + index * (block + MARGIN)
-        page.text(left, page.top, f"view {index + 1}", color=color, weight="bold")
-        for place, heading in enumerate((name, "torch", f"difference × {factor:,}")):
-            page.text(left + place * (side + gap), page.top + LINE, heading, size=6)
-        for i, number in enumerate(samples.ids.tolist()):
-            y, difference = page.top + head + i * step, apart[index][i]
-            shown = ours[index][i].clip(0, 1), theirs[index][i].clip(0, 1), difference * factor / 255
-            for place, pixels in enumerate(shown):
-                page.picture(left + place * (side + gap), y, pixels.clip(0, 1), side)
+    legend = f"difference: |{name} − torch| × {factor:,}; black is equal; max and mean in levels of 255"
+    cells: list[Cell] = []
+    lines: list[str] = []
+    for i, number in enumerate(samples.ids.tolist()):
+        for view, color in enumerate(COLORS):
+            difference = apart[view][i]
             numbers = f"max {short(difference.max())}", f"mean {short(difference.mean())}"
-            page.text(left, y + side + 8, f"id {number}", size=6)
-            for place, text in enumerate(numbers):
-                page.text(left + 2 * (side + gap), y + side + 8 + place * (LINE - 4), text, size=6)
-            lines.append(f"id {number} view {index + 1}: {', '.join(numbers)}")
+            shown = [
+                (ours[view][i], [f"id {number}"], f"view {view + 1}: {name}"),
+                (theirs[view][i], [], "torch"),
+                (difference * factor / 255, numbers, f"difference × {factor:,}"),
+            ]
+            cells += [Cell(p.clip(0, 1), text, heading * (i == 0), color) for p, text, heading in shown]
+            lines.append(f"id {number} view {view + 1}: {', '.join(numbers)}")
+    page = Page(f"{name} beside torch", [*notes, legend, overall], _in_rows(cells, 6), CELL // 2)
     return page, [f"|{name} - torch| in levels of 255", *lines, overall]
 
 
