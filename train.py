@@ -261,13 +261,13 @@ def finish(run: "Run") -> None:
         path = run.out / "encoder.safetensors"
         if run.metrics:
             export_trained(path, run.train_step.model.online.encoder, run.config, run.step)
-            with run.writing(may_stop=False):  # a missing picture does not undo a finished run
+            with run.writing("loss.png", may_stop=False):  # a missing picture does not undo a finished run
                 save_loss_curve(run.out / "loss.png", read_rows(run.metrics.path))
         total = run.config.total_steps(run.num_images)
         early = f" of {total}, as train.stop_at_step asks" if run.step < total else ""
         run.meter.say(f"finished at step {run.step}{early}: {path}")
     if run.metrics:
-        with run.writing():
+        with run.writing("TensorBoard's file"):
             run.metrics.close()
 
 

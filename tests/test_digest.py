@@ -1,4 +1,4 @@
-"""The digest: equal for equal states wherever their tensors lie, another for every change that matters."""
+"""The digest: equal for equal states on any device and in any memory format, different for every change that matters."""
 
 import copy
 from collections.abc import Callable

@@ -1,6 +1,6 @@
-"""What a run of one process survives: kills, cut files, full disks, signals, a second run in its folder.
+"""Faults that a run of one process survives: kills, cut files, full disks, signals, a second run in its folder.
 
-Where a run goes on after its fault, its last line, the digest, must be that of a run that nothing happened to.
+A run that continues after a fault must end with the digest of a run without faults.
 """
 
 import json
@@ -33,7 +33,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Process:
-    """A run of 12 steps that nothing happens to."""
+    """A run of 12 steps without faults."""
     process = Run(tmp_path_factory.mktemp("whole"), images)()
     assert process.wait() == 0, process.text
     return process
@@ -54,7 +54,7 @@ def run(tmp_path: Path, images: Path) -> Run:
 
 @pytest.fixture
 def halved(run: Run, half: Path) -> Run:
-    """A copy of the stopped run, to go on with."""
+    """A copy of the stopped run, to continue."""
     shutil.copytree(half, run.out)
     return run
 
@@ -218,8 +218,8 @@ def test_nan_sets_a_finite_state_aside_and_names_the_samples(halved: Run) -> Non
     assert "steps 6 to 12" in again.text
 
 
-def test_collapse_is_told_or_stops_the_run(run: Run) -> None:
-    """The threshold is 1, which only projections spread over the whole sphere reach."""
+def test_collapse_warns_or_stops_the_run(run: Run) -> None:
+    """Only projections spread over the whole sphere reach the threshold of 1."""
     process = run("train.stop_at_step=2", "train.collapse_std=1")
     assert process.wait() == 0
     assert "warning: step 1: collapse: the projections' standard deviation is 0." in process.text
@@ -235,7 +235,7 @@ def test_collapse_is_told_or_stops_the_run(run: Run) -> None:
 
 
 @pytest.mark.parametrize("what", ["truncated", "replaced", "deleted"])
-def test_shard_that_goes_under_a_run(what: str, tmp_path: Path, images: Path) -> None:
+def test_shard_damaged_during_a_run(what: str, tmp_path: Path, images: Path) -> None:
     assert make_shards([str(images), str(tmp_path / "shards"), "--workers", "1"]) == 0
     run = Run(tmp_path, tmp_path / "shards")
     process = run.start("data.resident=never", "train.epochs=1000")
@@ -269,9 +269,7 @@ def test_full_disk_while_saving_stops_the_run(where: str, halved: Run, whole: Pr
 
 
 @pytest.mark.parametrize("where", ["rename checkpoint-000000006.pt:0:ENOSPC", "log:6:ENOSPC"])
-def test_full_disk_is_told_and_the_run_goes_on_where_configured(
-    where: str, halved: Run, whole: Process
-) -> None:
+def test_run_may_continue_on_a_full_disk(where: str, halved: Run, whole: Process) -> None:
     process = halved("--resume", "auto", "run.on_write_error=continue", BYOLT_FAIL=where)
     assert process.wait() == 0 and process.digest == whole.digest
     assert "warning: step 6: " in process.text
@@ -319,7 +317,7 @@ def test_folder_that_cannot_be_written_is_named_before_the_first_step(place: str
     assert "Traceback" not in process.text
 
 
-def test_folder_that_goes_under_a_run(run: Run) -> None:
+def test_folder_moved_during_a_run(run: Run) -> None:
     process = run.start()
     process.wait_for("^step 2/")
     run.out.rename(run.folder / "moved")

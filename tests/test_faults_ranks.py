@@ -1,4 +1,4 @@
-"""What a run of several ranks survives, on gloo: signals, a killed, a stopped and a failing rank, other numbers of ranks."""
+"""Faults that a run of several ranks survives, on gloo: signals, a killed, a stopped and a failing rank, other numbers of ranks."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def all_end(ranks: list[Process], seconds: float = 60) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, images: Path) -> str:
-    """Digest of a run of two ranks that nothing happens to."""
+    """Digest of a run of two ranks without faults."""
     ranks = Run(tmp_path_factory.mktemp("whole"), images).start_ranks(2)
     assert all_end(ranks) == [0, 0], ranks[0].text
     return ranks[0].digest
@@ -130,7 +130,7 @@ def test_killed_rank_is_named(halved: Run, whole: str) -> None:
 
 
 def test_stopped_rank_is_named_within_the_timeout(run: Run) -> None:
-    """Three ranks, so that the one that stopped must be told from one that waits as well."""
+    """With three ranks, the stopped rank must be distinguished from one that waits."""
     start = time.monotonic()
     ranks = run.start_ranks(
         3, "train.batch_size=6", "train.timeout_minutes=0.2", BYOLT_FAIL="step:3:SIGSTOP:1"
@@ -247,7 +247,7 @@ def test_nan_on_one_rank_stops_all_before_the_update(run: Run) -> None:
 
 
 def _list_ids() -> None:
-    """Appends to ids-RANK.jsonl what each micro-batch of this rank holds."""
+    """Appends the sample ids of each micro-batch of this rank to ids-RANK.jsonl."""
     path = Path(os.environ["IDS"]) / f"ids-{os.environ.get('RANK', '0')}.jsonl"
 
     def take(self: Loader, plain: Callable = Loader._take) -> object:
@@ -291,7 +291,7 @@ SMOOTH = ("train.epochs=5", "train.batch_size=16", "optimizer.base_lr=0.1", "run
 
 
 def test_other_numbers_of_ranks_see_the_same_samples_and_the_same_loss(tmp_path: Path) -> None:
-    """2, then 1, then 2 ranks beside 1 rank all along: exact order for 5 epochs, losses equal to rounding."""
+    """2, then 1, then 2 ranks, compared with 1 rank: the same order for 5 epochs, losses equal to rounding."""
     images = write_images(tmp_path / "images", 64)
     losses = []
     for name, segments in (("changing", ((2, 7), (1, 13), (2, 20))), ("alone", ((1, 20),))):

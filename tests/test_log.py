@@ -47,7 +47,7 @@ def test_row_is_the_mean_of_its_steps_and_the_next_begins_anew(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("error", [None, FloatingPointError("not finite")])
-def test_disk_that_fails_under_tensorboard_is_told_once_and_hides_no_other_error(
+def test_disk_failure_in_tensorboard_is_reported_once_and_hides_no_other_error(
     error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -73,4 +73,4 @@ def test_disk_that_fails_under_tensorboard_is_told_once_and_hides_no_other_error
         thread = threading.Thread(target=fail)
         thread.start()
         thread.join()
-    assert [args.thread for args in printed] == [thread]  # another's is told as ever
+    assert [args.thread for args in printed] == [thread]  # another thread's error is printed

@@ -1,4 +1,4 @@
-"""starts.jsonl: one line a start."""
+"""starts.jsonl: one line per start."""
 
 import sys
 from pathlib import Path

@@ -25,7 +25,7 @@ class _Linear(nn.Linear):
 
 
 def _reference_parameters(data: dict[str, np.ndarray], prefix: str) -> dict[str, Tensor]:
-    """The arrays under a prefix by our names: weights transposed to (out, in), batch norm flattened."""
+    """The arrays under a prefix, with our names: weights transposed to (out, in), batch norm flattened."""
     found = {}
     for key, value in data.items():
         head, _, rest = key.partition("/")

@@ -1,7 +1,6 @@
 """Whole runs of train.py on a tiny network and tiny images, for the tests that break them.
 
-A process is forked from a server that has imported torch already: it costs a tenth of a second instead of five, and is
-otherwise a process like any other, to be killed as one likes.
+Each process is forked from a server that has imported torch already, so it starts in a tenth of a second instead of five.
 """
 
 import contextlib
@@ -69,7 +68,7 @@ class Run:
     def start(
         self, *arguments: str, before: Callable[[], None] | None = None, **environment: str
     ) -> "Process":
-        """Starts one process; `before` is called in it first, to break what it likes."""
+        """Starts one process; `before` is called in it first, to break something."""
         self._count += 1
         text = self.folder / f"output-{self._count}"
         text.touch()
@@ -122,7 +121,7 @@ class Run:
 
 
 class Process:
-    """A started process and what it has printed; stdout and stderr are one."""
+    """A started process and its output, stdout and stderr together."""
 
     def __init__(self, process: BaseProcess, text: Path) -> None:
         self._process, self._text = process, text
@@ -140,7 +139,7 @@ class Process:
         os.kill(self.pid, number)
 
     def wait_for(self, pattern: str, seconds: float = 60) -> str:
-        """Returns when a line matches; fails where the process ends before, or never says it."""
+        """Returns the first line that matches; fails if the process ends without one or time is up."""
         with self._text.open() as file:
             for line in _follow(file, self._process, seconds):
                 if re.search(pattern, line):
@@ -148,7 +147,7 @@ class Process:
         raise AssertionError(f"no line matched {pattern!r}, exit code {self._process.exitcode}:\n{self.text}")
 
     def wait(self, seconds: float = 60) -> int:
-        """Exit code, -number for a signal; a process that does not end is killed and the test fails."""
+        """Returns the exit code, -number for a signal; kills a process that does not end, and fails the test."""
         self._process.join(seconds)
         if self._process.exitcode is None:
             self._process.kill()
@@ -164,7 +163,7 @@ class Process:
 
 
 def _follow(file: object, process: BaseProcess, seconds: float) -> Iterator[str]:
-    """Whole lines as they are written, until the process has ended or time is up."""
+    """Yields whole lines as they are written, until the process ends or time is up."""
     line = ""
     waited = 0.0
     while waited < seconds:

@@ -72,7 +72,7 @@ class Run:
         """Writes views.png: the first pairs of views, (n, 3, size, size) each, as the network gets them."""
         if self.world.is_main:
             mean, std = self.config.augment.mean, self.config.augment.std
-            with self.writing():
+            with self.writing("views.png"):
                 save_view_pairs(self.out / "views.png", view1, view2, mean, std)
 
     # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +144,7 @@ class Run:
 
     def _write(self, values: dict[str, float]) -> None:
         if self.metrics:
-            with self.writing():
+            with self.writing("the row of metrics"):
                 failpoint.reach("log", self.step)
                 self.metrics.add(self.step, values)
 
@@ -209,15 +209,17 @@ class Run:
         }
 
     @contextmanager
-    def writing(self, may_stop: bool = True) -> Iterator[None]:
-        """An OSError in the block stops the run or only logs a warning, as run.on_write_error says.
+    def writing(self, name: str = "", may_stop: bool = True) -> Iterator[None]:
+        """An OSError in the block stops the run or only prints a warning, as run.on_write_error says.
 
         Args:
-            may_stop: False: it only logs a warning.
+            name: of the file, for an error that does not name it.
+            may_stop: False: an error only prints a warning.
         """
         try:
             yield
         except OSError as error:
             if may_stop and self.config.run.on_write_error == "stop":
                 raise
-            self.meter.say(f"warning: step {self.step}: {error}; continuing")
+            what = f"{name} could not be written: " if name else ""
+            self.meter.say(f"warning: step {self.step}: {what}{error}; continuing")
