@@ -1,4 +1,4 @@
-"""Files that survive: written whole or not at all, locked, read with tolerance. Imports nothing of ours.
+"""Files that survive: written completely or not at all, locked, read with tolerance; and progress on the console.
 
-Begin with `atomic.py`. Both pipelines/ and model/ stand on this room.
+Imports nothing of byolt; pipelines/ and model/ import it. Begin with `atomic.py`.
 """

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written to a temporary, fsynced, renamed."""
+"""Writes files completely or not at all: to a temporary file, which is fsynced and renamed."""
 
 import contextlib
 import hashlib
@@ -9,14 +9,12 @@ from typing import BinaryIO
 
 from byolt.files import failpoint
 
-TEMPORARY = (
-    ".byolt-tmp"  # suffix of files that are not whole yet; no user gives it, so leftovers may be deleted
-)
+TEMPORARY = ".byolt-tmp"  # suffix of unfinished files; it is ours alone, so leftovers may be deleted
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name on success and is removed on failure."""
+    """Yields a temporary path beside `path`, which replaces `path` on success and is removed on failure."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         yield temporary
@@ -30,20 +28,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that gets the name `path` when the block ends, and is removed if the block raises."""
+    """Yields a binary file, which replaces `path` when the block ends and is removed if the block raises."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
         file.flush()
 
 
 def remove_leftovers(folder: Path, pattern: str = "*") -> None:
-    """Deletes the temporaries of killed processes whose final name matches `pattern`."""
+    """Deletes the temporary files of killed processes whose final name matches `pattern`."""
     for leftover in folder.glob(f".{pattern}{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file's content, in hex."""
+    """Returns the sha256 of a file's content in hex."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(1 << 20):

@@ -1,8 +1,8 @@
-"""Faults on demand, so that tests can show what a run survives.
+"""Injects faults, so that tests can show what a run survives.
 
-BYOLT_FAIL="POINT:COUNT:ACTION[:RANK]" lets rank RANK (default 0) do ACTION when it reaches POINT for that COUNT: the
-name of a signal is sent to the process itself, the name of an errno is raised as OSError, "raise" raises RuntimeError.
-After a restart by torchrun nothing fails again. Without the variable a point costs a look into the environment.
+With BYOLT_FAIL="POINT:COUNT:ACTION[:RANK]", rank RANK (default 0) fails when it reaches POINT with that COUNT. ACTION
+is the name of a signal, which the process sends to itself, the name of an errno, raised as OSError, or "raise" for a
+RuntimeError. After a restart by torchrun nothing fails again.
 """
 
 import errno
@@ -11,18 +11,15 @@ import signal
 
 
 def reach(point: str, count: int = 0) -> None:
-    """Fails here if BYOLT_FAIL says so.
+    """Fails here if BYOLT_FAIL asks for it.
 
     Args:
-        point: name of the place, such as "step".
-        count: which time, such as the number of the step.
+        point: name of the place: "step".
+        count: number of the pass: the step's.
     """
-    if "BYOLT_FAIL" in os.environ:
-        _fail(os.environ["BYOLT_FAIL"], point, count)
-
-
-def _fail(wanted: str, point: str, count: int) -> None:
-    place, at, action, *rank = wanted.split(":")
+    if "BYOLT_FAIL" not in os.environ:
+        return
+    place, at, action, *rank = os.environ["BYOLT_FAIL"].split(":")
     here = os.environ.get("RANK", "0") == (rank[0] if rank else "0")
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if (place, int(at)) != (point, count) or not here or again:

@@ -135,7 +135,7 @@ def test_knn_refuses_what_cannot_be_right() -> None:
         knn_votes(bank, labels, bank, 1)
     with pytest.raises(ValueError, match="bank has no samples"):
         knn_votes(bank[:0], labels[:0], bank, 2)
-    with pytest.raises(ValueError, match="k is 0"):
+    with pytest.raises(ValueError, match="k=0 must be at least 1"):
         knn_votes(bank, labels, bank, 2, k=0)
     with pytest.raises(ValueError, match="no queries"):
         knn_accuracy(bank, labels, bank[:0], labels[:0], 2)

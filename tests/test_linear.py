@@ -106,7 +106,7 @@ def test_logistic_leaves_no_gradient() -> None:
     residual = torch.eye(5, dtype=torch.float64)[labels] - fit.scores(features).softmax(dim=1)
     torch.testing.assert_close(3 * fit.weight, residual.T @ features.double(), rtol=0, atol=1e-5)
     assert residual.sum(dim=0).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="l2 is 0: it must be more than 0"):
+    with pytest.raises(ValueError, match="l2=0 must be above 0"):
         fit_logistic(features, labels, 5, l2=0)
     with pytest.raises(ValueError, match="300 features, 299 labels"):
         fit_logistic(features, labels[1:], 5, l2=1)

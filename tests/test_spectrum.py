@@ -1,11 +1,11 @@
-"""Spectrum, effective rank, projection and neighbours with known answers."""
+"""Spectrum, effective rank, projection and neighbors with known answers."""
 
 import math
 
 import pytest
 import torch
 
-from byolt.model.quality.spectrum import effective_rank, nearest, neighbour_precision, principal_axes, project
+from byolt.model.quality.spectrum import effective_rank, nearest, neighbor_precision, principal_axes, project
 
 
 def _with_covariance(variances: list[float]) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_effective_rank_by_hand_and_of_a_point() -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 100])
-def test_neighbours_by_angle_without_oneself(chunk: int) -> None:
+def test_neighbors_by_angle_without_oneself(chunk: int) -> None:
     angles = torch.tensor([0.0, 10.0, 30.0, 90.0, 100.0]) * math.pi / 180
     features = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.tensor([1.0, 9, 2, 0.1, 5])[:, None]
     indices, cosines = nearest(features, k=2, chunk=chunk)
@@ -72,14 +72,14 @@ def test_one_point_with_rounding_errors_has_rank_0() -> None:
     assert effective_rank(principal_axes(3 + 1e-3 * noise).eigenvalues) > 3
 
 
-def test_neighbours_of_the_same_class_and_chance() -> None:
+def test_neighbors_of_the_same_class_and_chance() -> None:
     labels = torch.tensor([0, 0, 0, 1, -1])
     indices = torch.tensor([[1, 3], [2, 4], [0, 1], [4, 0], [0, 1]])
     # Known pairs: 0-1, 1-2, 2-0, 2-1 right; 0-3, 3-0 wrong. Two samples of 3 + 1: 3 * 2 of 4 * 3 pairs.
-    right, chance = neighbour_precision(labels, indices)
+    right, chance = neighbor_precision(labels, indices)
     assert right == pytest.approx(4 / 6)
     assert chance == pytest.approx(1 / 2)
-    assert all(math.isnan(x) for x in neighbour_precision(torch.full((2,), -1), torch.tensor([[1], [0]])))
+    assert all(math.isnan(x) for x in neighbor_precision(torch.full((2,), -1), torch.tensor([[1], [0]])))
 
 
 def test_what_has_no_spectrum_is_refused() -> None:

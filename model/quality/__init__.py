@@ -1,4 +1,4 @@
-"""Judging an encoder: features, kNN, linear classifiers, scores, spectrum. May import model/*.py, not model/run.
+"""Judging an encoder: features, kNN, linear classifiers, scores, spectrum.
 
-Begin with `features.py`.
+May import model/*.py, not model/run. Begin with `features.py`.
 """

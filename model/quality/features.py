@@ -1,6 +1,7 @@
-"""Features of a frozen encoder, and batch-norm calibration of an untrained one."""
+"""Extracts features of a frozen encoder, and calibrates the batch norm of an untrained one."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,23 +10,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Features of every image in eval mode; the encoder's mode is restored.
+    """Extracts features of every image in eval mode, and restores the encoder's mode.
 
     Args:
         encoder: images (N, 3, H, W) -> (N, F).
         batches: pairs of images and labels (N,).
 
     Returns:
-        features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches. Without a
-        batch M is 0 and F the encoder's num_features: a rank that has no image goes on with the others.
+        Features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches. A rank
+        without batches gets M = 0 and F = encoder.num_features.
     """
     device = next(encoder.parameters()).device
-    modes = _modes(encoder)
-    encoder.eval()
-    try:
+    with _eval_mode(encoder):
         pairs = [(encoder(images.to(device)).float(), labels.to(device)) for images, labels in batches]
-    finally:
-        _restore_modes(modes)
     if not pairs:
         width = int(encoder.num_features)  # type: ignore[arg-type]
         return torch.zeros(0, width, device=device), torch.zeros(0, dtype=torch.int64, device=device)
@@ -35,10 +32,10 @@ def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def calibrate_batch_norm(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Replace the running statistics of every batch norm by their plain average over the batches.
+    """Replaces the running statistics of every batch norm by their average over the batches.
 
-    Parameters, modes and momenta stay as they are. It makes an untrained encoder, whose running statistics
-    are still 0 and 1, comparable with a trained one.
+    It makes an untrained encoder, whose running statistics are still 0 and 1, comparable with a trained one.
+    Parameters, modes and momenta stay unchanged.
 
     Args:
         encoder: a module with batch-norm layers.
@@ -46,25 +43,27 @@ def calibrate_batch_norm(encoder: nn.Module, batches: Iterable[tuple[Tensor, Ten
     """
     device = next(encoder.parameters()).device
     norms = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm)]
-    modes, momenta = _modes(encoder), [norm.momentum for norm in norms]
-    encoder.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # torch's cumulative average
-        norm.train()
+    momenta = [norm.momentum for norm in norms]
+    with _eval_mode(encoder):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # torch's cumulative average
+            norm.train()
+        try:
+            for images, _ in batches:
+                encoder(images.to(device))
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+
+
+@contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    """Sets eval mode within the block; restores the mode of every layer after it."""
+    modes = [(layer, layer.training) for layer in module.modules()]
+    module.eval()
     try:
-        for images, _ in batches:
-            encoder(images.to(device))
+        yield
     finally:
-        _restore_modes(modes)
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-
-
-def _modes(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    return [(layer, layer.training) for layer in module.modules()]
-
-
-def _restore_modes(modes: list[tuple[nn.Module, bool]]) -> None:
-    for layer, training in modes:
-        layer.training = training
+        for layer, training in modes:
+            layer.training = training

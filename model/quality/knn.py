@@ -1,4 +1,4 @@
-"""How good the frozen encoder is: features, batch-norm calibration, nearest neighbours, and what scores say."""
+"""Classifies by the nearest neighbors of frozen features."""
 
 import math
 from collections.abc import Iterable
@@ -21,38 +21,38 @@ def knn_votes(
     temperature: float = 0.1,
     chunk: int = 256,
 ) -> Tensor:
-    """Votes of each query's k most similar bank rows for their classes, with weights exp(cosine / temperature).
+    """Each query's k nearest bank rows vote for their classes with the weight exp(cosine / temperature).
 
-    The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4). Logarithms of the votes, less that of the nearest
-    neighbour's: exp(cosine / temperature) itself is beyond float32 from a temperature of 0.0113 down.
+    The protocol of Wu et al. (arXiv 1805.01978, sec. 3.4). The result is the logarithm of the votes relative to the
+    nearest neighbor's: exp(cosine / temperature) overflows float32 below a temperature of 0.0113.
 
     Args:
         bank: (M, D) floating point, M >= 1.
         bank_labels: (M,) int64 in [0, num_classes).
         queries: (Q, D) floating point.
         num_classes: number of classes.
-        k: neighbours, clamped to M.
+        k: number of neighbors, clamped to M.
         temperature: > 0.
-        chunk: queries compared at once; memory is chunk x M floats.
+        chunk: queries per matrix product; memory is chunk x M floats.
 
     Returns:
         (Q, num_classes) float32: log of the sum of exp((cosine - largest cosine) / temperature) over a class's
-        neighbours; -inf for a class without a neighbour.
+        neighbors; -inf for a class without a neighbor.
 
     Raises:
-        ValueError: sizes do not fit together, the bank is empty, or a label is out of range.
+        ValueError: sizes do not match, the bank is empty, or a label, k or temperature is out of its range.
     """
     _check_labels("bank", bank, bank_labels, num_classes)
     if len(bank) == 0:
-        raise ValueError("the bank has no samples; kNN needs at least one labelled sample to vote")
+        raise ValueError("the bank has no samples; kNN needs at least one labeled sample to vote")
     if k < 1 or not temperature > 0:
-        raise ValueError(f"k is {k} and temperature {temperature}; k must be 1 or more, temperature above 0")
+        raise ValueError(f"k={k} must be at least 1, and temperature={temperature} above 0")
     bank = F.normalize(bank.float(), dim=1)
     votes = torch.full((len(queries), num_classes), -math.inf, device=bank.device)
     for part, peak in zip(queries.split(chunk), votes.split(chunk), strict=True):
-        similarity, neighbours = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        classes = bank_labels[neighbours]
-        # In double: float32 would round a small temperature to 0.
+        similarity, neighbors = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
+        classes = bank_labels[neighbors]
+        # float64: float32 would round a small temperature to 0.
         weights = (similarity - similarity[:, :1]).double() / temperature
         weights = weights.clamp_min(torch.finfo(torch.float32).min).float()
         peak.scatter_reduce_(1, classes, weights, "amax")
@@ -70,14 +70,14 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.1,
 ) -> float:
-    """Share of queries, 0 .. 1, whose class has most votes; other arguments and errors as for `knn_votes`.
+    """Fraction of queries, 0 .. 1, whose class gets most votes; other arguments and errors as in `knn_votes`.
 
     Args:
         query_labels: (Q,) int64 in [0, num_classes), Q >= 1.
     """
     _check_labels("queries", queries, query_labels, num_classes)
     if len(queries) == 0:
-        raise ValueError("there are no queries; kNN accuracy needs at least one labelled sample to test")
+        raise ValueError("there are no queries; kNN accuracy needs at least one labeled sample to test")
     predicted = knn_votes(bank, bank_labels, queries, num_classes, k, temperature).argmax(dim=1)
     return (predicted == query_labels).double().mean().item()
 
@@ -91,16 +91,16 @@ def knn_of_run(
     temperature: float,
     world: World,
 ) -> float:
-    """kNN top-1 in per cent, of images that the ranks share; NaN if a feature is not finite.
+    """kNN top-1 in percent, the same on every rank; NaN if a feature is not finite.
 
     Args:
         encoder: as for `extract_features`; the same on every rank.
-        bank: this rank's batches of labelled images; perhaps none, if other ranks have some.
-        queries: this rank's batches of the images to classify; likewise.
+        bank: this rank's batches of labeled images; may be empty unless it is on every rank.
+        queries: this rank's batches of images to classify; likewise.
         num_classes: number of classes.
-        k: neighbours.
+        k: number of neighbors.
         temperature: > 0.
-        world: the processes; each gets the same result.
+        world: the processes.
     """
 
     def features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

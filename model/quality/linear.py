@@ -1,4 +1,4 @@
-"""Linear classifiers on features: heads trained side by side, L-BFGS, and the probe of a running training."""
+"""Trains linear classifiers on features: heads side by side by SGD, or one by L-BFGS."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 from byolt.model import schedules
 from byolt.model.resnet import initialize_
 
-MOMENTUM = 0.9  # of classifiers and fine-tuning (paper, App. C.1 and C.2)
+MOMENTUM = 0.9  # of linear evaluation and fine-tuning (paper, App. C.1 and C.2)
 
 
 class HeadSweep:
-    """One linear classifier per learning rate; all see the same features in one pass.
+    """One linear classifier per learning rate, all trained on the same features in one pass.
 
-    SGD with Nesterov momentum, no decay, cosine from base_lr x batch / 256 to 0 without warm-up (paper, App. C.1;
-    the scaling by the batch is the reference's, byol/utils/schedules.py).
+    SGD with Nesterov momentum, no weight decay, cosine from base_lr x batch / 256 to 0 without warm-up (paper,
+    App. C.1; the scaling by the batch is the reference's, byol/utils/schedules.py).
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class HeadSweep:
             num_features: F.
             num_classes: C.
             base_lrs: learning rates at a batch of 256, each > 0.
-            batch_size: samples of a step.
+            batch_size: samples per step.
             total_steps: length of the cosine, >= 1.
-            device: where the features will be.
-            seed: of the weights, which are the same for all heads.
+            device: of the features.
+            seed: of the weights, which start equal in all heads.
         """
         self.base_lrs, self._batch_size, self._total_steps = list(base_lrs), batch_size, total_steps
         self.heads = [make_head(num_features, num_classes, seed).to(device) for _ in base_lrs]
@@ -48,7 +48,7 @@ class HeadSweep:
         self._step = 0
 
     def step(self, features: Tensor, labels: Tensor) -> None:
-        """One update of every head.
+        """Updates every head once.
 
         Args:
             features: (N, F) float32.
@@ -70,12 +70,12 @@ class HeadSweep:
 
     @torch.no_grad()
     def scores(self, features: Tensor) -> list[Tensor]:
-        """The logits (N, C) of every head, in the order of base_lrs."""
+        """Logits (N, C) of every head, in the order of base_lrs."""
         return [head(features) for head in self.heads]
 
 
 def make_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
-    """A linear classifier initialised as the reference's, by a seed of its own: torch's global one is left alone."""
+    """A linear classifier with the reference's initialization; torch's global generator stays untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(num_features, num_classes)
@@ -84,11 +84,11 @@ def make_head(num_features: int, num_classes: int, seed: int) -> nn.Linear:
 
 
 class Logistic(NamedTuple):
-    """A fitted classifier: scores are features @ weight.T + bias."""
+    """A fitted classifier with the scores features @ weight.T + bias."""
 
     weight: Tensor  # (C, F) float64
-    bias: Tensor  # (C,) float64, of mean 0
-    gradient: float  # largest entry of the gradient that is left, of the mean loss in the fit's own units
+    bias: Tensor  # (C,) float64, mean 0
+    gradient: float  # largest remaining entry of the mean loss's gradient, for the scaled features of the fit
     iterations: int
 
     def scores(self, features: Tensor) -> Tensor:
@@ -104,26 +104,28 @@ def fit_logistic(
     max_iterations: int = 1000,
     tolerance: float = 1e-6,
 ) -> Logistic:
-    """Multinomial logistic regression by L-BFGS: minimises the SUM of cross entropies + l2 / 2 |weight|^2.
+    """Multinomial logistic regression by L-BFGS: minimizes the SUM of cross entropies + l2 / 2 |weight|^2.
 
-    scikit-learn's LogisticRegression with C = 1 / l2. The bias is not penalised, so features may be centred and
-    scaled by one number before the fit without moving the optimum: it is reached in fewer iterations.
+    Equals scikit-learn's LogisticRegression with C = 1 / l2. As the bias is not penalized, the fit centers the features
+    and scales them by one number, which needs fewer iterations and leaves the optimum in place.
 
     Args:
         features: (N, F) floating point, N >= 1.
         labels: (N,) int64 in [0, num_classes).
         num_classes: C.
         l2: strength of the penalty, > 0.
-        max_iterations: of L-BFGS, which stops earlier at the tolerance.
-        tolerance: on the largest entry of the gradient of the mean loss.
+        max_iterations: limit of L-BFGS, which stops earlier at the tolerance.
+        tolerance: of the largest entry of the mean loss's gradient.
 
     Raises:
-        ValueError: l2 is not more than 0, there is no feature, or not one label for each.
+        ValueError: l2 is out of its range, there is no feature, or not one label for each.
     """
     if not l2 > 0:
-        raise ValueError(f"l2 is {l2}: it must be more than 0")
+        raise ValueError(f"l2={l2} must be above 0")
     if len(features) != len(labels) or len(features) == 0:
-        raise ValueError(f"{len(features)} features, {len(labels)} labels: there must be one of each or more")
+        raise ValueError(
+            f"{len(features)} features, {len(labels)} labels: give at least one, and one label for each"
+        )
     mean = features.double().mean(dim=0)
     x = features.double() - mean
     scale = x.square().mean().sqrt().clamp_min(1e-12)
@@ -159,6 +161,6 @@ def fit_logistic(
 
 
 def l2_values(count: int = 45) -> list[float]:
-    """Penalties, logarithmically spaced from 1e-6 to 1e5; 45 are those of Kornblith et al. (arXiv 1805.08974)."""
+    """Penalties spaced logarithmically from 1e-6 to 1e5; with 45 those of Kornblith et al. (arXiv 1805.08974)."""
     exponents = torch.linspace(math.log(1e-6), math.log(1e5), count, dtype=torch.float64)
     return [math.exp(exponent) for exponent in exponents]

@@ -1,4 +1,4 @@
-"""The linear classifier that follows a running training."""
+"""The online probe: a linear classifier trained beside the network, which it does not influence."""
 
 import sys
 
@@ -16,10 +16,10 @@ from byolt.model.quality.scores import num_classes
 
 
 class OnlineProbe:
-    """A linear classifier that follows a training on the detached features of view 1; a gauge, never a loss of it.
+    """A linear classifier on the detached features of view 1, with an optimizer of its own.
 
-    The reference trains its classifier in one loss with BYOL's. LARS works tensor by tensor and the features are
-    detached, so an optimizer of its own with the same settings makes the same updates.
+    The reference adds the classifier's loss to BYOL's. As the features are detached and LARS works tensor by tensor, a
+    separate optimizer with the same settings makes the same updates.
     """
 
     def __init__(
@@ -36,14 +36,14 @@ class OnlineProbe:
             num_features: F.
             num_classes: C.
             world: the processes that share each batch.
-            momentum: of LARS, as weight_decay and trust_coefficient.
+            momentum: of LARS, like weight_decay and trust_coefficient.
         """
         self._world = world
         self.head = make_head(num_features, num_classes, seed=0).to(world.device)
         self._optimizer = LARS(self.head.parameters(), 0.0, momentum, weight_decay, trust_coefficient)
 
     def __call__(self, features: Tensor, labels: Tensor, lr: float, finite: Tensor) -> Tensor:
-        """One update.
+        """Updates the classifier once.
 
         Args:
             features: (n, F) of this rank, detached.
@@ -52,8 +52,7 @@ class OnlineProbe:
             finite: 0-dim bool on the device, the same on every rank; where False nothing changes.
 
         Returns:
-            The share, 0 .. 1, of this rank's images that were classified rightly before the update: 0-dim float32
-            on the device.
+            This rank's accuracy, 0 .. 1, before the update: 0-dim float32 on the device.
         """
         labels = labels.to(features.device, non_blocking=True)
         logits = self.head(features.float())
@@ -72,14 +71,14 @@ class OnlineProbe:
         return (logits.detach().argmax(dim=1) == labels).float().mean()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Weights and, after the first update, their momentum."""
+        """Weights and, after the first update, their momenta."""
         state = dict(self.head.state_dict())
         momenta = self._optimizer.state_dict()["state"]
         names = [name for name, _ in self.head.named_parameters()]
         return state | {f"momentum.{names[i]}": momenta[i]["momentum"] for i in momenta}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restores what `state_dict` gave."""
+        """Restores the result of `state_dict`."""
         names = [name for name, _ in self.head.named_parameters()]
         self.head.load_state_dict({name: state[name] for name in names})
         momenta = {
@@ -94,14 +93,14 @@ class OnlineProbe:
 def make_probe(
     config: Config, num_features: int, labels: npt.NDArray[np.int64], world: World
 ) -> OnlineProbe | None:
-    """The probe of a run with the settings of its optimizer; None without labels, or where it is switched off.
+    """The probe of a run, with the optimizer's settings; None if it is switched off or an image has no label.
 
-    Labels that can be no classes end no training: it goes without a probe, and rank 0 says so.
+    Labels that are not classes do not stop the training: it continues without a probe, and rank 0 logs a warning.
 
     Args:
         config: of the run.
         num_features: F of the encoder.
-        labels: of all training images; below 0 where there is none.
+        labels: of all training images; negative for an unlabeled one.
         world: the processes.
     """
     if not config.eval.online_probe or (labels < 0).any():

@@ -1,4 +1,4 @@
-"""How features lie in their space: principal axes and spectrum, effective rank, and nearest neighbours."""
+"""Geometry of features: principal axes, spectrum, effective rank and nearest neighbors."""
 
 import math
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class Principal(NamedTuple):
-    """Eigenvalues (D,) of a covariance, largest first, and the unit axes (D, D) that belong to them, as rows."""
+    """Eigenvalues (D,) of a covariance matrix, largest first, and their unit axes (D, D) as rows."""
 
     eigenvalues: Tensor
     axes: Tensor
@@ -22,15 +22,15 @@ def principal_axes(features: Tensor) -> Principal:
         features: (N, D) finite floating point, N >= 2.
 
     Returns:
-        float64. Eigenvalues below 1e-12 of the features' mean squared length are set to 0: float32 features of
-        one and the same point differ that much by rounding. The sign of an axis is such that its largest
-        component (by size) is positive, so that two computations give the same picture.
+        float64. Eigenvalues below 1e-12 of the features' mean squared length are set to 0: rounding of equal float32
+        features makes such values. The component of largest magnitude of each axis is positive, so that two
+        computations give the same picture.
 
     Raises:
-        ValueError: fewer than two samples, or features that are not finite.
+        ValueError: there are fewer than two samples, or features are not finite.
     """
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"features of shape {tuple(features.shape)}; a covariance needs (N, D) with N >= 2")
+        raise ValueError(f"features have the shape {tuple(features.shape)}; they must be (N, D) with N >= 2")
     if not features.isfinite().all():
         raise ValueError("the features are not finite; the encoder is broken")
     eigenvalues, columns = torch.linalg.eigh(torch.cov(features.double().T).reshape(features.shape[1], -1))
@@ -42,17 +42,16 @@ def principal_axes(features: Tensor) -> Principal:
 
 
 def project(features: Tensor, principal: Principal) -> Tensor:
-    """Coordinates (N, 2) of the centred features along the two largest principal axes, float64."""
-    centred = features.double() - features.double().mean(dim=0)
-    return centred @ principal.axes[:2].T
+    """Coordinates (N, 2) float64 of the centered features along the two largest principal axes."""
+    centered = features.double() - features.double().mean(dim=0)
+    return centered @ principal.axes[:2].T
 
 
 def effective_rank(eigenvalues: Tensor) -> float:
-    """exp of the entropy of the eigenvalues as shares of their sum: k where k are equal and the rest 0.
+    """exp of the entropy of the normalized eigenvalues: k if k of them are equal and the others 0.
 
-    Roy & Vetterli, The effective rank: a measure of effective dimensionality (EUSIPCO 2007), definition 1,
-    applied to the covariance matrix. RankMe (arXiv 2210.02885) takes the singular values of the features
-    themselves instead, which gives larger numbers.
+    Roy & Vetterli, The effective rank: a measure of effective dimensionality (EUSIPCO 2007), definition 1, applied to
+    the covariance matrix. RankMe (arXiv 2210.02885) uses the features' singular values, which gives larger numbers.
 
     Args:
         eigenvalues: (D,) >= 0.
@@ -67,12 +66,12 @@ def effective_rank(eigenvalues: Tensor) -> float:
 
 
 def nearest(features: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """The k most similar others of every sample.
+    """The k most similar other samples of every sample.
 
     Args:
         features: (N, D) floating point.
-        k: clamped to N - 1.
-        chunk: rows compared at once; memory is chunk x N floats.
+        k: number of neighbors, clamped to N - 1.
+        chunk: rows per matrix product; memory is chunk x N floats.
 
     Returns:
         Indices (N, k) int64, most similar first, and cosines (N, k) float32.
@@ -83,22 +82,22 @@ def nearest(features: Tensor, k: int, chunk: int = 1024) -> tuple[Tensor, Tensor
     for start in range(0, len(unit), chunk):
         similarity = unit[start : start + chunk] @ unit.T
         rows = torch.arange(len(similarity))
-        similarity[rows, start + rows] = -math.inf  # a sample is no neighbour of itself
+        similarity[rows, start + rows] = -math.inf  # exclude the sample itself
         values, others = similarity.topk(k, dim=1)
         cosines.append(values)
         indices.append(others)
     return torch.cat(indices), torch.cat(cosines)
 
 
-def neighbour_precision(labels: Tensor, indices: Tensor) -> tuple[float, float]:
-    """Share of neighbours that have the label of their query, and what random neighbours would give.
+def neighbor_precision(labels: Tensor, indices: Tensor) -> tuple[float, float]:
+    """Fraction of neighbors with their query's label, and its expectation for random neighbors.
 
     Args:
-        labels: (N,) int64, -1 where unknown.
-        indices: (N, k) int64, as `nearest` gives them.
+        labels: (N,) int64, -1 if unknown.
+        indices: (N, k) int64, from `nearest`.
 
     Returns:
-        Two numbers in 0 .. 1, over the pairs of samples whose labels are both known; NaN if there is none.
+        Two numbers in 0 .. 1, over the pairs of samples whose labels are both known; NaN without such a pair.
     """
     known = labels >= 0
     pairs = known[:, None] & known[indices]

@@ -101,7 +101,7 @@ def neighbors_section(images: ImageFeatures) -> Section:
     half = (len(rows) + 1) // 2
     section.sheets = [part for part in (rows[:half], rows[half:]) if part]
     if known:
-        right, chance = spectrum.neighbour_precision(torch.from_numpy(images.labels), indices)
+        right, chance = spectrum.neighbor_precision(torch.from_numpy(images.labels), indices)
         section.intro += (
             f" Over all labeled images, {100 * right:.1f} % of these neighbors are of the image's class; chance is "
             f"{100 * chance:.1f} %. A neighbor of another class has a dashed red border and a cross."
