@@ -124,9 +124,8 @@ class LARS(torch.optim.Optimizer):
         if self.backend in ("auto", "triton"):
             self._fused = self._fused or fused_update(self)
         if self._fused:
-            self._fused.refresh()
             self._fused.set_rates()
-            self._fused.run(self._fused.always if self.found_inf is None else self.found_inf == 0)
+            self._fused(self._fused.always if self.found_inf is None else self.found_inf == 0)
             return loss
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]

@@ -27,7 +27,8 @@ from byolt.model.kernels import lars, lars_triton  # noqa: E402
 from byolt.model.kernels.lars import FusedUpdate, unfit  # noqa: E402
 from byolt.model.kernels.lars_apex import Apex  # noqa: E402
 from byolt.model.kernels.layout import is_dense, like  # noqa: E402
-from byolt.model.optim import LARS, ema_update_, fused_update, resolve_backend  # noqa: E402
+from byolt.model.optim import LARS, fused_update, resolve_backend  # noqa: E402
+from byolt.model.update import SeparateUpdate, make_update  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -59,12 +60,12 @@ class AmpC(ModuleType):
         for xs in zip(*tensor_lists, strict=True):
             assert len({x.numel() for x in xs}) == 1
 
-    def multi_tensor_scale(self, chunk_size, noop_flag, tensor_lists, scale: float) -> None:  # type: ignore[no-untyped-def]
+    def multi_tensor_scale(self, chunk_size, noop_flag, tensor_lists, scale: float) -> None:
         self._check("scale", chunk_size, noop_flag, tensor_lists, 2)
         for x, out in zip(*tensor_lists, strict=True):
             flat(out).copy_(flat(x) * scale)
 
-    def multi_tensor_axpby(  # type: ignore[no-untyped-def]
+    def multi_tensor_axpby(
         self, chunk_size, noop_flag, tensor_lists, a: float, b: float, arg_to_check: int
     ) -> None:
         self._check("axpby", chunk_size, noop_flag, tensor_lists, 3)
@@ -72,7 +73,7 @@ class AmpC(ModuleType):
         for x, y, out in zip(*tensor_lists, strict=True):
             flat(out).copy_(a * flat(x) + b * flat(y))
 
-    def multi_tensor_l2norm(  # type: ignore[no-untyped-def]
+    def multi_tensor_l2norm(
         self, chunk_size, noop_flag, tensor_lists, per_tensor: bool | None = None
     ) -> tuple[Tensor, Tensor]:
         self._check("l2norm", chunk_size, noop_flag, tensor_lists, 1)
@@ -84,8 +85,8 @@ class AmpC(ModuleType):
 def amp_c(monkeypatch: pytest.MonkeyPatch) -> AmpC:
     """The stand-in, and apex.multi_tensor_apply.multi_tensor_applier, which passes on to it."""
     stand_in, apex, apply = AmpC(), ModuleType("apex"), ModuleType("apex.multi_tensor_apply")
-    apply.multi_tensor_applier = lambda op, noop, lists, *args: op(2048 * 32, noop, lists, *args)  # type: ignore[attr-defined]
-    apex.multi_tensor_apply = apply  # type: ignore[attr-defined]
+    apply.multi_tensor_applier = lambda op, noop, lists, *args: op(2048 * 32, noop, lists, *args)
+    apex.multi_tensor_apply = apply
     for module in (stand_in, apex, apply):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return stand_in
@@ -142,23 +143,15 @@ class Model:
         self.target = [t.detach() for t in odd_parameters(1)[only][:-2]]
         self.buffers = [torch.arange(100.0, device=DEVICE), torch.tensor(7, device=DEVICE)]
         self.optimizer = LARS(self.online, lr=0.0, **SETTINGS, backend=backend)
-        self.fused: FusedUpdate | None = None
-        if backend == "triton":
-            self.fused = fused_update(self.optimizer, self.target, self.online[:-2], self.buffers)
+        # The stand-in for amp_C takes a CPU's tensors, which make_update refuses to give to the real one.
+        make = FusedUpdate if backend == "triton" else SeparateUpdate
+        self.update = make(self.optimizer, self.target, self.online[:-2], self.buffers)
+        self.update.keep_buffers()
 
     def step(self, lr: float, tau: float) -> tuple[bool, float]:
-        """One update, as model/step.py makes it; whether it was finite, and the gradient's norm."""
-        self.optimizer.param_groups[0]["lr"] = lr
-        if self.fused:
-            self.fused.refresh()
-            self.fused.set_rates(tau)
-            finite, norm = self.fused.run()
-        else:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.online if p.grad is not None])
-            finite = norm.isfinite()
-            self.optimizer.found_inf = (~finite).float()
-            self.optimizer.step()
-            ema_update_(self.target, [p.detach() for p in self.online[:-2]], tau, finite)
+        """One update; whether it was finite, and the gradients' norm."""
+        self.update.set_rates(lr, tau)
+        finite, norm = self.update()
         return bool(finite), norm.item()
 
     def tensors(self) -> list[Tensor]:
@@ -174,7 +167,7 @@ def compare(backend: str, steps: int, only: slice = slice(None)) -> None:
         for model in (theirs, ours):
             set_gradients(model.online, seed=step)
             if step % 50 == 2:
-                model.online[step % 3].grad.view(-1)[-1] = (NAN, INF, -INF, NAN)[step // 50]  # type: ignore[union-attr]
+                model.online[step % 3].grad.view(-1)[-1] = (NAN, INF, -INF, NAN)[step // 50]
             results.append(model.step(lr=0.2 * min(step / 20, 1), tau=0.9 + 0.1 * step / steps))
         assert results[0][0] == results[1][0] == (step % 50 != 2)
         assert results[1][1] == pytest.approx(results[0][1], rel=1e-6, nan_ok=True)
@@ -192,11 +185,11 @@ def test_back_ends_agree_on_odd_sizes_and_layouts(backend: str, amp_c: AmpC) -> 
     compare(backend, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.* encountered in multiply")
 @pytest.mark.parametrize("bad", [NAN, INF, -INF, 1e30])
 def test_a_step_that_is_not_finite_changes_no_bit(bad: float) -> None:
     """Whatever the tensors hold: NaN, infinities, negative zeros; 1e30 squared is beyond float32. The buffers return."""
     model = Model("triton")
-    assert model.fused
     set_gradients(model.online, seed=1)
     model.step(lr=0.1, tau=0.9)
     odd = torch.tensor([NAN, INF, -INF, -0.0, 1e-40], device=DEVICE)
@@ -205,8 +198,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(bad: float) -> None:
             if x.numel() >= 32:
                 flat(x)[:5] = odd
     set_gradients(model.online, seed=2)
-    model.online[6].grad[3, 5] = bad  # type: ignore[index]
-    model.fused.keep_buffers()
+    model.online[6].grad[3, 5] = bad
+    model.update.keep_buffers()
     before = bits([*model.tensors(), *model.buffers])
     for b in model.buffers:
         b.add_(1)
@@ -218,9 +211,8 @@ def test_a_step_that_is_not_finite_changes_no_bit(bad: float) -> None:
 
 def test_buffers_of_a_finite_step_stay() -> None:
     model = Model("triton")
-    assert model.fused
     set_gradients(model.online, seed=1)
-    model.fused.keep_buffers()
+    model.update.keep_buffers()
     for b in model.buffers:
         b.add_(1)
     assert model.step(lr=0.1, tau=0.9)[0]
@@ -242,18 +234,15 @@ def test_target_is_exact_at_both_ends(tau: float) -> None:
 def test_inverse_scale_is_that_of_the_gradient_scaler() -> None:
     scaled, plain = Model("triton", slice(5)), Model("triton", slice(5))
     for model, factor in ((scaled, 1024.0), (plain, 1.0)):
-        assert model.fused
         set_gradients(model.online, seed=1)
         for p in model.online:
-            p.grad.mul_(factor)  # type: ignore[union-attr]
-        model.optimizer.param_groups[0]["lr"] = 0.3
-        model.fused.refresh()
-        model.fused.set_rates(0.9)
-        finite, norm = model.fused.run(inverse_scale=torch.tensor(1 / factor, device=DEVICE))
+            p.grad.mul_(factor)
+        model.update.set_rates(0.3, 0.9)
+        finite, norm = model.update(inverse_scale=torch.tensor(1 / factor, device=DEVICE))
         assert bool(finite)
         assert norm.item() == pytest.approx(
             torch.cat([p.grad.flatten() for p in model.online]).norm().item() / factor
-        )  # type: ignore[union-attr]
+        )
     assert all(torch.equal(a, b) for a, b in zip(scaled.tensors(), plain.tensors(), strict=True))
 
 
@@ -333,11 +322,11 @@ def test_tables_are_uploaded_only_if_something_moved(monkeypatch: pytest.MonkeyP
         uploads.clear()
         model.step(lr=0.1, tau=0.9)
         assert len(uploads) == expected
-    address = model.fused.weights.rows.data_ptr()  # type: ignore[union-attr]
+    address = model.update.weights.rows.data_ptr()
     uploads.clear()
-    model.online[0].grad = model.online[0].grad.clone()  # type: ignore[union-attr]
+    model.online[0].grad = model.online[0].grad.clone()
     model.step(lr=0.1, tau=0.9)
-    assert len(uploads) == 1 and model.fused.weights.rows.data_ptr() == address  # type: ignore[union-attr]
+    assert len(uploads) == 1 and model.update.weights.rows.data_ptr() == address
 
 
 def test_a_target_whose_parameter_has_no_gradient_is_refused() -> None:
@@ -357,6 +346,19 @@ def test_which_back_end_updates_a_device(monkeypatch: pytest.MonkeyPatch) -> Non
             ValueError, match=f"optimizer.backend={backend} needs a CUDA device, not cpu; set 'auto'"
         ):
             resolve_backend(backend, cpu)
+
+
+def test_the_back_end_decides_how_a_step_updates() -> None:
+    (p,), kinds = odd_parameters()[:1], {"auto": FusedUpdate if ON_GPU else SeparateUpdate}
+    kinds |= {"triton": FusedUpdate, "foreach": SeparateUpdate}
+    for backend, kind in kinds.items():
+        assert type(make_update(LARS([p], 0.1, backend=backend), [], [], [])) is kind
+    half = torch.nn.Parameter(p.detach().half())
+    assert type(make_update(LARS([half], 0.1), [], [], [])) is SeparateUpdate
+    with pytest.raises(
+        ValueError, match=r"backend=triton: .*float16, not float32; set optimizer.backend=foreach"
+    ):
+        make_update(LARS([half], 0.1, backend="triton"), [], [], [])
 
 
 @pytest.mark.parametrize(
@@ -409,12 +411,12 @@ class Memory:
         builder = interpreter.interpreter_builder
         load, store = type(builder).create_masked_load, type(builder).create_masked_store
 
-        def counted_load(builder, pointers, mask, *rest):  # type: ignore[no-untyped-def]
+        def counted_load(builder, pointers, mask, *rest):
             result = load(builder, pointers, mask, *rest)
             self.bytes[self.launches[-1]] += int(mask.data.sum()) * result.data.itemsize
             return result
 
-        def counted_store(builder, pointers, value, mask, *rest):  # type: ignore[no-untyped-def]
+        def counted_store(builder, pointers, value, mask, *rest):
             self.bytes[self.launches[-1]] += int(mask.data.sum()) * value.data.itemsize
             return store(builder, pointers, value, mask, *rest)
 
@@ -455,9 +457,8 @@ def test_launches_and_bytes_of_an_update(finite: bool, monkeypatch: pytest.Monke
         p.grad = torch.full_like(p, 1.0 if finite else NAN)
     memory = Memory(monkeypatch)
     fused.keep_buffers()
-    fused.refresh()
-    fused.set_rates(0.99)
-    fused.run()
+    fused.set_rates(0.2, 0.99)
+    fused()
     assert memory.launches == ["keep", "norms", "ratios", "update"]
     wanted = {
         "keep": 8 * words,
@@ -514,16 +515,14 @@ def test_kernels_compile_for_ampere_and_hopper(tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_host_does_not_wait() -> None:
     model = Model("triton")
-    assert model.fused
     for sync in ("default", "error"):  # the first compiles
         set_gradients(model.online, seed=1)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode(sync)
         try:
-            model.fused.keep_buffers()
-            model.fused.refresh()
-            model.fused.set_rates(0.99)
-            model.fused.run()
+            model.update.keep_buffers()
+            model.update.set_rates(0.2, 0.99)
+            model.update()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -59,15 +59,21 @@ class FusedUpdate:
         self.always = torch.ones((), dtype=torch.bool, device=device)
 
     def keep_buffers(self) -> None:
-        """Copies the buffers in one launch; `run` restores them if the step is not finite."""
+        """Copies the buffers in one launch; the update restores them if the step is not finite."""
         if self.buffers:
             pairs = zip(self.buffers, self.saved, strict=True)
             self.kept.fill([(b.data_ptr(), s.data_ptr(), 0, 0, s.numel(), 0) for b, s in pairs])
             kernels.keep[(self.kept.count,)](self.kept.rows, self.kept.blocks)
 
-    def set_rates(self, tau: float | None = None) -> None:
-        """Writes the learning rate of every group, and 1 - tau, to the device; the host does not wait."""
+    def set_rates(self, lr: float | None = None, tau: float | None = None) -> None:
+        """Writes rates to the device, for all updates until the next call; the host does not wait.
+
+        Args:
+            lr: learning rate of every group; None: as param_groups have it.
+            tau: of EMA; None: unchanged.
+        """
         for settings, group in zip(self.settings, self.optimizer.param_groups, strict=True):
+            group["lr"] = group["lr"] if lr is None else lr
             settings[:, 0].fill_(group["lr"])
         if tau is not None:
             self.pace.fill_(1 - tau)
@@ -114,16 +120,22 @@ class FusedUpdate:
             values = [[(m, decay, trust), (m, 0, 0)] for m, decay, trust in constants]
             _upload(np.array(values, np.float32), self.settings[..., 1:])
 
-    def run(self, finite: Tensor | None = None, inverse_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """One update of the tensors that `refresh` found, at the rates that `set_rates` wrote.
+    def __call__(
+        self, finite: Tensor | None = None, inverse_scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One update at the rates that `set_rates` wrote.
+
+        While a CUDA graph is captured, addresses are not refreshed: call `refresh` between capture and replay.
 
         Args:
-            finite: 0-dim bool on the device: where False, nothing changes. None: whether the gradient's norm is finite.
+            finite: 0-dim bool on the device: if False, nothing changes. None: whether the gradients' norm is finite.
             inverse_scale: 0-dim float32 on the device that multiplies the gradients; None: 1.
 
         Returns:
             The gate, and the norm of all gradients, 0-dim float32, in new tensors.
         """
+        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+            self.refresh()
         table, count = self.weights, self.weights.count
         scale = self.one if inverse_scale is None else inverse_scale
         sums = torch.empty(3, count, device=self.device)
