@@ -160,6 +160,9 @@ class TrainConfig(Section):
     """Stores weights and activations in NHWC order, in which tensor cores convolve faster."""
     compile: bool = False
     """Runs both networks through torch.compile; for a single process only."""
+    cuda_graph: Literal["auto", True, False] = "auto"
+    """true launches each step as one CUDA graph, which frees the host: one CUDA device, optimizer.backend=triton, no
+    fp16, no train.compile. Not yet run on a GPU, so auto is false for now."""
     deterministic: bool = False
     """Every run on the same machine gives the same weights to the bit, at some cost in speed: on a GPU, torch uses
     deterministic algorithms only (cost not yet measured). Runs on a CPU are deterministic in either case."""

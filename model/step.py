@@ -10,8 +10,10 @@ from torch import Tensor
 from byolt.configs.schema import Config
 from byolt.model.byol import BYOL, byol_loss, l2_normalize, make_byol
 from byolt.model.distributed import World, broadcast_module, no_sync, wrap
+from byolt.model.graph import Graph, choose_graph
 from byolt.model.kernels.norm import convert_sync_batchnorm
-from byolt.model.optim import LARS, ema_update_
+from byolt.model.optim import LARS
+from byolt.model.update import make_update
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,7 +34,20 @@ class StepResult(NamedTuple):
     finite: Tensor  # bool, the same on every rank; if False, the step changed nothing
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
-    features1: list[Tensor]  # (n, F) of each micro-batch's first view, detached: for a probe
+    features1: list[
+        Tensor
+    ]  # (n, F) of each micro-batch's first view, detached, until the next step: for a probe
+
+
+class _Outputs(NamedTuple):
+    """Tensors that a step leaves on the device."""
+
+    loss: Tensor
+    finite: Tensor
+    gradient_norm: Tensor
+    prediction1: Tensor
+    projection1: Tensor
+    features1: list[Tensor]
 
 
 class TrainStep:
@@ -50,9 +65,10 @@ class TrainStep:
         accumulation: micro-batches per step, >= 1; gradients are averaged over them.
         channels_last: NHWC layout for images and convolutions.
         compile: run both networks through torch.compile.
+        cuda_graph: capture the step in a CUDA graph; `choose_graph` says where that is possible. Not yet run on a GPU.
 
     Raises:
-        ValueError: precision or accumulation is not valid.
+        ValueError: precision or accumulation is not valid, or the optimizer's back end cannot update the model.
     """
 
     def __init__(
@@ -64,6 +80,7 @@ class TrainStep:
         accumulation: int = 1,
         channels_last: bool = True,
         compile: bool = False,
+        cuda_graph: bool = False,
     ) -> None:
         if precision not in PRECISIONS:
             raise ValueError(f"train.precision={precision} is unknown; set one of {', '.join(PRECISIONS)}")
@@ -81,11 +98,13 @@ class TrainStep:
             model.online.compile()
             model.target.compile()
         self.online, self.target = wrap(model.online, world, static_graph=accumulation == 1), model.target
-        self.target_parameters, self.online_parameters = model.ema_parameters()
         buffers = [*model.online.buffers(), *model.target.buffers()]
-        by_kind = ([b for b in buffers if b.is_floating_point() is kind] for kind in (True, False))
-        self.statistics = [group for group in by_kind if group]
+        self.update = make_update(optimizer, *model.ema_parameters(), buffers)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
+        self.graph: Graph | None = None
+        self.note = ""  # for the console
+        if cuda_graph:
+            self.graph = Graph(self._run, self.update.refresh, world.device)  # type: ignore[union-attr]
 
     def __call__(
         self, micro_batches: Sequence[tuple[Tensor, Tensor]], lr: float, tau: float, gauges: bool = False
@@ -107,11 +126,24 @@ class TrainStep:
             raise ValueError(
                 f"got {len(micro_batches)} micro-batches, train.accumulation={self.accumulation}"
             )
+        self.update.set_rates(lr, tau)
+        views = [self._lay_out(view) for pair in micro_batches for view in pair]
+        done = self.graph(views) if self.graph else self._run(views)
+        signs = None
+        if gauges:
+            signs = Gauges(*collapse_gauges(done.prediction1), *collapse_gauges(done.projection1))
+        loss, finite, norm = done.loss, done.finite, done.gradient_norm
+        if self.graph:  # the next replay overwrites its results
+            loss, finite, norm = loss.clone(), finite.clone(), norm.clone()
+        return StepResult(loss, finite, norm, signs, done.features1)
+
+    def _run(self, views: list[Tensor]) -> _Outputs:
+        """All of a step's work on the device; the rates are set before. A CUDA graph can capture it."""
         self.optimizer.zero_grad(set_to_none=True)
-        statistics = self._read_statistics()
+        self.update.keep_buffers()
         losses, features1 = [], []
-        for index, (view1, view2) in enumerate(micro_batches):
-            view1, view2 = self._lay_out(view1), self._lay_out(view2)
+        for index in range(self.accumulation):
+            view1, view2 = views[2 * index : 2 * index + 2]
             last = index == self.accumulation - 1  # its backward averages the sum of gradients over ranks
             with nullcontext() if last else no_sync(self.online):
                 with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -121,41 +153,14 @@ class TrainStep:
                 self.scaler.scale(loss / self.accumulation).backward()
             losses.append(loss.detach())
             features1.append(online.features1)
-
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.online.parameters() if p.grad is not None]
-        gradient_norm = torch.nn.utils.get_total_norm(gradients)
-        finite = gradient_norm.isfinite()  # the same on every rank: the gradients are averages over ranks
-        self._lars(lr, finite)
-        ema_update_(self.target_parameters, self.online_parameters, tau, finite)
-        self._keep_statistics(finite, statistics)
+        finite, gradient_norm = self.update()  # the same on every rank: the gradients are averages over ranks
         self.scaler.update()
-
-        signs = (
-            Gauges(*collapse_gauges(online.prediction1), *collapse_gauges(projection1)) if gauges else None
-        )
-        return StepResult(torch.stack(losses).mean(), finite, gradient_norm, signs, features1)
+        loss = torch.stack(losses).mean()
+        return _Outputs(loss, finite, gradient_norm, online.prediction1.detach(), projection1, features1)
 
     def _lay_out(self, view: Tensor) -> Tensor:
         return view.contiguous(memory_format=self.layout) if view.ndim == 4 else view
-
-    def _lars(self, lr: float, finite: Tensor) -> None:
-        """LARS of all parameters; nothing changes where `finite` is False."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.found_inf = (~finite).float()
-        self.optimizer.step()
-        del self.optimizer.found_inf
-
-    def _read_statistics(self) -> list[Tensor]:
-        """Copies batch norm's running statistics into one flat tensor, and its counters into another."""
-        return [torch.cat([b.reshape(-1) for b in group]) for group in self.statistics]
-
-    def _keep_statistics(self, finite: Tensor, before: list[Tensor]) -> None:
-        """Restores batch norm's statistics after a step that was not finite: a NaN would stay in them forever."""
-        for group, old, new in zip(self.statistics, before, self._read_statistics(), strict=True):
-            kept = torch.where(finite, new, old).split([b.numel() for b in group])
-            torch._foreach_copy_(group, [part.view_as(b) for part, b in zip(kept, group, strict=True)])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns {"scaler": the gradient scaler's state}, empty unless precision is fp16."""
@@ -185,9 +190,12 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
         trust_coefficient=settings.trust_coefficient,
         backend=settings.backend,
     )
-    return TrainStep(
-        model, optimizer, world, precision, train.accumulation, train.channels_last, train.compile
+    cuda_graph, note = choose_graph(config, world, precision)
+    step = TrainStep(
+        model, optimizer, world, precision, train.accumulation, train.channels_last, train.compile, cuda_graph
     )
+    step.note = note
+    return step
 
 
 @torch.no_grad()
