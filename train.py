@@ -197,6 +197,8 @@ def prepare(
         facts = {"ranks": world.size, "precision": precision, "backend": backend_reason}
         provenance.record_start(out, start.step, device, facts | {"config": config.model_dump(mode="json")})
     run.meter.say(backend_reason)
+    if train_step.note:
+        run.meter.say(train_step.note)
     run.meter.say(
         f"{f'resumed from {start.path}' if start.path else 'new run'}: steps {start.step} to {last_step} of "
         f"{total_steps}, {len(source)} images, {world.size} x {device.type}, {precision}"
