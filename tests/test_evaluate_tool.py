@@ -417,8 +417,8 @@ def test_batch_norms_of_an_untrained_encoder_fit_the_training_images(run: Path) 
     images = torch.cat([images for images, _ in plain_images(train, np.arange(72), setup.config)])
     with torch.no_grad():
         setup.encoder(images)
-    [normalised] = inside  # of the very batch that was averaged over: mean 0 and deviation 1 in each channel
-    deviation, mean = torch.std_mean(normalised, dim=(0, 2, 3))
+    [normalized] = inside  # of the very batch that was averaged over: mean 0 and deviation 1 in each channel
+    deviation, mean = torch.std_mean(normalized, dim=(0, 2, 3))
     torch.testing.assert_close(mean, torch.zeros(32), atol=1e-4, rtol=0)
     torch.testing.assert_close(deviation, torch.ones(32), atol=1e-2, rtol=0)
 
@@ -620,7 +620,7 @@ def test_where_nothing_decodes_the_data_set_is_named(
     )
 
 
-def test_rows_are_named_by_the_neighbours_that_voted(run: Path, tmp_path: Path) -> None:
+def test_rows_are_named_by_the_neighbors_that_voted(run: Path, tmp_path: Path) -> None:
     document = _measure(run, tmp_path, "--protocol", "knn", "--k", "200", "20", "100")
     assert [(row["name"], row["settings"]["k"]) for row in document["results"]] == [
         ("k = 72", 72),

@@ -377,7 +377,7 @@ def _empty(tmp_path: Path) -> Path:
         (["--epoch", "-3"], "--epoch -3: epochs count from 0"),
         (["--out", "sheet.jpg"], "--out sheet.jpg: name a .png file"),
         (["--out", "nowhere/sheet.png"], "--out nowhere/sheet.png: name a .png file in a folder that exists"),
-        (["--compare", TORCH], "--compare needs another back end beside torch; data.backend=torch"),
+        (["--compare", TORCH], "--compare needs a back end other than torch; data.backend=torch"),
         (["augment.sise=9"], "did you mean size?"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The commands that a user types, one file each; their parts are in the folders below.
+"""The commands that a user types, one file each. The parts of a command are in the folder named after it.
 
 May import everything but train.py.
 """

@@ -1,4 +1,4 @@
-"""Trains the paper's ablations with one recipe, and prints their results beside the paper's.
+"""Trains the paper's ablations with one recipe, and compares their results with the paper's.
 
     python tools/ablate.py --config configs/r18_cifar10.yaml --out runs/ablation [--only baseline tau_0 ...] \
         [--seeds 0 1 2] [section.key=value ...]

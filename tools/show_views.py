@@ -2,7 +2,7 @@
 
     python tools/show_views.py DATASET --config configs/r50_1000ep.yaml [--images 8 | --ids 3 17] [--epoch 0] ...
     python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --operations     each operation alone
-    python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --compare        back end beside torch
+    python tools/show_views.py DATASET --config configs/r50_1000ep.yaml --compare        back end and torch
 
 Seed (run.seed), parameters and back end are those of the training: the views are, to the bit, the views of these
 samples in that epoch in float32; a GPU run may convert them to bf16. By default the first samples of the epoch are
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
     backend, reason = make_backend(config, torch.device(device), torch.float32)
     if args.compare and isinstance(backend, TorchBackend):
-        raise ValueError(f"--compare needs another back end beside torch; {reason}")
+        raise ValueError(f"--compare needs a back end other than torch; {reason}")
     count = 1 if args.operations else args.images
     chosen = np.array(ids, np.int64) if ids else choose(config, source, args.epoch, count)
     samples = read(config, source, args.epoch, chosen)
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: views|operations|compare.png")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--operations", action="store_true", help="each operation alone, on one image")
-    mode.add_argument("--compare", action="store_true", help="data.backend beside torch, and the difference")
+    mode.add_argument("--compare", action="store_true", help="data.backend and torch, and their difference")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
     args = parser.parse_intermixed_args(argv)
     torch.set_num_threads(1)

@@ -161,7 +161,7 @@ def crop_of(config: schema.Config) -> tuple[float, str]:
     """timm's crop_pct. It is one number for all images, whereas ours depends on the image (see `plain_images`).
 
     Returns:
-        The number that is right for most of 100 images of eval.path or data.path, and a sentence that says so.
+        The number that is right for most of 100 images of eval.path or data.path, and a sentence about it.
     """
     sides = []
     with suppress(ValueError, OSError):
@@ -170,15 +170,10 @@ def crop_of(config: schema.Config) -> tuple[float, str]:
             with suppress(ValueError):  # the evaluation leaves it out, too
                 header = inspect(source.read(int(number)))
                 sides.append(min(header.height, header.width))
-    if not sides:
-        return 0.875, "config.json has crop_pct 0.875: the images were not available to look at their sizes."
-    if statistics.median(sides) > config.augment.size:
-        return 0.875, "config.json has crop_pct 0.875, which is right for most images that were measured on."
-    return (
-        1.0,
-        "config.json has crop_pct 1, which is right for most images that were measured on: they are no larger than a "
-        "view.",
-    )
+    small = bool(sides) and statistics.median(sides) <= config.augment.size
+    found = f"most images measured on are {'no larger' if small else 'larger'} than a view"
+    crop = 1.0 if small else 0.875
+    return crop, f"config.json has crop_pct {crop:g}: {found if sides else 'the images were not available'}."
 
 
 def timm_config(trained: Trained, target: str, crop: float) -> dict[str, Any]:

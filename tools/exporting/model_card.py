@@ -12,6 +12,7 @@ from typing import Any
 from byolt.configs import schema
 from byolt.files.rows import read_metrics
 from byolt.model.run.trained import Trained
+from byolt.tools.reporting.run import training_images
 
 
 def public(config: schema.Config) -> schema.Config:
@@ -35,6 +36,7 @@ def model_card(trained: Trained, library: str, loading: str, resizing: str) -> s
     """
     config = public(trained.config)
     measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
+    images = training_images(_rows(trained), config.train.batch_size)
     recipe = schema.to_yaml(config).rstrip()
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", recipe))])  # longer than any inside
     size, mean, std = config.augment.size, list(config.augment.mean), list(config.augment.std)
@@ -47,7 +49,7 @@ tags: [image-feature-extraction, self-supervised, byol]
 The online encoder of a BYOL run ([arXiv 2006.07733](https://arxiv.org/abs/2006.07733)), without projector and
 predictor: images to {trained.encoder.num_features} features. Trained without labels.
 
-- Images: {_code(config.data.path)}{_number_of_images(trained)}
+- Images: {_code(config.data.path)}{f", {images:,} images by metrics.jsonl" if images else ""}
 - Length: {_epochs_done(trained)}
 - Stem: {config.model.stem}; views of {size} px
 - Preprocessing: center crop of 7/8 of the short side, or of all of it if that is {size} px or less; bicubic to
@@ -123,15 +125,6 @@ def _epochs_done(trained: Trained) -> str:
     epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
     done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown number"
     return f"{trained.step} steps of {train.batch_size} images; {done} of {train.epochs:g} epochs"
-
-
-def _number_of_images(trained: Trained) -> str:
-    """Number of training images, by epoch = step * batch / images."""
-    for row in reversed(_rows(trained)):
-        if row.get("epoch", 0) > 0:
-            images = row["step"] * trained.config.train.batch_size / row["epoch"]
-            return f", {images:,.0f} images by metrics.jsonl" if 1 <= images < 2**63 else ""
-    return ""
 
 
 def _rows(trained: Trained) -> list[dict[str, float]]:

@@ -1,1 +1,1 @@
-"""Parts of `tools/report.py`: what it reads, figures, sections, the page. Begin with `sections.py`."""
+"""Parts of `tools/report.py`; `figures.py` also has the colors of all tools' pictures. Begin with `sections.py`."""

@@ -47,12 +47,8 @@ class Run(NamedTuple):
 
     @property
     def images(self) -> int | None:
-        """Number of training images, by epoch = step * batch / images; None if no row has an epoch."""
-        if self.config is None:
-            return None
-        batch = self.config.train.batch_size
-        found = (row["step"] * batch / row["epoch"] for row in reversed(self.rows) if row.get("epoch"))
-        return next((round(images) for images in found if 1 <= images < 2**63), None)
+        """Number of training images; None if unknown."""
+        return training_images(self.rows, self.config.train.batch_size) if self.config else None
 
     @property
     def total_steps(self) -> int | None:
@@ -66,6 +62,12 @@ class Run(NamedTuple):
     def last(self, key: str) -> float | None:
         """Newest value of one key of the rows."""
         return next((value for _, value in reversed(self.series(key))), None)
+
+
+def training_images(rows: list[dict[str, float]], batch_size: int) -> int | None:
+    """Number of training images, by epoch = step * batch_size / images; None if no row has an epoch."""
+    found = (row["step"] * batch_size / row["epoch"] for row in reversed(rows) if row.get("epoch"))
+    return next((round(images) for images in found if 1 <= images < 2**63), None)
 
 
 class ImageFeatures(NamedTuple):

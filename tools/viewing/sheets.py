@@ -184,7 +184,7 @@ def comparison(
             ]
             cells += [Cell(p.clip(0, 1), text, heading * (i == 0), color) for p, text, heading in shown]
             lines.append(f"id {number} view {view + 1}: {', '.join(numbers)}")
-    page = Page(f"{name} beside torch", [*notes, legend, overall], _in_rows(cells, 6), CELL // 2)
+    page = Page(f"{name} and torch", [*notes, legend, overall], _in_rows(cells, 6), CELL // 2)
     return page, [f"|{name} - torch| in levels of 255", *lines, overall]
 
 
