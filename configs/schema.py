@@ -29,6 +29,7 @@ FractionInterval = Annotated[tuple[_Fraction, _Fraction], AfterValidator(_ordere
 Profile = Literal["byol", "torchvision"]
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8"]
 Stem = Literal["imagenet", "cifar"]
+UpdateBackend = Literal["auto", "triton", "foreach", "apex"]
 
 
 class Section(BaseModel):
@@ -138,7 +139,7 @@ class OptimizerConfig(Section):
     """Weight decay (wd); not applied to biases and batch-norm parameters."""
     trust_coefficient: _Positive = 1e-3
     """eta of LARS, which scales the update g + wd p of a weight tensor p by eta |p| / |g + wd p| (reference: 1e-3)."""
-    backend: Literal["auto", "triton", "foreach", "apex"] = "auto"
+    backend: UpdateBackend = "auto"
     """Kernels of the update: triton fuses LARS, EMA and the finite check (CUDA only), foreach is torch's multi-tensor
     operations, apex is NVIDIA's amp_C, built from source. auto: triton on CUDA, foreach elsewhere."""
     base_tau: Probability
@@ -305,23 +306,20 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     malformed = [text for text in overrides if "=" not in text or text.startswith(("=", "-"))]
     if malformed:
         raise ValueError(f"overrides must be written section.key=value, not: {' '.join(malformed)}")
+    failed = f"config file {path} is not a valid YAML mapping"
     try:
         parts = [OmegaConf.load(path)]
+        for override in overrides:
+            failed = f"override {override}"
+            parts.append(OmegaConf.from_dotlist([override]))
+        failed = f"config file {path} and its overrides do not resolve"
+        raw = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
     except FileNotFoundError:
         raise ValueError(f"config file {path} does not exist{_nearest_file(Path(path))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"config file {path} cannot be read: {error}") from None
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"config file {path} is not a valid YAML mapping: {error}") from None
-    for override in overrides:
-        try:
-            parts.append(OmegaConf.from_dotlist([override]))
-        except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
-            raise ValueError(f"override {override}: {error}") from None
-    try:
-        raw = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
-    except (OmegaConfBaseException, TypeError, ValueError) as error:
-        raise ValueError(f"config file {path} and its overrides do not resolve: {error}") from None
+        raise ValueError(f"{failed}: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"config file {path} has no settings")
     try:

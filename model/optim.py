@@ -7,19 +7,21 @@ updates and the finite gate; "apex" uses the kernels of NVIDIA's amp_C. The host
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from byolt.configs.schema import UpdateBackend
+
 if TYPE_CHECKING:
     from byolt.model.kernels.lars import FusedUpdate
 
-BACKENDS = ("auto", "triton", "foreach", "apex")
+BACKENDS: tuple[str, ...] = get_args(UpdateBackend)
 
 
 class Operations(Protocol):
-    """The operations on lists of tensors that LARS consists of."""
+    """The operations on lists of tensors of which LARS consists."""
 
     def copy(self, xs: list[Tensor]) -> list[Tensor]:
         """Returns new tensors."""
@@ -135,9 +137,7 @@ class LARS(torch.optim.Optimizer):
 
     def _directions(self, params: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
         """Returns u of each parameter in new tensors."""
-        u = self._operations.copy(
-            [p.grad for p in params if p.grad is not None]
-        )  # the gradients stay unchanged
+        u = self._operations.copy([p.grad for p in params if p.grad is not None])
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
         if adapted:
             weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]

@@ -15,7 +15,7 @@ STEMS: tuple[str, ...] = get_args(Stem)
 
 
 class BasicBlock(resnet.BasicBlock):
-    """torchvision's, its batch norms fused with what follows them."""
+    """torchvision's, with each batch norm fused with the operations after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
@@ -23,7 +23,7 @@ class BasicBlock(resnet.BasicBlock):
 
 
 class Bottleneck(resnet.Bottleneck):
-    """torchvision's, its batch norms fused with what follows them."""
+    """torchvision's, with each batch norm fused with the operations after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
@@ -32,7 +32,7 @@ class Bottleneck(resnet.Bottleneck):
 
 
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> tuple[Tensor, BatchNorm | None]:
-    """What a block adds to its output, and its batch norm if there is one."""
+    """The tensor that a block adds to its output, and the batch norm to apply to it, if there is one."""
     if block.downsample is None:
         return x, None
     convolution, norm = block.downsample
@@ -40,7 +40,7 @@ def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> tuple[Tensor, BatchN
 
 
 class ResNet(resnet.ResNet):
-    """torchvision's, its batch norms fused with what follows them."""
+    """torchvision's, with each batch norm fused with the operations after it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, 512) from basic blocks, (N, 2048) from bottlenecks."""
