@@ -1,5 +1,6 @@
 """TrainStep against the reference implementation's three steps, and its own rules."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,17 @@ def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
-def test_three_steps_of_the_reference(fixtures: Path) -> None:
+@pytest.mark.parametrize("backend", ["foreach", "triton"])
+def test_three_steps_of_the_reference(backend: str, fixtures: Path) -> None:
+    if backend == "triton" and (torch.cuda.is_available() or find_spec("triton") is None):
+        pytest.skip("needs Triton's interpreter")
     data = dict(np.load(fixtures / "byol_step.npz"))
     model = BYOL(_Linear(12, 16, bias=False), projector_hidden=32, projector_size=8, predictor_hidden=32)
     _load(model.online, _reference_parameters(data, "p0"))
     _load(model.target, _reference_parameters(data, "t0"))
-    optimizer = LARS(model.online.parameters(), lr=0.0, weight_decay=1e-3, trust_coefficient=1e-2)
+    optimizer = LARS(
+        model.online.parameters(), lr=0.0, weight_decay=1e-3, trust_coefficient=1e-2, backend=backend
+    )
     step = TrainStep(model, optimizer, ALONE, "fp32")
     errors = []
     for k in range(3):

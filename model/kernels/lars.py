@@ -51,9 +51,9 @@ class FusedUpdate:
         # Two rows per group: of its matrices and kernels, and of its parameters with ndim <= 1.
         self.settings = torch.zeros(len(optimizer.param_groups), 2, 4, device=device)
         self.constants: list[list[float]] = []
-        self.copies: list[
-            Tensor
-        ] = []  # gradients of another memory layout than their parameter's, until the next refresh
+        # Gradients of another memory layout than their parameter's are copied; the copies live until the next refresh.
+        self.copies: list[Tensor] = []
+        self.captured: tuple[int | bool, ...] | None = None
         self.pace = torch.zeros((), device=device)  # 1 - tau, because float32 rounds tau itself too coarsely
         self.one = torch.ones((), device=device)
         self.always = torch.ones((), dtype=torch.bool, device=device)
@@ -84,6 +84,7 @@ class FusedUpdate:
 
         Raises:
             ValueError: a parameter with a target has no gradient.
+            RuntimeError: a captured update does not fit the tensors any longer.
         """
         self._refresh_constants()
         rows: list[Row] = []
@@ -104,6 +105,10 @@ class FusedUpdate:
         if found < len(self.target):
             raise ValueError(f"{len(self.target) - found} parameters with a target have no gradient")
         self.weights.fill(rows)
+        if self.captured and (self.copies or self.captured != self.weights.form()):
+            raise RuntimeError(
+                "the layout of the weights or gradients changed after a CUDA graph captured their update"
+            )
 
     def _momentum(self, p: Tensor) -> Tensor:
         state = self.optimizer.state[p]
@@ -134,7 +139,9 @@ class FusedUpdate:
         Returns:
             The gate, and the norm of all gradients, 0-dim float32, in new tensors.
         """
-        if not (self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self.captured = self.weights.form()
+        else:
             self.refresh()
         table, count = self.weights, self.weights.count
         scale = self.one if inverse_scale is None else inverse_scale
@@ -192,6 +199,10 @@ class _Table:
         _upload(np.column_stack([values[:, :5], first, counts, values[:, 5]]), self.rows)
         self.aligned = not (values[:, :4] % 16).any() and not (sizes % 4).any()
         self.known = known
+
+    def form(self) -> tuple[int | bool, ...]:
+        """Returns everything of the table that is fixed in a captured launch."""
+        return self.rows.data_ptr(), self.blocks.data_ptr(), self.count, self.aligned
 
 
 def _upload(values: np.ndarray, out: Tensor) -> None:
