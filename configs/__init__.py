@@ -1,4 +1,5 @@
-"""The settings. `schema.py` declares each once; `fixed.py` lists those that a resumed run must keep.
+"""The settings: `schema.py` declares each once, `fixed.py` lists those that a resumed run must keep.
 
-Each YAML file is a recipe and opens with its claim. Imports nothing of byolt. Begin with `schema.py`.
+`derived.py` prints them with the values that follow from them. Each YAML file is a recipe and opens with its claim.
+Imports nothing of byolt. Begin with `schema.py`.
 """

@@ -281,7 +281,7 @@ class Config(Section):
             near = max(parts, round(self.train.batch_size / parts) * parts)
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by {world_size} ranks x "
-                f"train.accumulation={self.train.accumulation}: use a multiple of {parts}, such as {near}"
+                f"train.accumulation={self.train.accumulation}: use a multiple of {parts}, for example {near}"
             )
         if images < 2:
             raise ValueError(

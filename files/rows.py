@@ -27,7 +27,7 @@ def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
             The default is step=int.
 
     Returns:
-        The matching objects. Every other line, such as one that a kill cut short, is left out.
+        The matching objects. Every other line, for example one cut short by a kill, is left out.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""The networks' structure, initialisation and loss."""
+"""The networks' structure, initialization and loss."""
 
 import math
 from typing import Any
@@ -62,7 +62,7 @@ def test_resnet8(stem: str, map_size: int) -> None:
     }
 
 
-def test_initialisation_is_the_references() -> None:
+def test_initialization_is_the_references() -> None:
     torch.manual_seed(0)
     encoder: Any = make_encoder("resnet50", "imagenet")
     # A normal cut at two deviations keeps .8796 of its deviation.

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, what is damaged is noticed, what fails leaves nothing behind."""
+"""Checkpoints: round trip, damage, and failed writes."""
 
 from pathlib import Path
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def _train(
     world: World, accumulation: int, batch: int = 16, steps: int = 2, fused: bool = False
 ) -> dict[str, Any]:
-    """Steps on this rank's share of fixed batches; what must not depend on the number of ranks.
+    """Steps on this rank's share of fixed batches; returns results that must not depend on the number of ranks.
 
     In float64: in float32 a ReLU whose input is within rounding of 0 may switch, and gradients jump.
     """
@@ -46,7 +46,7 @@ def _train(
     step = TrainStep(model, optimizer, world, "fp32", accumulation, channels_last=False)
     if fused:
         norms.FUSED_DEVICES = {"cpu"}
-        step.layout = torch.channels_last  # of the images, and thereby of what convolutions make of them
+        step.layout = torch.channels_last  # of the images, and so of the convolutions' outputs
     generator = torch.Generator().manual_seed(7)
     losses: list[Tensor] = []
     gradients: dict[str, Tensor] = {}
@@ -146,7 +146,7 @@ def _free_port() -> int:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What two spawned ranks found; everything two ranks can tell comes from this one spawn."""
+    """Results of two spawned ranks; all tests of two ranks share this spawn."""
     folder = tmp_path_factory.mktemp("ranks")
     # A forkserver imports torch once for both.
     torch.multiprocessing.set_forkserver_preload(

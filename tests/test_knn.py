@@ -29,7 +29,7 @@ def _at(*degrees: float) -> torch.Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1, len(degrees) + 1)[:, None]
 
 
-def test_one_neighbour_is_the_most_similar_by_angle() -> None:
+def test_one_neighbor_is_the_most_similar_by_angle() -> None:
     labels = torch.tensor([0, 1, 2])
     votes = knn_votes(_at(0, 90, 180), labels, _at(10, 50, 130, 170, 91), 3, k=1)
     assert votes.argmax(dim=1).tolist() == [0, 1, 1, 2, 1]
@@ -56,7 +56,7 @@ def test_no_temperature_is_too_low(temperature: float) -> None:
     votes = knn_votes(bank, labels, _at(10, 63, 100), 6, k=4, temperature=temperature)
     assert votes.argmax(dim=1).tolist() == [3, 1, 0]
     assert votes.isneginf().tolist() == [[c in miss for c in range(6)] for miss in ({4, 5}, {4, 5}, {3, 5})]
-    if temperature >= 1e-6:  # by angle, one neighbour a class; below they are all as far as can be told
+    if temperature >= 1e-6:  # one neighbor per class by angle; below, all are equal to rounding
         assert votes.argsort(dim=1, descending=True)[:, :4].tolist() == [
             [3, 2, 1, 0],
             [1, 2, 0, 3],
@@ -76,7 +76,7 @@ def test_topk_counts_the_true_class_among_the_highest() -> None:
     labels = torch.tensor([2, 1, 0])
     assert topk_correct(scores, labels, 1).tolist() == [False, False, False]
     assert topk_correct(scores, labels, 2).tolist() == [True, True, False]  # of equals the lower class first
-    assert topk_correct(scores, labels, 4).tolist() == [True, True, False]  # -inf is no answer
+    assert topk_correct(scores, labels, 4).tolist() == [True, True, False]  # -inf means no answer
     many = torch.randn(200, 10, generator=torch.Generator().manual_seed(0))
     truth = torch.arange(200) % 10
     for k in (1, 3, 5, 10):

@@ -28,9 +28,9 @@ ALONE = World(0, 0, 1, CPU, "none")
 def _blobs(count: int, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Five classes of points about corners of a cube in 8 dimensions, away from the origin."""
     generator = torch.Generator().manual_seed(seed)
-    centres = 3 + 2 * torch.eye(5, 8)
+    centers = 3 + 2 * torch.eye(5, 8)
     labels = torch.arange(count) % 5
-    return centres[labels] + spread * torch.randn(count, 8, generator=generator), labels
+    return centers[labels] + spread * torch.randn(count, 8, generator=generator), labels
 
 
 def test_every_head_of_the_sweep_separates_separable_blobs() -> None:
@@ -132,7 +132,7 @@ def _probe(world: World, steps: int = 5) -> OnlineProbe:
 
 @pytest.mark.parametrize("label", [10**12, 1_281_166])
 def test_labels_that_are_ids_end_no_training(label: int, capsys: pytest.CaptureFixture) -> None:
-    """A head of so many classes would take 512 TB, or 10 GB unasked."""
+    """A head with that many classes would need 512 TB, or 10 GB."""
     config = schema.load(CONFIGS / "quickstart.yaml")
     assert make_probe(config, 128, np.array([0, label]), ALONE) is None
     [line] = capsys.readouterr().err.splitlines()

@@ -55,7 +55,7 @@ def test_released_lock_is_free_without_a_word(tmp_path: Path) -> None:
     assert (tmp_path / NAME).read_bytes() == b""
 
 
-def test_lock_of_another_machine_is_told_of(tmp_path: Path) -> None:
+def test_lock_of_another_machine_is_warned_of(tmp_path: Path) -> None:
     (tmp_path / NAME).write_text(json.dumps({"host": "node7", "pid": 12}))
     with lock_of(tmp_path) as lock:
         assert "from pid 12 on node7, which ended without releasing it (or still runs" in lock.take()

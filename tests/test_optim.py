@@ -1,4 +1,4 @@
-"""LARS and EMA against formulas written out in float64, one parameter at a time."""
+"""LARS and EMA against formulas written out in float64, parameter by parameter."""
 
 import importlib.util
 from typing import Any

@@ -1,4 +1,4 @@
-"""What is taken for a checkpoint and what is refused: hostile, foreign and older files."""
+"""Checkpoints that are accepted and refused: hostile, foreign and older files."""
 
 import io
 import lzma
@@ -38,7 +38,7 @@ def golden(tmp_path_factory: pytest.TempPathFactory, fixtures: Path) -> Path:
 
 
 def load_and_restore(path: Path, out: Path, precision: str = "fp32") -> tuple[dict[str, Any], dict[str, Any]]:
-    """What train.py does; returns the checkpoint's state and that of the network after it."""
+    """Resumes as train.py does; returns the checkpoint's state and that of the network after it."""
     found, state = find_checkpoint(out, str(path), WORLD)
     assert found == path
     settings = schema.Config.model_validate(state["config"])
@@ -92,7 +92,7 @@ def test_another_version_is_refused_with_both_numbers(golden: Path, tmp_path: Pa
 
 
 def _put(*keys: Any, value: Any = None) -> Callable[[dict], None]:
-    """Sets, or without a value removes, what lies under the keys."""
+    """Returns a function that sets the entry under the keys, or removes it if there is no value."""
 
     def change(at: dict) -> None:
         for key in keys[:-1]:

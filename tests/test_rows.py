@@ -1,4 +1,4 @@
-"""JSON-lines files: what is read of them, and that reading them imports nothing heavy."""
+"""JSON-lines files: rows that are read, damaged lines, and imports."""
 
 import subprocess
 import sys

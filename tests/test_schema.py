@@ -97,7 +97,7 @@ def test_three_mistakes_make_one_message(minimal: Path) -> None:
 @pytest.mark.parametrize(
     ("written", "meant"), [("datapath", "data.path"), ("base_lr", "optimizer.base_lr"), ("dta", "data")]
 )
-def test_a_key_without_its_section_is_recognised(written: str, meant: str, minimal: Path) -> None:
+def test_a_key_without_its_section_is_recognized(written: str, meant: str, minimal: Path) -> None:
     with pytest.raises(ValueError, match=rf"{written}: no such setting; did you mean {meant}\?"):
         load(minimal, [f"{written}=1"])
 
@@ -213,4 +213,4 @@ def test_wrong_config_is_refused_before_torch_is_imported(minimal: Path) -> None
     assert done.returncode == 2, done.stderr
     assert "train.epoch: no such setting; did you mean epochs?" in done.stderr
     assert "Traceback" not in done.stderr
-    assert time.monotonic() - start < 30  # it takes half a second; a hang is what must not be
+    assert time.monotonic() - start < 30  # it takes half a second; the bound detects a hang
