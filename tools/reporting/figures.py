@@ -69,8 +69,7 @@ def curves(
             )
         if hint:
             axis.axhline(hint[0], color="black", linewidth=0.9, linestyle="--", label=hint[1])
-        if hint or len(series) > 1:
-            axis.legend()
+        axis.legend()
         axis.set_xlim(-0.02 * last, 1.02 * last)
         axis.set_xlabel("step")
         axis.set_ylabel(unit)

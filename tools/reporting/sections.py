@@ -135,15 +135,15 @@ def _curves(run: Run) -> Section:
         ("Loss", {"loss": "loss"}, "loss", "4: predictions and targets are unrelated; 0: they agree.", None),
         ("Accuracy", {"knn_top1": "kNN, held-out images", "probe_top1": "online probe, training images"},
          "top-1, per cent", "Of classifiers on the encoder, which do not change it.", None),
-        ("Learning rate", {"lr": "lr"}, "learning rate", "Before LARS scales it for each layer.", None),
+        ("Learning rate", {"lr": "learning rate"}, "learning rate", "Before LARS scales it for each layer.", None),
         ("tau", {"tau": "tau"}, "tau", "The target network keeps this share of its weights at each step.", None),
         ("Speed", {"images_per_second": "speed"}, "images/s", "Training only, over all ranks.", None),
-        ("Waiting for data", {"data_wait_percent": "wait"}, "per cent", "Share of the time.", None),
+        ("Waiting for data", {"data_wait_percent": "waiting"}, "per cent", "Share of the time.", None),
         ("Collapse: spread", {f"{k}_std": v for k, v in gauges.items()}, "std",
          "Of each normalized dimension over a batch: 0 if collapsed, 1/√D if spread over the sphere.", spread),
         ("Collapse: cosine", {f"{k}_cosine": v for k, v in gauges.items()}, "mean |cosine|",
          "Between different images: 1 if collapsed, √(2/πD) if spread over the sphere.", cosine),
-        ("Gradient", {"gradient_norm": "norm"}, "norm", "Over all parameters, before LARS.", None),
+        ("Gradient", {"gradient_norm": "gradient norm"}, "norm", "Over all parameters, before LARS.", None),
     ):  # fmt: skip
         series = {name: points for key, name in keys.items() if (points := run.series(key))}
         if series:
