@@ -31,7 +31,6 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     """Yields a binary file, which replaces `path` when the block ends and is removed if the block raises."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         yield file
-        file.flush()
 
 
 def remove_leftovers(folder: Path, pattern: str = "*") -> None:

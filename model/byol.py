@@ -48,9 +48,9 @@ class Online(nn.Module):
 
     def forward(self, view1: Tensor, view2: Tensor) -> Predictions:
         """Both views in one call (one reduction under DDP); batch norm's statistics are those of each view alone."""
-        features1, features2 = each_view(self.encoder, view1, view2)
-        projections = each_view(self.projector, features1, features2)
-        prediction1, prediction2 = each_view(self.predictor, *projections)
+        features1, features2 = each_view(self.encoder, view1, view2)  # y = f(v)
+        projections = each_view(self.projector, features1, features2)  # z = g(y)
+        prediction1, prediction2 = each_view(self.predictor, *projections)  # q(z)
         return Predictions(prediction1, prediction2, features1.detach())
 
 
