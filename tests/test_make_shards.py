@@ -25,6 +25,7 @@ from byolt.pipelines.convert import plan as planning
 from byolt.pipelines.convert import shard_writer as writer
 from byolt.pipelines.convert.from_files import FileReader, list_files
 from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.sources import TarSource
 from byolt.tools import make_shards
@@ -620,6 +621,66 @@ def test_names_of_archives_are_tidied_and_hard_links_followed(tmp_path: Path) ->
     assert samples(tmp_path / "a.tar-out") == {**expected, "b/2.jpg": (jpeg(0), 1)}
     assert quarantine(tmp_path / "a.zip-out").keys() == {"b/bad.jpg"}
     assert quarantine(tmp_path / "a.tar-out")["b/3.jpg"] == "a hard link, not a file"
+
+
+@pytest.mark.parametrize("create_system", [0, 3])  # Windows; Unix, as another zip program may state
+def test_backslashes_in_the_names_of_a_zip_are_separators(create_system: int, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name, data in [
+            ("set\\a\\", b""),
+            ("set\\a\\0.jpg", jpeg(0)),
+            ("set\\b\\1.jpg", jpeg(1)),
+            ("..\\2.jpg", b"x"),
+        ]:
+            info = zipfile.ZipInfo(name)
+            info.create_system = create_system
+            archive.writestr(info, data)
+    assert run(tmp_path / "a.zip", tmp_path / "dst", "--inside", "set") == 0
+    assert samples(tmp_path / "dst") == {"a/0.jpg": (jpeg(0), 0), "b/1.jpg": (jpeg(1), 1)}
+    assert quarantine(tmp_path / "dst") == {}
+    assert run(tmp_path / "a.zip", tmp_path / "all", "--inside", "") == 2  # classes are a level further down
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "dst"]
+
+
+def test_backslash_beside_slashes_is_part_of_a_name(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a/x\\0.jpg", jpeg(0))
+        archive.writestr("b/1.jpg", jpeg(1))
+    assert run(tmp_path / "a.zip", tmp_path / "dst") == 0
+    assert samples(tmp_path / "dst").keys() == {"a/x\\0.jpg", "b/1.jpg"}
+
+
+def test_hidden_and_system_files_are_left_out_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write_images(tmp_path / "src", 4)
+    for name in ("@eaDir/0.jpg", "__MACOSX/._0.jpg", "lost+found/0.jpg", ".Trash/0.jpg"):
+        (source / name).parent.mkdir()
+        (source / name).write_bytes(jpeg())
+    for name in ("@eaDir/0.jpg/SYNOPHOTO_THUMB_M.jpg", ".thumbnails/0.jpg", ".ipynb_checkpoints/0.jpg"):
+        (source / "c0" / name).parent.mkdir(parents=True)
+        (source / "c0" / name).write_bytes(jpeg())
+    (source / "c1/._0001.jpg").write_bytes(jpeg())
+    with tarfile.open(tmp_path / "a.tar", "w") as out:
+        out.add(source, "top")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in source.rglob("*.jpg"):
+            if path.is_file():
+                archive.write(path, f"top/{path.relative_to(source)}")
+    for path, options in (
+        (source, ()),
+        (tmp_path / "a.tar", ("--inside", "top")),
+        (tmp_path / "a.zip", ("--inside", "top")),
+    ):
+        assert run(path, tmp_path / f"{path.name}-out", *options) == 0
+        error = capsys.readouterr().err
+        assert (
+            error == "make_shards: note: left out: 8 hidden or system files and folders, for example .Trash\n"
+        )
+        assert Manifest.load(tmp_path / f"{path.name}-out").classes == ["c0", "c1"]
+        assert len(samples(tmp_path / f"{path.name}-out")) == 4
+        assert quarantine(tmp_path / f"{path.name}-out") == {}
+    assert len(FolderSource(source)) == 4
 
 
 def test_entry_of_a_zip_that_unpacks_to_too_much_is_not_unpacked(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from byolt.files.atomic import writing
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.encoded import MAX_BYTES
-from byolt.pipelines.formats.folder import label_names, list_folder
+from byolt.pipelines.formats.folder import is_hidden, label_names, list_folder
 
 _MAX_ZIPPED = 256 << 20  # bytes of one member of a zip: a few kilobytes may claim to unpack to more
 _EMPTY_ZIP = b"PK\5\6" + bytes(18)
@@ -70,7 +70,7 @@ class Inputs(NamedTuple):
         classes: Name of each label, or None.
         refused: Files that are left out.
         is_data_set: Whether `path` is a data set that was made before.
-        left_out: Names the parts of such a data set that shards have no place for.
+        left_out: Names the parts of SRC that are not files to convert: hidden files, other fields of a .beton.
         fingerprint: Its `sources.Source.fingerprint`.
         proven: Whether every image was decoded when it was made, and need not be decoded again.
     """
@@ -80,7 +80,7 @@ class Inputs(NamedTuple):
     classes: list[str] | None
     refused: list[RefusedFile]
     is_data_set: bool = False
-    left_out: tuple[str, ...] = ()
+    left_out: str = ""
     fingerprint: str = ""
     proven: bool = False
 
@@ -117,9 +117,10 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
     if ".." in inside.split("/"):
         raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
     inside, path, limit = _tidy(inside), source, MAX_BYTES
+    hidden: list[str] = []
     if source.is_dir():
         path = source / inside
-        places, refused = _walk_folder(path)
+        places, refused = _walk_folder(path, hidden)
     elif not source.is_file():
         raise ValueError(f"SRC {source} is neither a folder nor a regular file")
     else:
@@ -128,7 +129,8 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
         else:
             path = _decompressed(source, scratch)
             members = _tar_members(path, source)
-        places, refused = _walk_archive(members, source.stat().st_mtime_ns, f"{inside}/" if inside else "")
+        prefix, modified = f"{inside}/" if inside else "", source.stat().st_mtime_ns
+        places, refused = _walk_archive(members, modified, prefix, hidden)
     where = f"{source}, folder {inside}" if inside else f"{source}"
     try:
         names, labels, classes, stray = label_names(sorted(places))
@@ -144,15 +146,18 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
             images.append(image)
         else:
             refused.append(RefusedFile(name, f"{image.length:,} bytes: more than the limit of {limit:,}"))
-    return Inputs(path, images, classes, sorted(refused))
+    left_out = (
+        f"{len(hidden)} hidden or system files and folders, for example {min(hidden)}" if hidden else ""
+    )
+    return Inputs(path, images, classes, sorted(refused), left_out=left_out)
 
 
-def _walk_folder(folder: Path) -> tuple[dict[str, _Place], list[RefusedFile]]:
+def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], list[RefusedFile]]:
     if not folder.is_dir():
         raise ValueError(f"SRC {folder} is not a folder")
     places: dict[str, _Place] = {}
     refused = []
-    for name in list_folder(folder):
+    for name in list_folder(folder, hidden):
         path = folder / name
         try:
             found = path.stat()
@@ -168,16 +173,19 @@ def _walk_folder(folder: Path) -> tuple[dict[str, _Place], list[RefusedFile]]:
 
 
 def _walk_archive(
-    members: Iterable[_Member], modified: int, prefix: str
+    members: Iterable[_Member], modified: int, prefix: str, hidden: list[str]
 ) -> tuple[dict[str, _Place], list[RefusedFile]]:
     """Sorts the members of an archive below `prefix` into files and refused ones; of equal names the last counts."""
     places: dict[str, _Place] = {}
+    tops: set[str] = set()  # hidden files and folders
     refused = []
     for raw_name, kind, place, length, target in members:
         name = _tidy(raw_name)
-        if kind == "folder" or _is_hidden(name):
+        if kind == "folder":
             continue
-        if raw_name.startswith("/") or ".." in raw_name.split("/"):
+        if top := _hidden_top(name):
+            tops.add(top)
+        elif raw_name.startswith("/") or ".." in raw_name.split("/"):
             refused.append(RefusedFile(raw_name, "unsafe name"))
         elif kind == "file":
             places[name] = (place, length, modified)
@@ -188,6 +196,7 @@ def _walk_archive(
     if prefix:
         places = {name[len(prefix) :]: place for name, place in places.items() if name.startswith(prefix)}
         refused = [RefusedFile(file[len(prefix) :], why) for file, why in refused if file.startswith(prefix)]
+    hidden += [top[len(prefix) :] for top in tops if top.startswith(prefix)]
     return places, refused
 
 
@@ -200,8 +209,13 @@ def _tar_members(path: Path, source: Path) -> Iterator[_Member]:
 def _zip_members(path: Path) -> Iterator[_Member]:
     try:
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                yield info.filename, "folder" if info.is_dir() else "file", info, info.file_size, ""
+            entries = archive.infolist()
+            slashes = any("/" in info.filename for info in entries)
+            for info in entries:
+                name = info.filename
+                if info.create_system == 0 or not slashes:  # on Windows .NET 4.5 wrote backslashes
+                    name = name.replace("\\", "/")
+                yield name, "folder" if name.endswith("/") else "file", info, info.file_size, ""
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ValueError(f"SRC {path} is a damaged or unusual zip: {error}") from None
     except OSError as error:
@@ -219,9 +233,13 @@ def _tidy(name: str) -> str:
     return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
-def _is_hidden(name: str) -> bool:
+def _hidden_top(name: str) -> str:
+    """The name up to its first hidden part; "" if it has none."""
     parts = name.split("/")
-    return parts[0] == "__MACOSX" or any(part.startswith(".") and part != ".." for part in parts)
+    for i, part in enumerate(parts):
+        if part != ".." and is_hidden(part):
+            return "/".join(parts[: i + 1])
+    return ""
 
 
 def _decompressed(source: Path, scratch: Path) -> Path:

@@ -69,7 +69,7 @@ def list_data_set(source: Path) -> Inputs:
         found.classes,
         refused,
         is_data_set=True,
-        left_out=tuple(left_out),
+        left_out=", ".join(left_out),
         fingerprint=found.fingerprint,
         proven=bool(made_with.get("decode")),
     )

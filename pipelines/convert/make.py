@@ -93,7 +93,7 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
                         dst.rmdir()
             raise
         if inputs.left_out:
-            say(f"left out: {', '.join(inputs.left_out)}")
+            say(f"left out: {inputs.left_out}")
         start = time.perf_counter()
         todo = [task for part in tasks.values() for task in part if read_note(task) is None]
         _run(todo, options.workers, len(inputs.images))

@@ -9,15 +9,27 @@ import numpy as np
 from byolt.pipelines.formats.encoded import inspect
 
 _NAMED = 5  # unreadable files that an error lists
+_SYSTEM_FOLDERS = frozenset(
+    ("@eaDir", "__MACOSX", "lost+found")
+)  # Synology's thumbnails; macOS's metadata; fsck's
 
 
-def list_folder(folder: Path) -> list[str]:
-    """Sorted relative names of all files; links to files and folders are followed, hidden ones ignored.
+def is_hidden(part: str) -> bool:
+    """Whether a part of a path is hidden, or a folder of thumbnails, metadata or lost files that a system made."""
+    return part.startswith(".") or part in _SYSTEM_FOLDERS
 
-    Within a class folder a real folder is entered once, whatever links lead to it; what cannot be entered or looked
-    at is listed as if it were a file, for whoever reads it to refuse.
+
+def list_folder(folder: Path, hidden: list[str] | None = None) -> list[str]:
+    """Sorted relative names of all files; links to files and folders are followed.
+
+    Within a class folder a real folder is entered once, whatever links lead to it. A folder that cannot be entered is
+    listed as if it were a file; its reader refuses it.
+
+    Args:
+        folder: Where to begin.
+        hidden: Receives the names of the files and folders that are left out, see `is_hidden`.
     """
-    return sorted(_walk(folder, "", set()))
+    return sorted(_walk(folder, "", set(), [] if hidden is None else hidden))
 
 
 def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
@@ -54,7 +66,7 @@ def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | Non
     return classed, labels, classes, [name for name in names if "/" not in name]
 
 
-def _walk(root: Path, inside: str, entered: set[str]) -> list[str]:
+def _walk(root: Path, inside: str, entered: set[str], hidden: list[str]) -> list[str]:
     real = os.path.realpath(root / inside)
     if real in entered:  # a link to where we are, or were
         return []
@@ -62,11 +74,12 @@ def _walk(root: Path, inside: str, entered: set[str]) -> list[str]:
     names = []
     for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
         name = f"{inside}/{entry.name}" if inside else entry.name
-        if entry.name.startswith("."):
+        if is_hidden(entry.name):
+            hidden.append(name)
             continue
         try:
             within = entered if inside else {real}  # each class folder on its own
-            names += _walk(root, name, within) if entry.is_dir() else [name]
+            names += _walk(root, name, within, hidden) if entry.is_dir() else [name]
         except OSError:  # a link to itself, or a folder without permission
             names.append(name)
     return names
