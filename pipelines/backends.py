@@ -1,4 +1,4 @@
-"""Which back end makes the views: data.backend's, or the data set in memory, and the sentence that says so."""
+"""Chooses the back end that makes the views: DALI or torch (data.backend), or the decoded data set in memory."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -14,20 +14,36 @@ from byolt.pipelines.views import ViewParams
 
 
 class Backend(Protocol):
-    """What decodes and augments: both views of N encoded images, as TorchBackend documents it."""
+    """Decodes and augments: makes both views of N encoded images."""
 
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
-    ) -> tuple[Tensor, Tensor]: ...
+    ) -> tuple[Tensor, Tensor]:
+        """Decodes each image once and makes both views of it.
+
+        Args:
+            encoded: N encoded images that passed `formats.encoded.inspect`.
+            params1: parameters of N first views.
+            params2: parameters of N second views.
+
+        Returns:
+            Two normalized (N, 3, size, size) tensors in channels_last memory on the device; on a GPU they are ready
+            when the current stream reaches this point.
+
+        Raises:
+            UndecodableError: names the images of the batch that do not decode. The back end stays usable.
+        """
+        ...
 
 
 def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The back end that data.backend asks for, and one sentence that says which it is and why.
+    """The back end that data.backend selects, and a sentence that says which it is and why.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
+    reason = f"data.backend={choice}: torch on the CPU, {threads} threads"
     if choice != "torch":
         try:
             from byolt.pipelines.dali_backend import DaliBackend
@@ -36,27 +52,26 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
             if choice == "dali":
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
-            return TorchBackend(config.augment, device, dtype, threads), reason
-        why = ", because it is installed" if choice == "auto" else ""
-        reason = f"data.backend={choice}: DALI on the {_place(device)}{why}, {threads} threads"
-        return DaliBackend(config.augment, device, dtype, threads), reason
-    reason = f"data.backend=torch: torch on the CPU, {threads} threads"
+        else:
+            why = ", because it is installed" if choice == "auto" else ""
+            reason = f"data.backend={choice}: DALI on the {_place(device)}{why}, {threads} threads"
+            return DaliBackend(config.augment, device, dtype, threads), reason
     return TorchBackend(config.augment, device, dtype, threads), reason
 
 
 def make_resident(
     config: Config, source: Source, device: torch.device, dtype: torch.dtype
 ) -> tuple[Resident, str] | None:
-    """The decoded data set in memory and one sentence about it; None where the images are to stay encoded.
+    """The decoded data set in memory and a sentence that says so; None if the images stay encoded.
 
     Args:
-        config: the run; data.resident decides, and data.backend=torch keeps no images.
+        config: the run; data.resident decides, and data.backend=torch always decodes anew.
         source: the data set.
-        device: where the views are made and delivered.
+        device: makes and receives the views.
         dtype: float32, float16 or bfloat16.
 
     Raises:
-        ValueError: no image decodes, or they do not fit into the memory.
+        ValueError: no image decodes, or the pixels do not fit into memory.
     """
     if config.data.backend == "torch" or not is_wanted(config.data, source):
         return None

@@ -1,8 +1,8 @@
-"""Batches for the training step: ids from the order, bytes from the source, views from a back end, made ahead.
+"""Makes batches ahead of the training step: ids from `order`, bytes from a source, parameters from `views`, a back end.
 
-A thread of its own reads, checks, draws and augments `prefetch` micro-batches ahead of the step; on a GPU, on a stream
-of its own, so that the step never queues behind the decoding of a later batch. What the step waited for is measured.
-The loader has no state but the number of the next step: batch k is the same in any run.
+A thread reads, checks, samples parameters and augments `data.prefetch` micro-batches ahead of the step; on a GPU it
+uses a stream of its own, so that the step never queues behind the decoding of a later batch. The only state is the
+number of the next step: batch k is the same in any run.
 """
 
 import queue
@@ -33,7 +33,7 @@ from byolt.pipelines.views import ViewParams, draw_both
 class Batch(NamedTuple):
     """One micro-batch of one rank, on its device."""
 
-    view1: Tensor  # (n, 3, size, size), normalised, channels_last
+    view1: Tensor  # (n, 3, size, size), normalized, channels_last
     view2: Tensor
     label: Tensor  # (n,) int64 on the CPU; -1 where the image has no label
     id: Tensor  # (n,) int64 on the CPU: sample ids
@@ -48,15 +48,15 @@ class CorruptBudgetError(Exception):
 
 
 class Loader:
-    """Iterates over the micro-batches of one rank from a given step on, without an end.
+    """Iterates over the micro-batches of one rank, endlessly, from a given step on.
 
-    Step k of the run consists of `accumulation` consecutive micro-batches. It is a context manager: its thread begins
-    to make batches when it is entered, and ends when it is left.
+    Step k of the run consists of `train.accumulation` consecutive micro-batches. The loader is a context manager: its
+    thread starts on entering and stops on leaving.
 
-    `waited` is the time for which the step's thread found no batch in the queue. On a GPU that is not all: a batch is
-    handed over as soon as its work is queued, and if the loader's stream is not done with it, the step's stream waits
-    on the device, which no clock of the host sees. How much is lost altogether is the stall that tools/bench.py
-    measures: loader and step together against the slower of the two alone.
+    Attributes:
+        waited: Seconds that the step's thread waited for a batch. On a GPU the step's stream can wait as well, unseen
+            by the host: a batch is delivered as soon as its work is queued. tools/bench.py measures both, as
+            the stall: loader and step together against the slower of the two alone.
     """
 
     def __init__(
@@ -79,13 +79,12 @@ class Loader:
             rank: this process, 0 <= rank < world_size.
             world_size: processes that share each global batch.
             first_step: the step of the run to begin with.
-            corrupt_log: file to which each undecodable image is appended as a JSON line. With a `first_step` above
-                0 those that this rank has listed count already and are not listed again.
-            device: the GPU to which the back end delivers, for a stream of its own; else batches are made on the
-                default stream.
+            corrupt_log: file that gets a JSON line for each undecodable image. With a `first_step` above 0, the images
+                that this rank has listed count from the start and are not listed again.
+            device: the GPU to which the back end delivers; batches are then made on a stream of their own.
 
         Raises:
-            ValueError: the batch does not fit the data set or the number of ranks.
+            ValueError: the batch is larger than the data set, or not divisible by the number of ranks.
         """
         order.steps_per_epoch(len(source), config.train.batch_size)
         self._config, self._source = config, source
@@ -96,7 +95,7 @@ class Loader:
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
         self._reader = ParallelReader(source, config.data.threads)
-        self.waited = 0.0  # seconds the consumer has waited for the queue, in all
+        self.waited = 0.0
         on_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None
         self._queue: queue.Queue[tuple[Batch, torch.cuda.Event | None] | BaseException] = queue.Queue(
@@ -111,14 +110,14 @@ class Loader:
 
     @property
     def corrupt_count(self) -> int:
-        """Different undecodable images that this rank has met so far."""
+        """Number of different undecodable images that this rank has met."""
         return len(self._corrupt)
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Yields one list of `accumulation` micro-batches per training step.
 
         Raises:
-            RuntimeError: the loader was not entered: no batch would ever come.
+            RuntimeError: the loader was not entered, so no batch would ever come.
         """
         if self._thread.ident is None:
             raise RuntimeError("a Loader makes batches only inside its with statement")
@@ -144,7 +143,7 @@ class Loader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stops the thread; batches made ahead are dropped."""
+        """Stops the thread and drops the batches made ahead."""
         self._stop.set()
         while self._thread.is_alive():
             with suppress(queue.Empty):
@@ -152,23 +151,23 @@ class Loader:
         self._reader.close()
 
     def _produce(self, make: _Make, broken: Mapping[int, str]) -> None:
-        """The thread: `make` makes the batches; `broken` is what is known to be undecodable before the first."""
+        """Runs in the thread. `make` makes the batches; `broken` are the images already known to be undecodable."""
         try:
             self._check_budget()
             for number in sorted(broken.keys() - self._corrupt.keys()):
                 if number % self._world_size == self._rank:  # every rank has decoded the whole data set
                     self._count_corrupt(number, broken[number])
-            with torch.cuda.stream(self._stream):  # which changes nothing where it is None
+            with torch.cuda.stream(self._stream):  # None changes nothing
                 while not self._stop.is_set():
                     for ids, epoch in self._micro_batches(self._next_step):
                         batch = make(ids, epoch)
                         self._queue.put((batch, self._stream.record_event() if self._stream else None))
                     self._next_step += 1
-        except BaseException as error:  # whatever it is, the step that waits for the batch must see it
+        except BaseException as error:  # of any kind: the waiting step must see it
             self._queue.put(error)
 
     def _micro_batches(self, step: int) -> Iterator[tuple[_Ids, int]]:
-        """This rank's share of a global batch, and its epoch: micro-batch j of rank r is row j * ranks + r."""
+        """This rank's micro-batches of a global batch, and the epoch: micro-batch j of rank r is row j * ranks + r."""
         config = self._config
         epoch, place = order.position(step, len(self._source), config.train.batch_size)
         ids = order.global_batch(
@@ -187,7 +186,7 @@ class Loader:
             ids, encoded = self._read_sound(ids)
             try:
                 return self._batch(ids, backend(encoded, *self._draw(ids, epoch)))
-            except UndecodableError as error:  # a sound header and broken data: known only now
+            except UndecodableError as error:  # a valid header, but damaged pixels
                 for place, reason in error.reasons.items():
                     self._count_corrupt(int(ids[place]), reason)
 
@@ -199,7 +198,7 @@ class Loader:
         return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))
 
     def _read_sound(self, ids: _Ids) -> tuple[_Ids, list[bytes]]:
-        """The bytes of every id; an unsound image is replaced by the next sound one, whichever rank reads it."""
+        """The bytes of every id; a damaged image is replaced by the next sound one, the same one on any rank."""
         sound, encoded = ids.copy(), []
         for place, data in enumerate(self._reader(ids.tolist(), unwanted=self._corrupt)):
             number = int(ids[place])
@@ -211,7 +210,7 @@ class Loader:
         return sound, encoded
 
     def _is_sound(self, number: int, data: bytes) -> bool:
-        """Whether these bytes are what the index says of a sample; counts it if not."""
+        """Whether the bytes are an image of the indexed size; counts the sample if not."""
         if number in self._corrupt:
             return False
         try:
@@ -222,7 +221,7 @@ class Loader:
         return True
 
     def _listed(self, first_step: int) -> dict[int, str]:
-        """What an earlier process of this run has found; lines that a kill cut short are left out."""
+        """The undecodable images that an earlier process of this run listed; skips lines that a kill cut short."""
         if not first_step or not self._corrupt_log:
             return {}
         rows = read_rows(self._corrupt_log, id=int, rank=int, reason=str)
@@ -237,7 +236,7 @@ class Loader:
         self._check_budget()
 
     def _check_budget(self) -> None:
-        """Raises CorruptBudgetError if too many images are undecodable, or none is left."""
+        """Raises CorruptBudgetError if too many images are undecodable, or all."""
         if len(self._corrupt) <= self._config.data.max_corrupt and len(self._corrupt) < len(self._source):
             return
         number, reason = next(reversed(self._corrupt.items()), (0, ""))
@@ -245,7 +244,7 @@ class Loader:
         if self._listed_before:
             earlier = (
                 f"; {self._listed_before} of them were listed before this start: if they have been repaired, "
-                f"remove {self._corrupt_log} to go on"
+                f"remove {self._corrupt_log} to continue"
             )
         path, allowed = self._config.data.path, self._config.data.max_corrupt
         if len(self._corrupt) < len(self._source):

@@ -1,8 +1,9 @@
-"""The manifest of a data set: what is in which shard.
+"""The manifest of a data set: its shards, and the offset, size and label of every sample.
 
-A data set is a folder: shards (tars in WebDataset form, or .beton files), `samples.npy` (a SAMPLE record for each,
-opened by mmap) and `manifest.json`, which is written last and by rename: where it is, the data set is complete. With
-offset and length of every image a shard is as random-access as an array, so one global shuffle serves every source.
+A data set is a folder of shards (WebDataset tars or .beton files) with `samples.npy` (one SAMPLE record per sample,
+opened by mmap) and `manifest.json`, which is written last and by rename: a data set with a manifest is complete. The
+offset and length of every image make a shard as random-access as an array, so one global shuffle serves every source.
+`convert` writes manifests; `sources` opens shards by them.
 """
 
 import hashlib
@@ -10,13 +11,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from byolt.files.atomic import writing
-from byolt.pipelines.formats.index import SAMPLE, UNLABELLED
+from byolt.pipelines.formats.index import SAMPLE, UNLABELED
 
 FORMAT = "byolt-shards"
 VERSION = 1
@@ -38,13 +40,13 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in a data set.
+    """The contents of a data set.
 
     Attributes:
         shards: In the order of the samples.
         samples: SAMPLE records, shape (num_samples,), sorted by (shard, offset).
-        classes: Name of each label, or None where there are none.
-        settings: What the data set was made with; free-form, for people and for resuming.
+        classes: Name of each label, or None.
+        settings: The settings of the conversion; free-form, for people and for resuming.
     """
 
     shards: list[Shard]
@@ -54,10 +56,10 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
-        """Opens `manifest.json` and maps `samples.npy`; the shards themselves are not touched.
+        """Opens `manifest.json` and maps `samples.npy`, without opening the shards.
 
         Raises:
-            ValueError: Missing, not a manifest, or contradicting itself; names file, value and remedy.
+            ValueError: The manifest is missing, damaged or inconsistent; names file, value and remedy.
         """
         path = Path(folder) / MANIFEST
         try:
@@ -78,22 +80,17 @@ class Manifest:
             stated, sha256 = raw["num_samples"], raw["samples_sha256"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} lacks {error}: {_REMEDY}") from None
+        refuse = partial(_refuse, path)
         for shard in shards:
-            if not all(isinstance(x, int) and 0 <= x < 2**62 for x in (shard.size, shard.samples)):
-                raise ValueError(f"{path}: shard {shard.name!r} has no sound size or count: {_REMEDY}")
-            if not _is_file_name(shard.name):
-                raise ValueError(f"{path}: {shard.name!r} is no plain file name: {_REMEDY}")
-        if classes is not None and not (
-            isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-        ):
-            raise ValueError(f"{path}: classes are neither null nor a list of names: {_REMEDY}")
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: settings are {settings!r}, not an object: {_REMEDY}")
+            sound = all(isinstance(x, int) and 0 <= x < 2**62 for x in (shard.size, shard.samples))
+            refuse(not sound, f"shard {shard.name!r} has an invalid size or count")
+            refuse(not _is_file_name(shard.name), f"{shard.name!r} is not a plain file name")
+        names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+        refuse(classes is not None and not names, "classes are neither null nor a list of names")
+        refuse(not isinstance(settings, dict), f"settings are {settings!r}, not an object")
         manifest = cls(shards, _map_samples(path.with_name(SAMPLES), sha256), classes, settings)
-        if len(manifest.samples) != stated:
-            raise ValueError(
-                f"{path} states {stated} samples, {SAMPLES} has {len(manifest.samples)}: {_REMEDY}"
-            )
+        found = len(manifest.samples)
+        refuse(found != stated, f"states {stated} samples, {SAMPLES} has {found}")
         manifest.validate(path)
         return manifest
 
@@ -102,7 +99,7 @@ class Manifest:
 
         Raises:
             ValueError: The records contradict the shards.
-            OSError: The disk is full, or the folder is not writable; nothing half-written has a final name.
+            OSError: The disk is full, or the folder is not writable; no incomplete file has its final name.
         """
         folder = Path(folder)
         self.validate(folder / MANIFEST)
@@ -122,57 +119,49 @@ class Manifest:
             file.write(json.dumps(content, indent=1).encode() + b"\n")
 
     def by_shard(self) -> Iterator[tuple[Shard, int, np.ndarray]]:
-        """Each shard with the number of its first sample and its records, in the order of the samples."""
+        """Yields each shard with the number of its first sample and its records."""
         first = 0
         for shard in self.shards:
             yield shard, first, self.samples[first : first + shard.samples]
             first += shard.samples
 
     def validate(self, path: Path) -> None:
-        """Raises ValueError, naming `path`, where records and shards do not fit together."""
-        samples = self.samples
-        if samples.dtype != SAMPLE or samples.ndim != 1:
-            raise ValueError(f"{path}: records are {samples.dtype}, shape {samples.shape}: {_REMEDY}")
-        if not len(samples):
-            raise ValueError(f"{path}: the data set has no samples: {_REMEDY}")
+        """Raises ValueError, naming `path`, if records and shards do not match."""
+        samples, refuse = self.samples, partial(_refuse, path)
+        shape = f"{samples.dtype}, shape {samples.shape}"
+        refuse(samples.dtype != SAMPLE or samples.ndim != 1, f"records are {shape}")
+        refuse(not len(samples), "the data set has no samples")
         names = [shard.name for shard in self.shards]
-        if len(set(names)) != len(names):
-            raise ValueError(f"{path}: a shard is named twice: {_REMEDY}")
-        if samples["shard"].max() >= len(names):
-            raise ValueError(
-                f"{path}: a sample lies in shard {samples['shard'].max()} of {len(names)}: {_REMEDY}"
-            )
-        counts = np.bincount(samples["shard"], minlength=len(names))
-        sizes = np.array([shard.size for shard in self.shards], np.uint64)
-        for stated, count in zip(self.shards, counts, strict=True):
-            if stated.samples != count:
-                raise ValueError(
-                    f"{path}: {stated.name} states {stated.samples} samples, records say {count}: {_REMEDY}"
-                )
-        room = sizes[samples["shard"]]
-        outside = np.flatnonzero(
-            (samples["length"] > room) | (samples["offset"] > room - np.minimum(samples["length"], room))
-        )
-        if len(outside):
-            name = names[samples["shard"][outside[0]]]
-            raise ValueError(f"{path}: sample {outside[0]} lies outside {name}: {_REMEDY}")
-        shard, offset = samples["shard"], samples["offset"]
+        refuse(len(set(names)) != len(names), "a shard is listed twice")
+        shard, offset, length = samples["shard"], samples["offset"], samples["length"]
+        refuse(shard.max() >= len(names), f"a sample is in shard {shard.max()} of {len(names)}")
+        for stated, count in zip(self.shards, np.bincount(shard, minlength=len(names)), strict=True):
+            text = f"{stated.name} states {stated.samples} samples, but has {count} records"
+            refuse(stated.samples != count, text)
+        room = np.array([shard.size for shard in self.shards], np.uint64)[shard]
+        outside = (length > room) | (offset > room - np.minimum(length, room))
+        first = int(outside.argmax())
+        refuse(outside.any(), f"sample {first} is outside {names[shard[first]]}")
         ahead = (shard[1:] > shard[:-1]) | (shard[1:] == shard[:-1]) & (offset[1:] > offset[:-1])
-        if not ahead.all():
-            raise ValueError(f"{path}: sample {np.argmin(ahead) + 1} is out of order: {_REMEDY}")
-        if not (samples["height"].all() and samples["width"].all() and samples["length"].all()):
-            raise ValueError(f"{path}: a sample has zero length, height or width: {_REMEDY}")
+        refuse(not ahead.all(), f"sample {int((~ahead).argmax()) + 1 if len(ahead) else 0} is out of order")
+        sizes = samples["height"].all() and samples["width"].all() and length.all()
+        refuse(not sizes, "a sample has zero length, height or width")
         labels = len(self.classes) if self.classes is not None else np.iinfo(np.int32).max
-        if samples["label"].min() < UNLABELLED or samples["label"].max() >= labels:
-            raise ValueError(f"{path}: a label lies outside the {labels} classes: {_REMEDY}")
+        inside = samples["label"].min() >= UNLABELED and samples["label"].max() < labels
+        refuse(not inside, f"a label is outside the {labels} classes")
+
+
+def _refuse(path: Path, bad: object, problem: str) -> None:
+    if bad:
+        raise ValueError(f"{path}: {problem}: {_REMEDY}")
 
 
 def _is_file_name(name: object) -> bool:
-    """Whether it names a file inside the folder of the manifest, and nothing else."""
+    """Whether `name` names a file directly in the manifest's folder."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\0"):
         return False
     try:
-        os.fsencode(name)  # JSON may hold half a character (a lone surrogate)
+        os.fsencode(name)  # JSON can contain a lone surrogate
     except UnicodeEncodeError:
         return False
     return True
@@ -183,17 +172,17 @@ def _map_samples(path: Path, sha256: str) -> np.ndarray:
         samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {_REMEDY}") from None
-    except Exception as error:  # whatever numpy's reader makes of foreign bytes
+    except Exception as error:  # numpy raises many kinds of errors on damaged bytes
         raise ValueError(f"{path} cannot be read ({error}): {_REMEDY}") from None
     if not isinstance(samples, np.ndarray) or samples.dtype != SAMPLE:
-        raise ValueError(f"{path} is no array of sample records: {_REMEDY}")
+        raise ValueError(f"{path} is not an array of sample records: {_REMEDY}")
     if hashlib.sha256(np.ascontiguousarray(samples).data).hexdigest() != sha256:
         raise ValueError(f"{path} does not have the sha256 that {MANIFEST} states: {_REMEDY}")
     return samples
 
 
 def join(records: Iterable[np.ndarray]) -> np.ndarray:
-    """Joins the records of consecutive shards, numbering `shard` from 0."""
+    """Concatenates the records of consecutive shards and numbers `shard` from 0."""
     parts = [part.copy() for part in records]
     for number, part in enumerate(parts):
         part["shard"] = number

@@ -1,11 +1,11 @@
-"""Which samples make global step k: a pure function of (seed, epoch, step), the same on any number of ranks.
+"""Orders the samples: the ids of global step k are a pure function of (seed, epoch, step), for any number of ranks.
 
     epoch e:   order(e) = [ s0 s1 s2 ... s(n-1) ]                     every sample once
-               step k   = order(e)[k*B : (k+1)*B]                     k < n // B; the rest of n % B samples is left
-               rank r   = step k [r*b : (r+1)*b],  b = B / ranks      out of this epoch, other ones in the next
+               step k   = order(e)[k*B : (k+1)*B]                     k < n // B; the last n % B samples are dropped,
+               rank r   = step k [r*b : (r+1)*b],  b = B / ranks      different ones in each epoch
 
-A run of E epochs takes int(E * n / B) steps, as the reference counts them: what the dropped rests cost is made up
-at the end by a few steps of one more epoch.
+A run of E epochs takes int(E * n / B) steps, as in the reference; the steps that dropping costs are made up by a few
+steps of one more epoch.
 """
 
 from functools import lru_cache
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from byolt.pipelines.philox import ORDER_STREAM, random_bits
 
 Mode = Literal["full", "block"]
-BLOCK = 256  # consecutive samples that stay together in a block: 28 MB of ImageNet in one read
-WINDOW = 64  # blocks that are shuffled into one another: 16,384 samples
+BLOCK = 256  # consecutive samples: 28 MB of ImageNet in one read
+WINDOW = 64  # blocks whose samples are shuffled together: 16,384 samples
 
 
 def steps_per_epoch(num_samples: int, batch_size: int) -> int:
@@ -51,24 +51,24 @@ def global_batch(
         step: 0-based within the epoch, below num_samples // batch_size.
         num_samples: size of the data set.
         batch_size: images of all ranks together.
-        mode: "full": a permutation of everything. "block": blocks of 256 consecutive samples are shuffled, then
-            the samples of every 64 blocks among themselves: reads stay near one another.
+        mode: "full": a permutation of all samples. "block": blocks of 256 consecutive samples are shuffled, then the
+            samples within every 64 blocks, so that consecutive reads are near each other.
 
     Returns:
-        (batch_size,) int64, all different; the steps of an epoch share no id.
+        (batch_size,) int64, all different; no two steps of an epoch share an id.
 
     Raises:
         ValueError: step or batch size out of range.
     """
     steps = steps_per_epoch(num_samples, batch_size)
     if not 0 <= step < steps:
-        raise ValueError(f"step {step} is outside of the epoch's {steps} steps")
+        raise ValueError(f"step {step} is outside the epoch's {steps} steps")
     return _epoch_order(seed, epoch, num_samples, mode)[step * batch_size : (step + 1) * batch_size]
 
 
 @lru_cache(maxsize=2)
 def _epoch_order(seed: int, epoch: int, num_samples: int, mode: Mode) -> npt.NDArray[np.int64]:
-    """(num_samples,) int64: the permutation of one epoch. 1.28 M samples take half a second, once an epoch."""
+    """The permutation of one epoch, (num_samples,) int64: half a second for 1.28 M samples."""
     if mode == "full":
         order = _shuffled(seed, epoch, np.arange(num_samples), slot=0)
     elif mode == "block":
@@ -79,11 +79,11 @@ def _epoch_order(seed: int, epoch: int, num_samples: int, mode: Mode) -> npt.NDA
         order = np.concatenate([_shuffled(seed, epoch, window, slot=0) for window in windows])
     else:
         raise ValueError(f'order mode {mode!r} is neither "full" nor "block"')
-    order.flags.writeable = False  # shared by every caller of the cache
+    order.flags.writeable = False  # every caller of the cache shares it
     return order
 
 
 def _shuffled(seed: int, epoch: int, ids: npt.NDArray[np.int64], slot: int) -> npt.NDArray[np.int64]:
-    """The ids sorted by 64 random bits that belong to each of them."""
+    """The ids sorted by 64 random bits of each."""
     bits = random_bits(seed, epoch, ids, ORDER_STREAM, 2 * slot + 2)[2 * slot :]
     return ids[np.argsort(bits[0] << np.uint64(32) | bits[1], kind="stable")]

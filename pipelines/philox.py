@@ -1,8 +1,8 @@
-"""Random numbers without a state: Philox4x32-10 of (seed, epoch, sample id, stream, slot), vectorised.
+"""Stateless random numbers for `order` and `views`: Philox4x32-10 of (seed, epoch, sample id, stream, slot).
 
-A number depends on its address alone, so it is the same on any rank, in any batch and after any restart; and,
-unlike numpy's own generators, it cannot change with a numpy release. Source: Salmon et al., "Parallel random
-numbers: as easy as 1, 2, 3", SC 2011; the known-answer vectors of its authors are in the tests.
+A number depends only on this address, so it is the same on any rank, in any batch and after any restart. Unlike numpy's
+generators, it cannot change with a numpy release. Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3",
+SC 2011; the authors' known-answer vectors are in the tests.
 """
 
 import numpy as np
@@ -22,11 +22,11 @@ def philox4x32(
     """Ten rounds of Philox4x32.
 
     Args:
-        counter: four arrays of one shape, uint64 that hold 32-bit values.
+        counter: four uint64 arrays of one shape with 32-bit values.
         key: two 32-bit numbers.
 
     Returns:
-        Four arrays of that shape: uint64 that hold 32 random bits each.
+        Four uint64 arrays of that shape with 32 random bits each.
     """
     c0, c1, c2, c3 = counter
     for turn in range(10):
@@ -47,8 +47,8 @@ def random_bits(
         seed: 0 <= seed < 2**63.
         epoch: 0 <= epoch < 2**32.
         ids: (N,) sample ids, 0 <= id < 2**63.
-        stream: 0 to 65535; separates the views from one another and from the order.
-        slots: how many numbers a sample needs.
+        stream: 0 to 65535; one for each view and one for the order.
+        slots: numbers per sample.
 
     Returns:
         (slots, N) uint64, values below 2**32.

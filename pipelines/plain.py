@@ -1,4 +1,4 @@
-"""Images without augmentation, for evaluation: the centre square, resized and normalised."""
+"""Images without augmentation, for evaluation."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,15 @@ from byolt.pipelines.torch_backend import resize_bicubic
 def plain_images(
     source: Source, ids: npt.NDArray[np.int64], config: Config, batch_size: int = 256
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Unaugmented images for evaluation: the centre square, resized and normalised.
+    """Yields the center square of each image, resized and normalized.
 
-    The square is the central 7/8 of the short side, rounded and placed as the reference does
-    (byol/utils/dataset.py); of an image no larger than a view it is the whole short side.
+    The square is the central 7/8 of the short side, rounded and placed as in the reference (byol/utils/dataset.py); of
+    an image no larger than a view it is the whole short side.
 
     Args:
-        source: labelled images; an undecodable one is left out.
-        ids: which of them.
-        config: size, mean and std of the run; data.threads work at a time.
+        source: labeled images; undecodable ones are left out.
+        ids: the samples.
+        config: size, mean and std of the run; data.threads threads decode.
         batch_size: images per batch.
 
     Yields:
@@ -37,8 +37,8 @@ def plain_images(
     def load(number: int) -> Tensor | None:
         data = source.read(number)
         try:
-            inspect(data)  # refuses what would take gigabytes to decode
-            return _centre(decode(data), config.augment.size)
+            inspect(data)  # refuses images that would take gigabytes
+            return _center(decode(data), config.augment.size)
         except ValueError:
             return None
 
@@ -53,7 +53,7 @@ def plain_images(
                 yield batch.permute(0, 3, 1, 2), torch.from_numpy(source.labels[part[kept]])
 
 
-def _centre(image: Tensor, size: int) -> Tensor:
+def _center(image: Tensor, size: int) -> Tensor:
     height, width = image.shape[:2]
     side = min(height, width)
     if side > size:

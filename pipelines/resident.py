@@ -1,7 +1,7 @@
-"""Small images, decoded once at the start and kept: a batch then costs its views alone.
+"""A back end for small images, which decodes the data set once at the start and keeps the pixels in memory.
 
-At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB. Where
-views are made on a GPU the pixels are kept there, and no sample is touched by Python.
+At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB. A GPU
+that makes the views keeps the pixels, and Python touches no single sample.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from torch import Tensor
 from byolt.configs.schema import AugmentConfig, DataConfig
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.formats.encoded import check
+from byolt.pipelines.kernels.inputs import Pixels
 from byolt.pipelines.kernels.memory import Memory
-from byolt.pipelines.kernels.recipe import Pixels
 from byolt.pipelines.sources import Source
 from byolt.pipelines.views import ViewParams
 
-SMALL = 96  # pixels: images with longer sides are cropped while they are decoded, and rarely fit
+SMALL = 96  # pixels; larger images are better cropped while they are decoded, and rarely fit
 LIMIT = 4 << 30  # bytes
 
 
 def is_wanted(data: DataConfig, source: Source) -> bool:
-    """What data.resident says; auto: no side is longer than SMALL, and the pixels stay below LIMIT."""
+    """Whether data.resident asks for it; auto: no side is longer than SMALL, and the pixels fit into LIMIT."""
     if data.resident != "auto":
         return data.resident == "always"
     longest = max(source.heights.max(), source.widths.max())
@@ -33,10 +33,10 @@ def is_wanted(data: DataConfig, source: Source) -> bool:
 
 
 class Resident:
-    """Both views of any samples of a data set whose pixels are all in memory.
+    """Makes both views of samples of a data set whose decoded pixels are in memory.
 
     Attributes:
-        broken: Reason by sample id: images that do not decode, or not to the size that the index states.
+        broken: Reason by sample id, of images that do not decode or differ in size from the index.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Resident:
         Args:
             source: The data set.
             augment: Profile and size of the views, mean and std.
-            device: Where pixels are kept and views are made.
+            device: Keeps the pixels and makes the views.
             dtype: Of the views: float32, float16 or bfloat16.
             threads: Threads that decode now and make views later.
 
         Raises:
-            ValueError: No image decodes, or the pixels do not fit into the memory.
+            ValueError: No image decodes, or the pixels do not fit into memory.
         """
         self._augment, self._device, self._dtype = augment, device, dtype
         self._pool = ThreadPoolExecutor(threads)
@@ -74,7 +74,7 @@ class Resident:
     def _allocate(self, size: int, device: torch.device) -> Tensor:
         try:
             return torch.zeros(size, dtype=torch.uint8, device=device)
-        except RuntimeError:  # torch.OutOfMemoryError is one; on the CPU there is no better name
+        except RuntimeError:  # includes torch.OutOfMemoryError; the CPU raises no narrower one
             gigabytes = f"{size / 1e9:.1f} GB of decoded images do not fit into the memory of {device}"
             raise ValueError(f"{gigabytes}: set data.resident=never") from None
 
@@ -90,13 +90,13 @@ class Resident:
             self._pixels.numpy()[start : start + image.size] = image.reshape(-1)
 
     def sound(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The same ids (N,), a broken image's replaced by the next sound one's."""
+        """The ids (N,) with each broken image replaced by the next sound one."""
         return self._instead[ids]
 
     def __call__(
         self, ids: npt.NDArray[np.int64], params1: ViewParams, params2: ViewParams
     ) -> tuple[Tensor, Tensor]:
-        """Makes both views of some samples; arguments and result as of TorchBackend, with ids (N,) for the bytes."""
+        """Makes both views of the samples `ids` (N,); otherwise as `backends.Backend`."""
         make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         pixels = Pixels(self._pixels.data_ptr() + self._starts[ids], self._boxes[ids])
         first, second = make(

@@ -1,8 +1,8 @@
-"""Where encoded images come from: one interface over tars, .beton files, a folder and made-up images.
+"""Sources: random access to encoded images in tars, .beton files or a folder, or synthetic ones, through one interface.
 
     len(source), source.read(i) -> bytes, source.labels | heights | widths, source.describe(i)
 
-A source gives random access; which sample is read when is the business of `order`.
+First on a batch's path: the loader reads the samples that `order` names, with `ParallelReader`.
 """
 
 import errno
@@ -21,20 +21,19 @@ import numpy as np
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.synthetic import SyntheticSource
-from byolt.pipelines.manifest import MANIFEST, Manifest, Shard
+from byolt.pipelines.manifest import MANIFEST, Manifest
 
-_NAMED = 5  # unreadable files that an error lists
-_SPARE_DESCRIPTORS = 256  # left for the rest of the process
+_SPARE_DESCRIPTORS = 256  # for the rest of the process
 
 
 class Source(Protocol):
     """Encoded images with their labels and sizes.
 
     Attributes:
-        labels: int64 (len,), -1 where a sample has none.
+        labels: int64 (len,), -1 for a sample without a label.
         heights: int64 (len,), pixels as stored, EXIF orientation ignored; widths likewise.
         classes: Name of each label, or None.
-        fingerprint: Hex digest of what the data set is; equal where a run may resume.
+        fingerprint: Hex digest that identifies the data set; a run resumes only if it is unchanged.
     """
 
     labels: np.ndarray
@@ -46,28 +45,28 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes:
-        """Encoded image `i`; safe from several threads and after a fork. Raises OSError naming the place."""
+        """Encoded image `i`; safe from several threads and after a fork. Raises OSError that names the place."""
         ...
 
     def describe(self, i: int) -> str:
-        """Where sample `i` is, for messages."""
+        """The place of sample `i`, for messages."""
         ...
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens what `path` names: a folder of shards, a folder of images, .beton files, or "synthetic:NUM:HxW".
+    """Opens a folder of shards, a folder of images, .beton files or "synthetic:NUM:HxW".
 
-    Several .beton files, separated by commas, are one data set in that order; "?image=FIELD&label=FIELD" behind them
-    names the fields to read, where the first of their type are not the ones.
+    Several .beton files, separated by commas, are one data set in that order. "?image=FIELD&label=FIELD" after them
+    names the fields to read instead of the first of their type.
 
     Raises:
-        ValueError: It is none of these, or the data set is damaged; names the path and the remedy.
+        ValueError: `path` is none of these, or the data set is damaged; names the path and the remedy.
     """
     text = os.fspath(path)
     if text.startswith("synthetic:"):
         match = re.fullmatch(r"synthetic:(\d+):(\d+)x(\d+)", text)
         if not match:
-            raise ValueError(f"data path {text!r}: synthetic images are written synthetic:NUM:HxW")
+            raise ValueError(f"data path {text!r}: write synthetic images as synthetic:NUM:HxW")
         return SyntheticSource(*map(int, match.groups()))
     folder = Path(text)
     files, fields = split_path(text)
@@ -82,159 +81,30 @@ def open_source(path: str | os.PathLike[str]) -> Source:
         return BetonFolder(folder) if is_beton else TarSource(folder)
     if any(folder.glob("*.tar")):
         raise ValueError(
-            f"data path {text!r} holds tars without {MANIFEST}: run tools/make_shards.py --index {text}"
+            f"data path {text!r} has tars but no {MANIFEST}: run tools/make_shards.py --index {text}"
         )
     if any(folder.glob("*.beton")):
-        raise ValueError(f"data path {text!r} holds .beton files: name them instead, separated by commas")
+        raise ValueError(f"data path {text!r} has .beton files: name the files, separated by commas")
     return FolderSource(folder)
 
 
-class TarSource:
-    """Shards with a manifest. Read by `os.pread`, never by mmap: a cut shard is an error, not SIGBUS."""
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        manifest = Manifest.load(self.folder)
-        self._shards = manifest.shards
-        self._samples = manifest.samples
-        check_sizes(self.folder, manifest)
-        self.paths = [self.folder / shard.name for shard in manifest.shards]
-        self.classes = manifest.classes
-        self.lengths = manifest.samples["length"].astype(np.int64)
-        self.labels = manifest.samples["label"].astype(np.int64)
-        self.heights = manifest.samples["height"].astype(np.int64)
-        self.widths = manifest.samples["width"].astype(np.int64)
-        self.fingerprint = _fingerprint(manifest)
-        self._descriptors: dict[int, int] = {}
-        self._lock = threading.Lock()
-        _allow_descriptors(len(self._shards) + _SPARE_DESCRIPTORS)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def read(self, i: int) -> bytes:
-        record = self._samples[i]
-        length, offset = int(record["length"]), int(record["offset"])
-        try:
-            data = os.pread(self._descriptor(int(record["shard"])), length, offset)
-        except OSError as error:
-            raise OSError(error.errno, f"{self._place(i)}: {error.strerror}") from error
-        if len(data) != length:
-            raise OSError(
-                f"{self._place(i)}: read {len(data)} of {length} bytes: the shard was cut since it was opened"
-            )
-        return data
-
-    def describe(self, i: int) -> str:
-        record = self._samples[i]
-        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
-
-    def _place(self, i: int) -> str:
-        return f"{self.folder}/{self.describe(i)}"
-
-    def _descriptor(self, shard: int) -> int:
-        descriptor = self._descriptors.get(shard)
-        if descriptor is None:
-            with self._lock:
-                if shard not in self._descriptors:
-                    self._descriptors[shard] = self._open(self._shards[shard])
-                descriptor = self._descriptors[shard]
-        return descriptor
-
-    def _open(self, shard: Shard) -> int:
-        """Opened when it is first read, perhaps days after the sizes were checked."""
-        descriptor = os.open(self.folder / shard.name, os.O_RDONLY | os.O_CLOEXEC)
-        found = os.fstat(descriptor).st_size
-        if found != shard.size:
-            os.close(descriptor)
-            raise OSError(
-                errno.ESTALE,
-                f"the shard has {found:,} bytes now, {MANIFEST} states {shard.size:,}: it was replaced",
-            )
-        return descriptor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TarSource, (self.folder,)
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
-
-
-class BetonFolder(BetonSource):
-    """.beton files with a manifest, as make_shards writes them: what is stated about them is compared."""
-
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Raises ValueError where a file is missing, damaged or not the one that the manifest describes."""
-        self.folder = Path(folder)
-        manifest = Manifest.load(self.folder)
-        check_sizes(self.folder, manifest)
-        _allow_descriptors(len(manifest.shards) + _SPARE_DESCRIPTORS)
-        super().__init__([self.folder / shard.name for shard in manifest.shards])
-        stated = manifest.samples["label"], manifest.samples["height"], manifest.samples["width"]
-        if not all(map(np.array_equal, stated, (self.labels, self.heights, self.widths))):
-            raise ValueError(
-                f"{self.folder}: labels or sizes are not those that {MANIFEST} states: "
-                f"tools/verify_shards.py {self.folder} says where"
-            )
-        self.classes = manifest.classes
-        self.fingerprint = _fingerprint(manifest)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return BetonFolder, (self.folder,)
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    identity = [[shard.name, shard.sha256] for shard in manifest.shards], manifest.classes
-    return hashlib.sha256(repr(identity).encode()).hexdigest()
-
-
-def check_sizes(folder: Path, manifest: Manifest) -> None:
-    """Raises ValueError where a shard is missing or has another size than its manifest states."""
-    for number, shard in enumerate(manifest.shards):
-        path = folder / shard.name
-        try:
-            found = path.stat().st_size
-        except OSError as error:
-            raise ValueError(
-                f"shard {path}: {error.strerror}: copy it again, or remake the data set"
-            ) from None
-        if found != shard.size:
-            samples = manifest.samples
-            ends = samples["offset"] + samples["length"]
-            lost = np.flatnonzero((samples["shard"] == number) & (ends > found))
-            first = f", from offset {samples['offset'][lost[0]]} on (sample {lost[0]})" if len(lost) else ""
-            raise ValueError(
-                f"shard {path} has {found:,} bytes, {MANIFEST} states {shard.size:,}{first}: "
-                "copy it again, or remake the data set with tools/make_shards.py"
-            )
-
-
-def _allow_descriptors(number: int) -> None:
-    """ImageNet is 550 shards of 256 MB; the usual soft limit of open files is 1,024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < number:
-        limit = number if hard == resource.RLIM_INFINITY else min(number, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-
-
 class ParallelReader:
-    """Reads samples of one source; close it to end its threads."""
+    """Reads samples of one source in threads; `close` ends them."""
 
     def __init__(self, source: Source, threads: int) -> None:
         """
         Args:
             source: the data set.
-            threads: reads under way at a time, at least 1; with 1 the caller's own thread reads.
+            threads: parallel reads, at least 1; with 1 the caller's own thread reads.
         """
         self._source, self._threads = source, threads
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
     def __call__(self, ids: Sequence[int], unwanted: Collection[int] = ()) -> Iterator[bytes]:
-        """The bytes of every sample in the order of `ids`; none (b"") of those that are unwanted.
+        """Yields the bytes of each sample in the order of `ids`; b"" for unwanted ones.
 
         Raises:
-            OSError: a sample cannot be read: the first such in the order of `ids`.
+            OSError: a sample cannot be read; the first such sample in the order of `ids`.
         """
 
         def read(part: Sequence[int]) -> list[bytes]:
@@ -252,3 +122,118 @@ class ParallelReader:
         """Ends the threads."""
         if self._pool:
             self._pool.shutdown()
+
+
+class TarSource:
+    """Tars with a manifest. Read by `os.pread`, not mmap: a cut shard is an error, not SIGBUS."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises ValueError if the manifest is damaged, or a shard is missing or has another size."""
+        self.folder = Path(folder)
+        manifest = _checked_manifest(self.folder)
+        self._shards, self._samples = manifest.shards, manifest.samples
+        self.paths = [self.folder / shard.name for shard in manifest.shards]
+        self.classes = manifest.classes
+        self.lengths, self.labels, self.heights, self.widths = (
+            manifest.samples[name].astype(np.int64) for name in ("length", "label", "height", "width")
+        )
+        self.fingerprint = _fingerprint(manifest)
+        self._descriptors: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, i: int) -> bytes:
+        record = self._samples[i]
+        length, offset = int(record["length"]), int(record["offset"])
+        try:
+            data = os.pread(self._descriptor(int(record["shard"])), length, offset)
+        except OSError as error:
+            raise OSError(error.errno, f"{self.folder}/{self.describe(i)}: {error.strerror}") from error
+        if len(data) != length:
+            place = f"{self.folder}/{self.describe(i)}"
+            raise OSError(
+                f"{place}: read {len(data)} of {length} bytes: the shard was cut since it was opened"
+            )
+        return data
+
+    def describe(self, i: int) -> str:
+        record = self._samples[i]
+        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
+
+    def _descriptor(self, number: int) -> int:
+        """Opens a shard at its first read, perhaps days after the sizes were checked."""
+        if number not in self._descriptors:
+            with self._lock:
+                if number not in self._descriptors:
+                    descriptor = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+                    found, stated = os.fstat(descriptor).st_size, self._shards[number].size
+                    if found != stated:
+                        os.close(descriptor)
+                        what = f"the shard has {found:,} bytes now, {MANIFEST} states {stated:,}: it was replaced"
+                        raise OSError(errno.ESTALE, what)
+                    self._descriptors[number] = descriptor
+        return self._descriptors[number]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TarSource, (self.folder,)
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+class BetonFolder(BetonSource):
+    """.beton files with a manifest, as make_shards writes them."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Raises ValueError if a file is missing, damaged or not the one that the manifest describes."""
+        self.folder = Path(folder)
+        manifest = _checked_manifest(self.folder)
+        super().__init__([self.folder / shard.name for shard in manifest.shards])
+        stated = manifest.samples["label"], manifest.samples["height"], manifest.samples["width"]
+        if not all(map(np.array_equal, stated, (self.labels, self.heights, self.widths))):
+            raise ValueError(
+                f"{self.folder}: labels or sizes differ from {MANIFEST}: "
+                f"tools/verify_shards.py {self.folder} says where"
+            )
+        self.classes = manifest.classes
+        self.fingerprint = _fingerprint(manifest)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return BetonFolder, (self.folder,)
+
+
+def _checked_manifest(folder: Path) -> Manifest:
+    """The manifest of shards that have the stated sizes; also lets the process open as many files as there are."""
+    manifest = Manifest.load(folder)
+    for number, shard in enumerate(manifest.shards):
+        path = folder / shard.name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise ValueError(
+                f"shard {path}: {error.strerror}: copy it again, or remake the data set"
+            ) from None
+        if found != shard.size:
+            samples = manifest.samples
+            ends = samples["offset"] + samples["length"]
+            lost = np.flatnonzero((samples["shard"] == number) & (ends > found))
+            first = f", from offset {samples['offset'][lost[0]]} on (sample {lost[0]})" if len(lost) else ""
+            raise ValueError(
+                f"shard {path} has {found:,} bytes, {MANIFEST} states {shard.size:,}{first}: "
+                "copy it again, or remake the data set with tools/make_shards.py"
+            )
+    # ImageNet is 550 shards of 256 MB; the usual soft limit of open files is 1,024.
+    needed = len(manifest.shards) + _SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return manifest
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    identity = [[shard.name, shard.sha256] for shard in manifest.shards], manifest.classes
+    return hashlib.sha256(repr(identity).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Parts of a labelled data set: class-balanced by seed, or from a list of ids or names. A part is a Source itself."""
+"""Parts of a labeled data set, for evaluation: class-balanced by seed, or from a list of ids or names."""
 
 import hashlib
 import json
@@ -9,23 +9,21 @@ import numpy.typing as npt
 
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
-from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
+from byolt.pipelines.formats.folder import LISTED, FolderSource, label_names, list_folder
 from byolt.pipelines.formats.index import IMAGE_EXTENSIONS
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.order import global_batch
 from byolt.pipelines.sources import Source, TarSource
 
-_NAMED = 5  # entries of a list that an error shows
-
 
 class Subset:
-    """Some samples of a source under new ids 0 .. n - 1; see `sources.Source`."""
+    """A source of some samples of another, under new ids 0 to n - 1; see `sources.Source`."""
 
     def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
         """
         Args:
-            source: the whole.
-            ids: (n,) which samples of it, in this order; at least one.
+            source: the whole data set.
+            ids: (n,) the chosen samples, in order; at least one.
         """
         self._source, self._ids = source, ids
         self.labels, self.heights, self.widths = (
@@ -46,14 +44,14 @@ class Subset:
 
 
 def spaced(total: int, count: int) -> npt.NDArray[np.int64]:
-    """Sorted ids, evenly spaced over 0 .. total - 1: `count` of them, or all where there are fewer."""
+    """At most `count` ids, evenly spaced over 0 to total - 1."""
     return np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
 
 
 def drawn(total: int, count: int) -> npt.NDArray[np.int64]:
-    """Sorted ids, drawn from 0 .. total - 1, always the same: `count` of them, or all where there are fewer.
+    """At most `count` ids, sampled from 0 to total - 1, always the same ones, sorted.
 
-    Evenly spaced ones can miss classes: labels of period C at a stride that is a multiple of C are all one.
+    Evenly spaced ids can miss classes: at a stride that is a multiple of the labels' period, all have one label.
     """
     return np.sort(global_batch(0, 0, 0, total, min(count, total)))
 
@@ -61,15 +59,15 @@ def drawn(total: int, count: int) -> npt.NDArray[np.int64]:
 def balanced_ids(
     labels: npt.NDArray[np.int64], share: float, seed: int, leave: int = 0
 ) -> npt.NDArray[np.int64]:
-    """A share of every class, drawn by seed: its count times share, rounded, and at least one.
+    """Samples a share of every class: its count times `share`, rounded, but at least one.
 
-    With one seed the smaller share is part of the larger.
+    With the same seed, a smaller share is part of a larger one.
 
     Args:
         labels: (N,) class of each sample.
         share: above 0, up to 1.
         seed: 0 <= seed < 2**63.
-        leave: so many of every class are left, though less than the share or none be taken.
+        leave: samples of every class that are never chosen; takes precedence over `share`.
 
     Returns:
         Sorted ids, int64.
@@ -78,7 +76,7 @@ def balanced_ids(
         ValueError: share is out of its range.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"a share of {share:g} of the labels is asked for: give more than 0, at most 1")
+        raise ValueError(f"the share of {share:g} of the labels must be above 0 and at most 1")
     shuffled = global_batch(seed, 0, 0, len(labels), len(labels))
     chosen = []
     for label in np.unique(labels):
@@ -88,27 +86,27 @@ def balanced_ids(
 
 
 def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
-    """The samples that a text file lists, one a line: all sample ids, or all names.
+    """The samples that a text file lists, one per line: either all ids or all names.
 
-    A name is that of the original file, with or without its folder, or the key of the sample in its shard, or that of
-    its image there; .beton files have the first two if make_shards wrote them. The lines are ids if every one is a
-    number below the number of samples, written without leading zeros: make_shards' keys have them, and holes where a
-    file was not usable, so that '000009' is the name of another sample than 9. Where an id is the name of another
-    sample, neither is taken: whatever was meant, the list can say it by longer names.
+    A name is that of the original file, with or without its folder, the key of the sample in its shard, or the name of
+    its image there; .beton files have the first two if make_shards wrote them. The lines are ids if each is a number
+    below the number of samples without leading zeros. The keys of make_shards have leading zeros, and gaps where a file
+    was unusable, so '000009' may name another sample than 9. An id that is also the name of another sample is refused
+    as ambiguous.
 
     Returns:
         Sorted ids, int64.
 
     Raises:
-        ValueError: the file cannot be read or is empty, an entry is unknown, ambiguous or listed twice (by two names,
-            too), or the source keeps no names.
+        ValueError: the file cannot be read or is empty; an entry is unknown, ambiguous or listed twice, perhaps by two
+            names; or the source has no names.
     """
     try:
         entries = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"list of samples {path} cannot be read: {error}") from None
     if not entries:
-        raise ValueError(f"list of samples {path} is empty: write one sample id or name a line")
+        raise ValueError(f"list of samples {path} is empty: write one sample id or name per line")
     as_ids = all(_is_id(entry, len(source)) for entry in entries)
     known = _names(source)
     if as_ids:
@@ -117,18 +115,18 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
         if two:
             raise ValueError(
                 f"list of samples {path}: {len(two)} entries are the id of one sample and the name of another: "
-                f"{', '.join(two[:_NAMED])}; write names of files, with their endings"
+                f"{', '.join(two[:LISTED])}; write names of files, with their endings"
             )
     elif known is None:
         raise ValueError(
-            f"list of samples {path}: this data set keeps no names of its samples: list ids, 0 to {len(source) - 1}"
+            f"list of samples {path}: this data set has no names of its samples: list ids, 0 to {len(source) - 1}"
         )
     else:
         wrong = [entry for entry in entries if known.get(entry, -1) < 0]
         if wrong:
             raise ValueError(
                 f"list of samples {path}: {len(wrong)} of {len(entries)} entries name no sample, or several: "
-                f"{', '.join(wrong[:_NAMED])}; write sample ids below {len(source)}, or names of original files"
+                f"{', '.join(wrong[:LISTED])}; write sample ids below {len(source)}, or names of original files"
             )
         found = [known[entry] for entry in entries]
     ids = np.unique(np.array(found, np.int64))
@@ -147,7 +145,7 @@ def _is_id(entry: str, count: int) -> bool:
 
 
 def _names(source: Source) -> dict[str, int] | None:
-    """Id by every name that a sample goes by, -1 where several share it; None if the source keeps no names."""
+    """The id for each name of a sample, -1 for a name that several share; None if the source has no names."""
     if isinstance(source, FolderSource):
         names = [{name} for name in label_names(list_folder(source.folder))[0]]
     elif isinstance(source, TarSource):
@@ -166,7 +164,7 @@ def _names(source: Source) -> dict[str, int] | None:
 
 
 def _names_in_shards(folder: Path) -> list[set[str]]:
-    """Of every sample: its key, the name of its image in the tar, and of the original that its .json keeps."""
+    """The names of each sample: its key, its image in the tar, and the original file that its .json states."""
     manifest = Manifest.load(folder)
     names: list[set[str]] = [set() for _ in manifest.samples]
     for shard, first, records in manifest.by_shard():
@@ -187,7 +185,7 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
 
 
 def _original(text: bytes, *entries: str) -> set[str]:
-    """What these entries of make_shards' note on a sample hold, as the original file's name; nothing in others'."""
+    """The original file's names, from these entries of the .json that make_shards writes for a sample."""
     try:
         note = json.loads(text)
     except ValueError:

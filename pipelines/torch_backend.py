@@ -1,13 +1,14 @@
-"""The reference implementation's augmentations in plain torch: what tests compare with, and the fallback without DALI.
+"""The back end in plain torch: the fallback without DALI, and the definition that the fast kernels are tested against.
 
-Every operation here is the definition of DeepMind's byol (byol/utils/augmentations.py), not torchvision's: brightness
-is added, contrast turns about the per-channel mean, saturation and hue work in HSV, the resize is bicubic with
-a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1]. The other profile's
-are those of torchvision.transforms.v2 (`apply_torchvision`); the back end serves both.
+The public operations are those of profile byol, as DeepMind's byol defines them (byol/utils/augmentations.py):
+brightness is added, contrast is about the mean of each channel, saturation and hue work in HSV, the resize is bicubic
+with a = -0.5 and without antialias, the blur pads with zeros. Images are float32 (N, H, W, 3) in [0, 1]. Profile
+torchvision calls torchvision.transforms.v2.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as V
 
-from byolt.configs.schema import AugmentConfig
+from byolt.configs.schema import AugmentConfig, Profile
 from byolt.pipelines.formats.decode import UndecodableError, decode
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, HUE, SATURATION, ViewParams
 
@@ -29,31 +30,18 @@ class TorchBackend:
         """
         Args:
             augment: profile and size of the views, mean and std.
-            device: where the views are delivered.
-            dtype: float32, float16 or bfloat16.
-            threads: images that are worked on at a time.
+            device: receives the views.
+            dtype: of the views: float32, float16 or bfloat16.
+            threads: images in parallel.
         """
         self._augment, self._device, self._dtype = augment, device, dtype
-        self._apply = apply_byol if augment.profile == "byol" else apply_torchvision
         self._pool = ThreadPoolExecutor(threads)
 
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
     ) -> tuple[Tensor, Tensor]:
-        """Makes both views of every image; each is decoded once.
-
-        Args:
-            encoded: N encoded images.
-            params1: N drawn views.
-            params2: N drawn views.
-
-        Returns:
-            Two (N, 3, size, size) tensors, normalised, in channels_last memory.
-
-        Raises:
-            UndecodableError: names the images of the batch that do not decode.
-        """
-        size, taps = self._augment.size, self._augment.blur_taps
+        """See `backends.Backend`."""
+        settings = self._augment.size, self._augment.blur_taps, self._augment.profile
 
         def work(i: int) -> tuple[Tensor, Tensor] | str:
             try:
@@ -61,7 +49,7 @@ class TorchBackend:
             except ValueError as error:
                 return str(error)
             row = slice(i, i + 1)
-            return self._apply(image, params1[row], size, taps), self._apply(image, params2[row], size, taps)
+            return apply(image, params1[row], *settings), apply(image, params2[row], *settings)
 
         results = list(self._pool.map(work, range(len(encoded))))
         reasons = {i: result for i, result in enumerate(results) if isinstance(result, str)}
@@ -72,51 +60,49 @@ class TorchBackend:
 
         def deliver(views: list[Tensor]) -> Tensor:
             batch = ((torch.cat(views) - mean) / std).to(self._device, self._dtype)
-            return batch.permute(0, 3, 1, 2)  # NHWC memory behind an NCHW shape: channels_last
+            return batch.permute(0, 3, 1, 2)  # channels_last: NCHW shape, NHWC memory
 
         return deliver([first for first, _ in both]), deliver([second for _, second in both])
 
 
-def apply_byol(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
-    """One drawn view of an image by profile byol, before normalisation.
+def apply(image: Tensor, view: ViewParams, size: int, taps: int, profile: Profile) -> Tensor:
+    """Makes one view of an image, before normalization.
 
     Args:
         image: uint8 (H, W, 3).
         view: parameters of one sample.
         size: side of the view.
         taps: taps of the blur kernel.
+        profile: defines the operations.
 
     Returns:
         float32 (1, size, size, 3) in [0, 1].
     """
-    top, left, height, width = (int(a[0]) for a in (view.top, view.left, view.height, view.width))
-    x = resize_bicubic(image, top, left, height, width, size)[None]
+    operations = _OPERATIONS[profile]
+    window = (int(side[0]) for side in (view.top, view.left, view.height, view.width))
+    x = operations.resize(image, *window, size)[None]
     if view.flip[0]:
         x = x.flip(2)
-    if view.jitter[0]:
-        for operation in view.order[0]:
-            if operation == BRIGHTNESS:
-                x = brightness(x, torch.from_numpy(view.brightness))
-            elif operation == CONTRAST:
-                x = contrast(x, torch.from_numpy(view.contrast))
-            elif operation == SATURATION:
-                x = saturation(x, torch.from_numpy(view.saturation))
-            elif operation == HUE:
-                x = hue(x, torch.from_numpy(view.hue))
+    values = {
+        BRIGHTNESS: view.brightness,
+        CONTRAST: view.contrast,
+        SATURATION: view.saturation,
+        HUE: view.hue,
+    }
+    for operation in view.order[0] if view.jitter[0] else ():
+        x = operations.jitter[operation](x, torch.from_numpy(values[operation]))
     if view.gray[0]:
-        x = grayscale(x)
+        x = operations.grayscale(x)
     if view.blur[0]:
-        x = gaussian_blur(x, torch.from_numpy(view.sigma), taps)
-    if view.solarize[0]:
-        x = solarize(x)
-    return x
+        x = operations.blur(x, torch.from_numpy(view.sigma), taps)
+    return solarize(x) if view.solarize[0] else x
 
 
 def resize_bicubic(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
     """Crops a window and resizes it to a square.
 
-    Keys' cubic kernel with a = -0.5, half-pixel centres, no antialias. Taps outside the window are dropped and the
-    weights renormalised, as tf.image.resize of the cropped image does.
+    Keys' cubic kernel with a = -0.5, half-pixel centers, no antialias. Taps outside the window are dropped and the
+    weights renormalized, as in tf.image.resize of the cropped image.
 
     Args:
         image: uint8 (H, W, 3).
@@ -138,9 +124,9 @@ def resize_bicubic(image: Tensor, top: int, left: int, height: int, width: int, 
 
 def _cubic_taps(length: int, size: int) -> tuple[Tensor, Tensor]:
     """Source indices (size, 4) and weights (size, 4) of a cubic resize of an axis."""
-    centre = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
-    first = centre.floor()
-    fraction = ((centre - first) * 1024).round() / 1024  # the reference tabulates the kernel in 1024 steps
+    center = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
+    first = center.floor()
+    fraction = ((center - first) * 1024).round() / 1024  # the reference tabulates the kernel in 1024 steps
     taps = first.long()[:, None] + torch.arange(-1, 3)
     distance = (fraction[:, None] - torch.arange(-1, 3)).abs()
     near = (1.5 * distance - 2.5) * distance**2 + 1
@@ -179,7 +165,7 @@ def grayscale(image: Tensor) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Separable Gaussian; outside the image is zero.
+    """Blurs by a separable Gaussian; pads with zeros.
 
     Args:
         image: (N, H, W, 3).
@@ -231,37 +217,46 @@ def _hsv_to_rgb(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return torch.stack(channels, -1)
 
 
-def apply_torchvision(image: Tensor, view: ViewParams, size: int, taps: int) -> Tensor:
-    """One drawn view of an image, before normalisation: what `apply_byol` is to profile byol.
+class _Operations(NamedTuple):
+    """The operations of a profile that differ, on images float32 (N, H, W, 3)."""
 
-    Args:
-        image: uint8 (H, W, 3).
-        view: parameters of one sample.
-        size: side of the view.
-        taps: taps of the blur kernel.
+    resize: Callable[..., Tensor]
+    jitter: dict[int, Callable[[Tensor, Tensor], Tensor]]
+    grayscale: Callable[[Tensor], Tensor]
+    blur: Callable[[Tensor, Tensor, int], Tensor]
 
-    Returns:
-        float32 (1, size, size, 3) in [0, 1].
-    """
-    top, left, height, width = (int(a[0]) for a in (view.top, view.left, view.height, view.width))
+
+def _channels_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of torchvision, which takes (N, 3, H, W), for (N, H, W, 3); the memory stays as it is."""
+    return lambda image, *values: function(image.permute(0, 3, 1, 2), *values).permute(0, 2, 3, 1)
+
+
+def _resize_antialias(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
     window = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float() / 255
-    x = V.resize(window, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    if view.flip[0]:
-        x = V.horizontal_flip(x)
-    if view.jitter[0]:
-        for operation in view.order[0]:
-            if operation == BRIGHTNESS:
-                x = V.adjust_brightness(x, float(view.brightness[0]))
-            elif operation == CONTRAST:
-                x = V.adjust_contrast(x, float(view.contrast[0]))
-            elif operation == SATURATION:
-                x = V.adjust_saturation(x, float(view.saturation[0]))
-            elif operation == HUE:
-                x = V.adjust_hue(x, float(view.hue[0]))
-    if view.gray[0]:
-        x = V.rgb_to_grayscale(x, num_output_channels=3)
-    if view.blur[0]:
-        x = V.gaussian_blur(x, [taps, taps], [float(view.sigma[0])])
-    if view.solarize[0]:
-        x = V.solarize(x, 0.5)
-    return x.permute(0, 2, 3, 1)
+    resized = V.resize(window, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return resized[0].clamp(0, 1).permute(1, 2, 0)
+
+
+def _jitter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return _channels_first(lambda image, value: function(image, float(value)))
+
+
+_OPERATIONS = {
+    "byol": _Operations(
+        resize_bicubic,
+        {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, HUE: hue},
+        grayscale,
+        gaussian_blur,
+    ),
+    "torchvision": _Operations(
+        _resize_antialias,
+        {
+            BRIGHTNESS: _jitter(V.adjust_brightness),
+            CONTRAST: _jitter(V.adjust_contrast),
+            SATURATION: _jitter(V.adjust_saturation),
+            HUE: _jitter(V.adjust_hue),
+        },
+        _channels_first(lambda image: V.rgb_to_grayscale(image, num_output_channels=3)),
+        _channels_first(lambda image, sigma, taps: V.gaussian_blur(image, [taps, taps], [float(sigma)])),
+    ),
+}

@@ -1,7 +1,7 @@
-"""What is drawn for a view: crop window, flip, colour jitter, grey, blur, solarize. Pure numpy, nothing is applied.
+"""Samples the augmentation parameters of both views; a back end applies them. Pure numpy.
 
-The parameters of a sample depend on (seed, epoch, id, view) alone: not on the rank, the batch or the back end. The two
-profiles (augment.profile) read the same random numbers: a sample that one of them flips, the other flips too.
+The parameters depend only on (seed, epoch, sample id, view), not on the rank, the batch or the back end. Both profiles
+(augment.profile) read the same random numbers: a sample that one flips, the other flips too.
 """
 
 import itertools
@@ -14,9 +14,10 @@ from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
 from byolt.pipelines.philox import uniform
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)  # (24, 4)
-CROP_TRIES = 10  # of torchvision's RandomResizedCrop, before it takes a centred window
-_SLOTS = 16  # random numbers of a view; torchvision's further tries take theirs after these
+CROP_TRIES = 10  # of torchvision's RandomResizedCrop, which then falls back to a centered window
+_SLOTS = 16  # random numbers per view; torchvision's other nine tries use further ones
 
 Uniform = npt.NDArray[np.float64]
 Sides = npt.NDArray[np.int64]
@@ -24,7 +25,7 @@ Sides = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ViewParams:
-    """Parameters of one view of N samples; every field is an array whose first axis is the sample."""
+    """Parameters of one view of N samples; the first axis of every array is the sample."""
 
     top: npt.NDArray[np.int32]  # (N,) crop window in pixels of the stored image
     left: npt.NDArray[np.int32]
@@ -32,12 +33,10 @@ class ViewParams:
     width: npt.NDArray[np.int32]
     flip: npt.NDArray[np.bool_]
     jitter: npt.NDArray[np.bool_]  # whether the next five fields apply
-    # (N, 4) which of BRIGHTNESS, CONTRAST, SATURATION, HUE comes first, second, ...
-    order: npt.NDArray[np.uint8]
+    order: npt.NDArray[np.uint8]  # (N, 4) BRIGHTNESS, CONTRAST, SATURATION and HUE, first to last
     brightness: npt.NDArray[np.float32]  # added, range [0, 1]; torchvision: a factor
-    # Factor about the per-channel mean; torchvision: about the mean of grey.
-    contrast: npt.NDArray[np.float32]
-    saturation: npt.NDArray[np.float32]  # factor in HSV; torchvision: about the grey image
+    contrast: npt.NDArray[np.float32]  # factor about the mean of each channel; torchvision: of gray
+    saturation: npt.NDArray[np.float32]  # factor in HSV; torchvision: about the gray image
     hue: npt.NDArray[np.float32]  # turns in HSV
     gray: npt.NDArray[np.bool_]
     blur: npt.NDArray[np.bool_]
@@ -48,7 +47,7 @@ class ViewParams:
         return len(self.top)
 
     def __getitem__(self, rows: slice) -> "ViewParams":
-        """The parameters of some of the samples."""
+        """The parameters of a part of the samples."""
         return ViewParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
@@ -60,7 +59,7 @@ def draw_both(
     heights: npt.NDArray[np.integer],
     widths: npt.NDArray[np.integer],
 ) -> tuple[ViewParams, ViewParams]:
-    """Draws both views of every sample by a config's distributions and profile; arguments as `draw`."""
+    """Samples the parameters of both views by a config's distributions and profile; arguments as in `draw`."""
     first, second = (
         draw(view, seed, epoch, ids, index, heights, widths, augment.profile)
         for index, view in enumerate((augment.view1, augment.view2))
@@ -78,17 +77,17 @@ def draw(
     widths: npt.NDArray[np.integer],
     profile: Profile = "byol",
 ) -> ViewParams:
-    """Draws one view of every sample, as the reference implementation (byol/utils) or torchvision draws it.
+    """Samples the parameters of one view, as the reference implementation (byol/utils) or torchvision does.
 
     Args:
-        view: the distribution.
+        view: the distributions.
         seed: 0 <= seed < 2**63.
-        epoch: 0-based; each has its own draws.
+        epoch: 0-based.
         ids: (N,) sample ids.
-        view_index: 0 or 1; the views' draws are independent.
+        view_index: 0 or 1; the two views are independent.
         heights: (N,) stored heights in pixels.
         widths: (N,) stored widths in pixels.
-        profile: which windows are drawn (`_one_try`, `_ten_tries`), and whether brightness is an offset or a factor.
+        profile: decides how the window is sampled, and whether brightness is an offset or a factor.
 
     Returns:
         Parameters of N views.
@@ -128,7 +127,7 @@ def _one_try(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> lis
         widths: (N,)
 
     Returns:
-        Top, left, height and width, each (N,), top and left not yet rounded down.
+        Top, left, height and width, each (N,); top and left are not yet rounded down.
     """
     height, width = _sides(view, u[0], u[1], heights, widths)
     height, width = np.clip(height, 1, heights), np.clip(width, 1, widths)
@@ -138,8 +137,8 @@ def _one_try(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> lis
 def _ten_tries(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
     """torchvision's window (transforms.v2.RandomResizedCrop): the first of ten that fits into the image.
 
-    Where none does, the largest centred one whose ratio is the nearest allowed to the image's own. Arguments and result
-    as `_one_try`, but u is (_SLOTS + 18, N): area and ratio of the other nine tries come last.
+    If none fits, the largest centered window whose ratio is the allowed one nearest to the image's own. Arguments and
+    result as in `_one_try`, but u is (_SLOTS + 18, N): area and ratio of the other nine tries come last.
     """
     tries = np.concatenate([u[:2], u[_SLOTS:]])
     height, width = _sides(view, tries[::2], tries[1::2], heights, widths)  # (10, N)
@@ -152,9 +151,9 @@ def _ten_tries(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> l
     ratio = widths / heights
     all_rows = np.where(ratio < low, np.rint(widths / low), heights)
     all_columns = np.where(ratio > high, np.rint(heights * high), widths)
-    centred = [(heights - all_rows) // 2, (widths - all_columns) // 2, all_rows, all_columns]
+    centered = [(heights - all_rows) // 2, (widths - all_columns) // 2, all_rows, all_columns]
     drawn = fits.any(0)
-    return [np.where(drawn, a, b) for a, b in zip((top, left, height, width), centred, strict=True)]
+    return [np.where(drawn, a, b) for a, b in zip((top, left, height, width), centered, strict=True)]
 
 
 def _sides(
@@ -168,6 +167,3 @@ def _sides(
 
 def _between(u: npt.NDArray[np.float64], low: float, high: float) -> npt.NDArray[np.float64]:
     return low + (high - low) * u
-
-
-GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale

@@ -206,7 +206,7 @@ def test_bytes_are_those_written(beton: Path) -> None:
     "types", [(2,), (1, 2), (2, 1, 5), (5, 2, 0, 1), (0, 1, 2, 1, 2), (6, 4, 3, 2), (5, 5, 1, 2)]
 )
 def test_fields_are_found_by_type(types: tuple[int, ...], tmp_path: Path) -> None:
-    """Whatever lies between; empty regions share the image's pointer; rows are in no order; pages end early."""
+    """With gaps; empty regions that share the image's pointer; unordered rows; pages that end early."""
     samples = mixed(9) + [Sample(1, 700, 800, bytes([k]) * 1_680_000, 7) for k in range(2)]
     source = BetonSource([write_beton(tmp_path / "a.beton", samples, types, shuffle_table=True)])
     assert source.labels.tolist() == ([s.label for s in samples] if INT_TYPE in types else [-1] * 11)
@@ -241,10 +241,10 @@ def test_fields_are_found_by_name(tmp_path: Path) -> None:
             "another field",
         ),
         ("?label=field0", r"no int field named 'field0', only 'field0' \(RGB image\), 'field1' \(int\)"),
-        ("?labels=field1", "behind the question mark stand image=FIELD, label=FIELD, or both joined by &"),
-        ("?image=", "behind the question mark"),
-        ("?image", "behind the question mark"),
-        ("?", "behind the question mark"),
+        ("?labels=field1", "after the question mark write image=FIELD, label=FIELD, or both joined by &"),
+        ("?image=", "after the question mark"),
+        ("?image", "after the question mark"),
+        ("?", "after the question mark"),
     ],
 )
 def test_field_that_is_not_there_is_refused_by_name(query: str, message: str, beton: Path) -> None:
@@ -267,7 +267,7 @@ def test_note_is_the_first_json_field(golden: BetonSource, beton: Path) -> None:
         data = bytearray(path.read_bytes())
         struct.pack_into("<QQ", data, record + 24, *values)
         path.write_bytes(data)
-        with pytest.raises(ValueError, match=r"b\.beton sample 1: its JSON lies outside the data"):
+        with pytest.raises(ValueError, match=r"b\.beton sample 1: its JSON is outside the data"):
             BetonSource([path]).note(1)
 
 
@@ -364,17 +364,21 @@ def cut(length: int) -> Callable[[bytearray], None]:
 
 
 DAMAGE: list[tuple[str, Callable[[bytearray], None], str]] = [
-    ("version 1", poke("<H", 0, 1), r"a\.beton is no \.beton of version 2: it states 1: write it with ffcv"),
-    ("version 3", poke("<H", 0, 3), "it states 3"),
-    ("no samples", poke("<Q", 8, 0), "holds no samples"),
+    (
+        "version 1",
+        poke("<H", 0, 1),
+        r"a\.beton is not a \.beton of version 2, but states version 1: write it with ffcv",
+    ),
+    ("version 3", poke("<H", 0, 3), "states version 3"),
+    ("no samples", poke("<Q", 8, 0), "has no samples"),
     ("no table", poke("<Q", 16, 0), "has no allocation table: its writer was stopped before the end"),
     ("empty table", cut(TABLE), "has no allocation table"),
     (
         "table in header",
         poke("<Q", 16, METADATA + 12 * 24 - 1),
-        "its allocation table lies inside the header",
+        "its allocation table is inside the header",
     ),
-    ("more samples than file", poke("<Q", 8, 1 << 62), "its allocation table lies inside the header"),
+    ("more samples than file", poke("<Q", 8, 1 << 62), "its allocation table is inside the header"),
     ("more samples than written", poke("<Q", 8, 13), "sample 12: its image has no pixels"),
     ("cut in the header", cut(20), r"cut short inside the header \(20 bytes\)"),
     ("cut in the fields", cut(METADATA - 1), r"cut short inside the header \(2,105 bytes\)"),
@@ -393,39 +397,47 @@ DAMAGE: list[tuple[str, Callable[[bytearray], None], str]] = [
     ("unknown mode", poke("<B", METADATA + 24, 2), r"a\.beton sample 1: its image is neither JPEG nor raw"),
     ("no width", poke("<H", METADATA + 1, 0), "sample 0: its image has no pixels"),
     ("no height", poke("<H", METADATA + 3, 0), "sample 0: its image has no pixels"),
-    ("pointer 0", poke("<Q", FIRST_POINTER, 0), "sample 0: its image lies inside the header"),
+    ("pointer 0", poke("<Q", FIRST_POINTER, 0), "sample 0: its image is inside the header"),
     (
         "pointer into metadata",
         poke("<Q", FIRST_POINTER + 24, METADATA + 12 * 24 - 1),
-        "sample 1: its image lies inside the header",
+        "sample 1: its image is inside the header",
     ),
-    ("pointer to the table", poke("<Q", FIRST_POINTER, TABLE), "sample 0: its image lies beyond the data"),
-    ("pointer beyond", poke("<Q", FIRST_POINTER, 1 << 63), "sample 0: its image lies beyond the data"),
+    ("pointer to the table", poke("<Q", FIRST_POINTER, TABLE), "sample 0: its image is beyond the data"),
+    ("pointer beyond", poke("<Q", FIRST_POINTER, 1 << 63), "sample 0: its image is beyond the data"),
     ("pointer astray", poke("<Q", FIRST_POINTER, PAGE + 1), "sample 0: its image has no bytes"),
     ("size 0", poke("<Q", TABLE + 40, 0), "sample 1: its image has no bytes"),
     (
         "size beyond",
         poke("<Q", TABLE + 40, PAGE),
-        "sample 1: its image reaches into the next, or beyond the data",
+        "sample 1: its image extends into the next, or beyond the data",
     ),
     (
         "size 2^64 - 1",
         poke("<Q", TABLE + 40, (1 << 64) - 1),
-        "sample 1: its image reaches into the next, or beyond the data",
+        "sample 1: its image extends into the next, or beyond the data",
     ),
     (
         "size 2^63",
         poke("<Q", TABLE + 40, 1 << 63),
-        "sample 1: its image reaches into the next, or beyond the data",
+        "sample 1: its image extends into the next, or beyond the data",
     ),
-    ("size into the next", poke("<Q", TABLE + 40, 5000), "sample 1: its image reaches into the next"),
+    ("size into the next", poke("<Q", TABLE + 40, 5000), "sample 1: its image extends into the next"),
     (
         "raw too short",
         poke("<Q", TABLE + 16, 1859),
-        "sample 0: its raw image has not 3 x height x width bytes",
+        "sample 0: its raw image does not have 3 x height x width bytes",
     ),
-    ("raw too narrow", poke("<H", METADATA + 1, 30), "sample 0: its raw image has not 3 x height x width"),
-    ("raw too wide", poke("<H", METADATA + 1, 32), "sample 0: its raw image has not 3 x height x width"),
+    (
+        "raw too narrow",
+        poke("<H", METADATA + 1, 30),
+        "sample 0: its raw image does not have 3 x height x width",
+    ),
+    (
+        "raw too wide",
+        poke("<H", METADATA + 1, 32),
+        "sample 0: its raw image does not have 3 x height x width",
+    ),
 ]
 
 
@@ -443,10 +455,10 @@ def test_damage_is_refused_by_name(damage: Callable[[bytearray], None], message:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (poke("<Q", FIRST_POINTER + 7 * 24, 0), r"b\.beton sample 7: its image lies inside the header"),
+        (poke("<Q", FIRST_POINTER + 7 * 24, 0), r"b\.beton sample 7: its image is inside the header"),
         (poke("<Q", TABLE + 7 * 24 + 16, 0), r"b\.beton sample 7: its image has no bytes"),
-        (poke("<Q", TABLE + 7 * 24 + 16, 9000), r"b\.beton sample 7: its image reaches into the next"),
-        (poke("<H", METADATA + 6 * 24 + 1, 30), r"b\.beton sample 6: its raw image has not"),
+        (poke("<Q", TABLE + 7 * 24 + 16, 9000), r"b\.beton sample 7: its image extends into the next"),
+        (poke("<H", METADATA + 6 * 24 + 1, 30), r"b\.beton sample 6: its raw image does not have"),
     ],
 )
 def test_the_damaged_one_of_several_files_is_named(

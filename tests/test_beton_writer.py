@@ -379,7 +379,7 @@ def test_one_changed_bit_is_named(source: Path, tmp_path: Path, capsys: pytest.C
         (24 + 3 * 1041 + 40 * 3 + 16, "sample 3: label is"),
         (24 + 3 * 1041 + 40 * 3 + 1, "sample 3: its image has no bytes|sample 3: its raw image"),
         (16, "its allocation table|is cut short"),
-        (0, "is no .beton of version 2"),
+        (0, "is not a .beton of version 2"),
     ],
 )
 def test_damaged_structure_is_named(

@@ -1,7 +1,8 @@
 """The compiled kernels against the torch back end and the reference's own numbers: each operation, alone and composed.
 
-What is asked of both profiles is asked of each; the reference's numbers are profile byol's. Ceilings are for float32 in [0, 1]. Where both compute in float32 they differ by rounding (a few 1e-7 an operation); the
-blur leaves out taps lighter than 1e-6 of the centre. An 8-bit level is 3.9e-3.
+Most tests run for both profiles; the reference's numbers are of profile byol. Ceilings are for float32 in [0, 1], where
+the two differ by rounding (a few 1e-7 an operation), and by taps of the blur lighter than 1e-6 of the center, which the
+kernels drop. An 8-bit level is 3.9e-3.
 """
 
 import importlib.util
@@ -24,7 +25,7 @@ from numba.core.dispatcher import Dispatcher
 from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
 from byolt.pipelines import torch_backend
 from byolt.pipelines.kernels import cpu as kernels
-from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision
+from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision, cpu_walks
 from byolt.pipelines.kernels.cpu import Pixels, make_views
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
 
@@ -67,18 +68,16 @@ def run(
 
 
 def expected(images: list[np.ndarray], params: ViewParams, augment: AugmentConfig) -> np.ndarray:
-    apply = {"byol": torch_backend.apply_byol, "torchvision": torch_backend.apply_torchvision}[
-        augment.profile
-    ]
+    settings = augment.size, augment.blur_taps, augment.profile
     views = [
-        apply(torch.from_numpy(image), params[i : i + 1], augment.size, augment.blur_taps)
+        torch_backend.apply(torch.from_numpy(image), params[i : i + 1], *settings)
         for i, image in enumerate(images)
     ]
     return torch.cat(views).numpy()
 
 
 def pictures(count: int, height: int, width: int) -> list[np.ndarray]:
-    """Smooth colours with noise, black, white and grey patches: every branch of HSV, and both clips."""
+    """Smooth colors with noise, black, white and gray patches: every branch of HSV, and both clips."""
     rng = np.random.default_rng(height * 1000 + width)
     y, x = np.mgrid[:height, :width] / max(height, width)
     out = []
@@ -195,7 +194,7 @@ def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
 
 
 @both_profiles
-def test_every_order_of_the_colour_operations(profile: Profile) -> None:
+def test_every_order_of_the_color_operations(profile: Profile) -> None:
     count = len(JITTER_ORDERS)
     images = pictures(count, 40, 40)
     params = params_of(
@@ -215,7 +214,7 @@ def test_every_order_of_the_colour_operations(profile: Profile) -> None:
 
 @both_profiles
 def test_part_of_an_image_gives_what_the_whole_gives(profile: Profile) -> None:
-    """Pixels may be a part: what lies outside the window is never read, and what was decoded around it has no say."""
+    """Pixels may be a part of an image: pixels outside the window are never read."""
     (image,), augment = pictures(1, 90, 80), augment_of(16, profile)
     params = params_of(1, 41, 33, top=30, left=20)
     part = np.ascontiguousarray(image[25:80, 18:60])
@@ -231,7 +230,7 @@ def test_window_outside_the_pixels_is_refused(change: dict[str, int]) -> None:
         run(pictures(1, 60, 60), params, augment_of(16))
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     images = pictures(3, 30, 30)
     augment = AugmentConfig(size=30, view1=PLAIN, view2=PLAIN)
     params = params_of(3, 30, 30)
@@ -241,7 +240,7 @@ def test_normalisation() -> None:
 
 @both_profiles
 def test_threads_and_batch_do_not_matter(profile: Profile) -> None:
-    """Nor what the same memory held before: with a mirrored border, not even a neighbour's blur."""
+    """Nor what the same memory held before: with a mirrored border, not even a neighbor's blur."""
     count = 50
     images, augment = pictures(count, 33, 47), augment_of(32, profile)
     sides = np.full(count, 33), np.full(count, 47)
@@ -274,7 +273,7 @@ def test_no_two_functions_share_a_name() -> None:
     views of profile torchvision were byol's in a third process, after one had compiled byol and the next torchvision.
     """
     names: dict[tuple[str, str], set[int]] = {}
-    for module in (cpu_rows, cpu_byol, cpu_torchvision):
+    for module in (cpu_rows, cpu_walks, cpu_byol, cpu_torchvision):
         for function in vars(module).values():
             if isinstance(function, Dispatcher):
                 plain = function.py_func
@@ -311,6 +310,6 @@ print(out[0, 0, 0, 0], sum(kernels.compiled("byol", 1).stats.cache_hits.values()
 
     assert run_it() == ["1.0", "0"]
     assert run_it() == ["1.0", "1"]
-    part = tmp_path / "pipelines" / "kernels" / "cpu_byol.py"
+    part = tmp_path / "pipelines" / "kernels" / "cpu_walks.py"
     part.write_text(part.read_text().replace("1 / 255", "0.5 / 255"))
     assert run_it() == ["0.5", "0"]

@@ -167,7 +167,7 @@ def test_sides_that_no_jpeg_has_are_refused_before_decoding() -> None:
 
 
 def png16(values: np.ndarray) -> bytes:
-    """A 16-bit PNG, grey (H, W) or RGB (H, W, 3); PIL writes none in colour."""
+    """A 16-bit PNG, gray (H, W) or RGB (H, W, 3); PIL writes none in color."""
     height, width = values.shape[:2]
     rows = values.astype(">u2").reshape(height, -1).view(np.uint8).reshape(height, -1)
     header = struct.pack(">IIBBBBB", width, height, 16, 0 if values.ndim == 2 else 2, 0, 0, 0)
@@ -180,14 +180,14 @@ def png16(values: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-def test_sixteen_bits_have_one_rule_for_grey_and_colour() -> None:
-    grey = np.repeat(np.arange(256)[:, None] * 256 + 255, 16, axis=1)  # rounding would give the next value
-    colour = np.stack([grey] * 3, axis=-1)
+def test_sixteen_bits_have_one_rule_for_gray_and_color() -> None:
+    gray = np.repeat(np.arange(256)[:, None] * 256 + 255, 16, axis=1)  # rounding would give the next value
+    color = np.stack([gray] * 3, axis=-1)
     decoded = []
-    for values in (grey, colour):
+    for values in (gray, color):
         with Image.open(io.BytesIO(to_jpeg(png16(values), quality=100))) as image:
             decoded.append(np.asarray(image.convert("L")).astype(int))
-    assert np.abs(decoded[0] - (grey >> 8)).mean() < 0.2
+    assert np.abs(decoded[0] - (gray >> 8)).mean() < 0.2
     assert np.abs(decoded[0] - decoded[1]).max() <= 1
 
 

@@ -29,7 +29,7 @@ def photo(i: int, height: int = SIDE, width: int = SIDE) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 JPEGs in 3 classes: colour and grey, of each chroma subsampling, progressive or not, rotated by EXIF."""
+    """30 JPEGs in 3 classes: color and gray, of each chroma subsampling, progressive or not, rotated by EXIF."""
     root = tmp_path_factory.mktemp("images")
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def images_of_ffcv(path: Path, os_cache: bool) -> dict[str, tuple[np.ndarray, int]]:
-    """What ffcv's Loader makes of a file: pixels and label by key."""
+    """Pixels and label by key, as ffcv's Loader reads a file."""
     from ffcv.fields import JSONField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.bytes import BytesDecoder
@@ -113,7 +113,7 @@ MODES = {
 
 
 class Rows:
-    """What ffcv writes: image, float, JSON, bytes, label."""
+    """A file that ffcv wrote: image, float, JSON, bytes, label."""
 
     def __len__(self) -> int:
         return 24

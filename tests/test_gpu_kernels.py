@@ -1,10 +1,8 @@
 """The GPU's kernels against the definitions in torch and the reference's own numbers: each operation, alone and composed.
 
-What is asked of both profiles is asked of each, with the ceilings of tests/test_cpu_kernels.py; the reference's numbers are
-profile byol's.
-
-With a GPU they run on it (and all tests here are marked gpu), without one in Triton's interpreter on the CPU, which
-conftest.py asks for. There a program of a kernel takes milliseconds: images are small, and go together where they can.
+Most tests run for both profiles, with the ceilings of tests/test_cpu_kernels.py; the reference's numbers are of profile
+byol. With a GPU the kernels run on it, and all tests here are marked gpu. Without one conftest.py selects Triton's
+interpreter on the CPU, where a program of a kernel takes milliseconds: images are small, and batched where possible.
 """
 
 import json
@@ -24,10 +22,8 @@ from test_cpu_kernels import OPERATIONS, augment_of, both_profiles, expected, pa
 
 from byolt.configs.schema import AugmentConfig, Profile, ViewConfig  # noqa: E402
 from byolt.pipelines.kernels import cpu as kernels  # noqa: E402
-from byolt.pipelines.kernels import gpu as triton_kernels  # noqa: E402
-from byolt.pipelines.kernels import gpu_byol as triton_byol  # noqa: E402
-from byolt.pipelines.kernels import gpu_torchvision as triton_torchvision  # noqa: E402
-from byolt.pipelines.kernels.recipe import Pixels  # noqa: E402
+from byolt.pipelines.kernels import gpu, gpu_byol, gpu_torchvision  # noqa: E402
+from byolt.pipelines.kernels.inputs import Pixels  # noqa: E402
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw  # noqa: E402
 
 tl = triton.language
@@ -35,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-# Of the ceilings that Triton's interpreter is held to, on a GPU, where float32 division is within 2 units in the last
-# place and multiplications are fused with additions. The others have that room already.
+# Factor of the interpreter's ceilings on a GPU, where float32 division is within 2 units in the last place and
+# multiplications are fused with additions. The other ceilings have that room already.
 ROOM = 4 if ON_GPU else 1
 EVERYTHING = ViewConfig(flip=0.5, jitter=1.0, gray=0.2, blur=0.8, solarize=0.5)
 
@@ -57,7 +53,7 @@ def run(
     pixels, memory = upload(images)
     shape = len(images), augment.size, augment.size, 3
     outs = [torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in params]
-    triton_kernels.make_views(pixels, params, augment, outs)
+    gpu.make_views(pixels, params, augment, outs)
     result = (outs[0] if len(outs) == 1 else torch.stack(outs)).cpu()
     del memory
     return result.numpy() if dtype == torch.float32 else result
@@ -153,7 +149,7 @@ def test_antialias_over_many_taps(height: int, width: int) -> None:
 
 @both_profiles
 def test_windows_at_the_borders_and_thin_ones(profile: Profile) -> None:
-    """What lies outside the window is never read: other pixels around it change nothing, to the bit."""
+    """Pixels outside the window are never read: other ones around it change nothing, to the bit."""
     (image,) = pictures(1, 40, 50)
     windows = [
         (0, 0, 40, 50), (0, 0, 9, 11), (31, 39, 9, 11), (0, 39, 9, 11), (31, 0, 9, 11), (7, 20, 30, 1),
@@ -197,7 +193,7 @@ def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
 
 
 @pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
-def test_every_order_of_the_colour_operations(profile: Profile) -> None:
+def test_every_order_of_the_color_operations(profile: Profile) -> None:
     count = len(JITTER_ORDERS)
     images = pictures(1, 30, 30) * count
     params = params_of(
@@ -240,7 +236,7 @@ def test_other_types_are_the_rounded_numbers(dtype: torch.dtype) -> None:
         assert torch.equal(ours, exact.to(dtype))
 
 
-def test_normalisation() -> None:
+def test_normalization() -> None:
     images, augment = pictures(2, 30, 30), AugmentConfig(size=30, view1=EVERYTHING, view2=EVERYTHING)
     params = params_of(2, 30, 30, blur=np.array([True, False]))  # both ways out
     plain = (expected(images, params, augment) - np.array(augment.mean)) / np.array(augment.std)
@@ -254,7 +250,7 @@ def test_parts_of_a_batch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     sides = np.full(count, 33), np.full(count, 47)
     params = [draw(EVERYTHING, 0, 0, np.arange(count), view, *sides) for view in (0, 1)]
     whole = run(images, *params, augment=augment)
-    monkeypatch.setattr(triton_kernels, "_SCRATCH", 12 * 24 * 24 * 3)  # three views, so 8 are three parts
+    monkeypatch.setattr(gpu, "_SCRATCH", 12 * 24 * 24 * 3)  # three views, so 8 are three parts
     assert np.array_equal(run(images, *params, augment=augment), whole)
 
 
@@ -265,7 +261,7 @@ def test_part_of_an_image_gives_what_the_whole_gives(profile: Profile) -> None:
     pixels, memory = upload([np.ascontiguousarray(image[25:80, 18:60])])
     out = torch.empty(1, 32, 32, 3, device=DEVICE)
     pixels = Pixels(pixels.address, np.array([[25, 18, 55, 42]]))
-    triton_kernels.make_views(pixels, [params], augment, [out])
+    gpu.make_views(pixels, [params], augment, [out])
     assert np.array_equal(out.cpu().numpy(), run([image], params, augment=augment))
     del memory
 
@@ -281,11 +277,11 @@ def test_output_of_another_shape_or_layout_is_refused() -> None:
     pixels, memory = upload(pictures(1, 20, 20))
     for out in (torch.empty(1, 16, 16, 4), torch.empty(1, 3, 16, 16).permute(0, 2, 3, 1)):
         with pytest.raises(ValueError, match="an output is"):
-            triton_kernels.make_views(pixels, [params_of(1, 20, 20)], augment_of(16), [out.to(DEVICE)])
+            gpu.make_views(pixels, [params_of(1, 20, 20)], augment_of(16), [out.to(DEVICE)])
     del memory
 
 
-_position = triton_byol.position
+_position = gpu_byol.position
 
 
 @triton.jit
@@ -298,19 +294,19 @@ def _positions(floors, rests, length, size: tl.constexpr, block: tl.constexpr):
 
 @pytest.mark.parametrize("size", [8, 24, 45, 96, 224, 512, 1000, 1024])
 def test_positions_in_integers_are_those_in_float64(size: int) -> None:
-    """Of 1024 pixels some lie halfway between two steps of the kernel table. A position at a pixel may be its end."""
+    """Of 1024 pixels some are halfway between two steps of the kernel table. A position at a pixel may be its end."""
     lengths = [1, 2, 3, size - 1, size, size + 1, 333, 500, 4095, 65535]
     for length in lengths:
         floors = torch.empty(size, dtype=torch.int32, device=DEVICE)
         rests = torch.empty(size, device=DEVICE)
         _positions[(1,)](floors, rests, length, size, triton.next_power_of_2(size))
-        centre = (np.arange(size) + 0.5) * (length / size) - 0.5
-        wanted = np.floor(centre) + np.rint((centre - np.floor(centre)) * 1024) / 1024
+        center = (np.arange(size) + 0.5) * (length / size) - 0.5
+        wanted = np.floor(center) + np.rint((center - np.floor(center)) * 1024) / 1024
         assert np.array_equal(floors.cpu().numpy() + rests.cpu().numpy().astype(float), wanted), length
         assert ((rests >= 0) & (rests <= 1)).all()
 
 
-taps, weight = triton_torchvision.taps, triton_torchvision.weight
+taps, weight = gpu_torchvision.taps, gpu_torchvision.weight
 
 
 @triton.jit
@@ -340,11 +336,11 @@ def test_antialias_weights_are_those_in_float64(size: int, length: int) -> None:
         weights = torch.empty(some, most, device=DEVICE)
         _antialias[(1,)](firsts, counts, weights, length, start, most, size, some, block)
         ours, count = weights.cpu().numpy().astype(float), int(counts[0])
-        centre = (start + np.arange(some) + 0.5) * length / size
-        first = np.maximum(np.floor(centre - 2 * stretch + 0.5), 0)
+        center = (start + np.arange(some) + 0.5) * length / size
+        first = np.maximum(np.floor(center - 2 * stretch + 0.5), 0)
         assert np.array_equal(firsts.cpu().numpy(), first)
         tap = first[:, None] + np.arange(most)
-        d = np.abs(tap + 0.5 - centre[:, None]) / stretch
+        d = np.abs(tap + 0.5 - center[:, None]) / stretch
         near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
         wanted = np.where(tap < length, np.where(d < 1, near, np.where(d < 2, far, 0)), 0)
         assert np.abs(ours - wanted).max() < 1e-6 * ROOM
@@ -356,14 +352,14 @@ import itertools, json, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from byolt.pipelines.kernels import gpu as triton_kernels  # noqa: E402
+from byolt.pipelines.kernels import gpu
 
 norm = {f"{a}_{c}": "fp32" for a in ("scale", "shift") for c in "rgb"}
 pointers = {"table": "*i32", "scratch": "*fp32", "blurred": "*fp32", "sums": "*fp32"}
 out = []
 names = "_resize", "_color", "_blur_rows", "_blur_columns"
 for name, profile in itertools.product(names, ("byol", "torchvision")):
-    kernel = getattr(triton_kernels, name)
+    kernel = getattr(gpu, name)
     for kind in (tl.float32, tl.float16, tl.bfloat16) if "kind" in kernel.arg_names else (None,):
         constants = {"size": 224, "power": 64, "kind": kind, "profile": profile}
         constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
@@ -379,7 +375,8 @@ json.dump(out, sys.stdout)
 def test_kernels_compile_for_an_h100(tmp_path: Path) -> None:
     """Triton's compiler needs no GPU. No atomics: sums in any order would differ from run to run; nothing in float64."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
     )
@@ -401,7 +398,7 @@ def test_host_does_not_wait() -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        triton_kernels.make_views(pixels, [params], augment, [out])
+        gpu.make_views(pixels, [params], augment, [out])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert np.array_equal(out.cpu().numpy(), run(images, params, augment=augment))

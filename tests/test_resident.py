@@ -10,8 +10,8 @@ from test_loader import Damaged, N, make_config
 
 from byolt.configs.schema import Profile
 from byolt.pipelines.backends import make_backend, make_resident
+from byolt.pipelines.kernels.inputs import Pixels
 from byolt.pipelines.kernels.memory import Memory
-from byolt.pipelines.kernels.recipe import Pixels
 from byolt.pipelines.loader import Batch, CorruptBudgetError, Loader
 from byolt.pipelines.resident import Resident, is_wanted
 from byolt.pipelines.sources import SyntheticSource

@@ -1,8 +1,9 @@
-"""Sources: what is read is what was stored, and damage is an error that says where."""
+"""Sources: reading returns the stored bytes, and damage is an error that names the place."""
 
 import io
 import os
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
-from byolt.pipelines.sources import SyntheticSource, TarSource, open_source
+from byolt.pipelines.sources import ParallelReader, SyntheticSource, TarSource, open_source
 from byolt.tools.make_shards import main as make_shards
 
 
@@ -170,15 +171,15 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
         (f"{tmp_path}/x.beton,", r"x\.beton is cut short"),
         (f"{tmp_path}/no, {tmp_path}/x.beton", r"no' does not exist: name a \.beton file"),
         (tmp_path / "folder.beton", r"folder\.beton' cannot be read: Is a directory"),
-        (tmp_path / "betons", r"holds \.beton files: name them instead, separated by commas"),
+        (tmp_path / "betons", r"has \.beton files: name the files, separated by commas"),
         (images / "class0/readme.txt", "is a file"),
         (tmp_path / "empty", "holds no images"),
         (tmp_path / "tars", "make_shards.py --index"),
-        (images.parent / "above", "13 of 13 images lie a level below the class folders"),
+        (images.parent / "above", "13 of 13 images are a level below the class folders"),
         (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
         ("synthetic:10:5", "synthetic:NUM:HxW"),
-        ("synthetic:0:5x5", "NUM = 0"),
-        ("synthetic:2147483648:5x5", "NUM = 2147483648: it must be 1 to 2,147,483,647"),
+        ("synthetic:0:5x5", "NUM=0 must"),
+        ("synthetic:2147483648:5x5", "NUM=2147483648 must be 1 to 2,147,483,647"),
     ]
     for path, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -208,10 +209,35 @@ def test_fifo_is_refused_not_waited_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["labels.csv", "top/a/0.jpg", "top/b/0.jpg", "top/c/0.jpg"], "3 of 3 images lie a level below"),
-        (["0.jpg", "1.jpg", "2.jpg", "masks/0.png"], "3 images lie beside the folders and 1 in them"),
+        (["labels.csv", "top/a/0.jpg", "top/b/0.jpg", "top/c/0.jpg"], "3 of 3 images are a level below"),
+        (["0.jpg", "1.jpg", "2.jpg", "masks/0.png"], "3 images are beside the folders and 1 in them"),
     ],
 )
 def test_stray_files_do_not_hide_the_wrong_level(names: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         label_names(names)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 64])
+def test_reader_keeps_the_order(threads: int) -> None:
+    source, wanted = SyntheticSource(40, 20, 30), [7, 3, 3, 39, 0, 12, 5]
+    reader = ParallelReader(source, threads)
+    for count in range(len(wanted) + 1):
+        found = list(reader(wanted[:count], unwanted={3}))
+        assert found == [b"" if i == 3 else source.read(i) for i in wanted[:count]]
+    reader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
+
+
+def test_reads_wait_together() -> None:
+    """Two threads are both inside a read, or the barrier breaks."""
+    barrier = threading.Barrier(2, timeout=20)
+
+    class Slow(SyntheticSource):
+        def read(self, i: int) -> bytes:
+            barrier.wait()
+            return super().read(i)
+
+    reader = ParallelReader(Slow(40, 20, 30), 2)
+    assert list(reader([4, 9])) == [SyntheticSource(40, 20, 30).read(i) for i in (4, 9)]
+    reader.close()

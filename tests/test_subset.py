@@ -1,4 +1,4 @@
-"""Parts of a data set: balanced, nested, by list; what is asked for wrongly is named."""
+"""Parts of a data set: balanced, nested, by list; errors name the wrong entries."""
 
 import io
 import json
@@ -148,7 +148,7 @@ def test_a_note_of_anything_is_no_name() -> None:
 
 def test_made_up_images_have_no_names(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("somebody\n")
-    with pytest.raises(ValueError, match="keeps no names of its samples: list ids, 0 to 9"):
+    with pytest.raises(ValueError, match="has no names of its samples: list ids, 0 to 9"):
         listed_ids(open_source("synthetic:10:8x8"), tmp_path / "list.txt")
 
 
@@ -207,5 +207,5 @@ def test_an_id_that_is_the_key_of_another_sample_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize("entry", ["٣", "03", "+3", "3.0", "9" * 5000])
 def test_other_numbers_are_names(entry: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{entry}\n")
-    with pytest.raises(ValueError, match="keeps no names"):
+    with pytest.raises(ValueError, match="has no names"):
         listed_ids(open_source("synthetic:10:8x8"), tmp_path / "list.txt")

@@ -117,7 +117,7 @@ AUGMENT = AugmentConfig(
 )
 
 
-def test_backend_applies_drawn_parameters_and_normalises() -> None:
+def test_backend_applies_drawn_parameters_and_normalizes() -> None:
     encoded = _jpegs(3)
     ids, heights, widths = np.arange(3), np.full(3, 40), np.full(3, 50)
     params = [
@@ -128,7 +128,7 @@ def test_backend_applies_drawn_parameters_and_normalises() -> None:
     for view, drawn in zip(views, params, strict=True):
         assert view.shape == (3, 3, 32, 32) and view.is_contiguous(memory_format=torch.channels_last)
         for i in range(3):
-            plain = ops.apply_byol(ops.decode(encoded[i]), drawn[i : i + 1], 32, AUGMENT.blur_taps)[0]
+            plain = ops.apply(ops.decode(encoded[i]), drawn[i : i + 1], 32, AUGMENT.blur_taps, "byol")[0]
             expected = (plain.permute(2, 0, 1) - torch.tensor(AUGMENT.mean).view(3, 1, 1)) / torch.tensor(
                 AUGMENT.std
             ).view(3, 1, 1)

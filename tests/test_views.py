@@ -1,4 +1,4 @@
-"""The drawn parameters: distributions, independence, and purity."""
+"""The sampled parameters: distributions, independence, and purity."""
 
 import zlib
 from dataclasses import fields
@@ -123,7 +123,7 @@ def test_slice_keeps_rows_together(views: tuple[ViewParams, ViewParams]) -> None
 
 
 def test_draws_of_byol_are_those_of_earlier_runs() -> None:
-    """What a checkpoint was trained with must not change: digests of all fields, of 1000 samples."""
+    """A checkpoint's parameters must not change with a release: digests of all fields, of 1000 samples."""
     ids = np.arange(1000) * 7919
     for index, (view, digest) in enumerate(((VIEW1, 1975904645), (VIEW2, 4047288462))):
         params = draw(view, 7, 3, ids, index, 100 + ids % 433, 90 + ids % 577)
@@ -184,8 +184,8 @@ def test_torchvision_crop_has_the_distribution_of_torchvisions_own(height: int, 
         (90, 3, [43, 0, 4, 3]),
     ],
 )
-def test_torchvision_takes_the_centre_where_nothing_fits(height: int, width: int, window: list[int]) -> None:
-    """No window of .08 of the area fits, so 4/3 of the short side is taken, centred (torchvision rounds down)."""
+def test_torchvision_takes_the_center_where_nothing_fits(height: int, width: int, window: list[int]) -> None:
+    """No window of .08 of the area fits, so 4/3 of the short side is taken, centered (torchvision rounds down)."""
     view = draw(VIEW1, 0, 0, IDS, 0, np.full(N, height), np.full(N, width), "torchvision")
     drawn = np.unique(np.stack([view.top, view.left, view.height, view.width], 1), axis=0)
     assert drawn.tolist() == [window]
@@ -201,15 +201,15 @@ def test_torchvision_takes_the_whole_image_where_nothing_fits_but_its_ratio_is_a
 
 
 def test_torchvision_tries_ten_times() -> None:
-    """A try fits 100 x 400 pixels with probability p (integrated on a grid): (1 - p)^10 are centred."""
+    """A try fits 100 x 400 pixels with probability p (integrated on a grid): (1 - p)^10 are centered."""
     area = 0.08 + 0.92 * (np.arange(1000)[:, None] + 0.5) / 1000
     ratio = (3 / 4) ** (1 - 2 * (np.arange(1000) + 0.5) / 1000)
     fits = (np.rint(np.sqrt(area * 40_000 / ratio)) <= 100).mean()
     view = draw(VIEW1, 3, 0, IDS, 0, np.full(N, 100), np.full(N, 400), "torchvision")
-    centred = (view.height == 100) & (view.width == 133) & (view.left == 133)
+    centered = (view.height == 100) & (view.width == 133) & (view.left == 133)
     expected = (1 - fits) ** 10
     assert 0.05 < expected < 0.2 and abs((1 - fits) ** 9 - expected) > 0.01
-    assert abs(centred.mean() - expected) < 0.005
+    assert abs(centered.mean() - expected) < 0.005
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import numpy as np
 from byolt.pipelines.convert.from_files import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
-from byolt.pipelines.formats.index import IMAGE_EXTENSIONS, UNLABELLED, keyed_members
+from byolt.pipelines.formats.index import IMAGE_EXTENSIONS, UNLABELED, keyed_members
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.sources import TarSource, open_source
 
@@ -53,7 +53,7 @@ def list_data_set(source: Path) -> Inputs:
     for i, (key, info) in enumerate(notes):
         name = found.describe(i).rpartition("/")[2]
         label = int(found.labels[i])
-        if UNLABELLED <= label <= np.iinfo(np.int32).max:
+        if UNLABELED <= label <= np.iinfo(np.int32).max:
             text = json.dumps(info) if info else ""
             images.append(InputImage(name, label, i, int(found.lengths[i]), modified, key, text))
         else:

@@ -1,4 +1,5 @@
-"""How bytes are laid out: tar, .beton, encoded images, folders. Imports no other part of pipelines.
+"""Byte formats: tar, .beton, encoded images, folders. Imports no other part of pipelines.
 
-Begin with `encoded.py` (one image) and `index.py` (the samples of one shard).
+`encoded.py` checks one image and `decode.py` decodes it; `index.py` lists the samples of one shard (`tar.py`,
+`beton.py`); `folder.py`, `beton.py` and `synthetic.py` are sources without a manifest. Begin with `encoded.py`.
 """

@@ -2,8 +2,8 @@
 
     header 24 B | fields, 1,041 B each | one metadata record per sample | pages of data | allocation table
 
-A record holds an image's mode, size and pointer; how many bytes the image has stands only in the allocation
-table and is joined by pointer. Everything is checked at opening, in pieces, so that memory stays flat.
+A record contains an image's mode, size and pointer; its length in bytes is only in the allocation table, which is
+joined by pointer. Opening checks everything, in pieces, so that memory use does not grow with the file.
 """
 
 import bisect
@@ -21,7 +21,7 @@ from byolt.pipelines.formats.encoded import ppm_header
 VERSION = 2
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")]
-)  # table: byte offset of the allocation table, which reaches to the end of the file
+)  # table: byte offset of the allocation table, which extends to the end of the file
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 B
 REGION = np.dtype([("pointer", "<u8"), ("size", "<u8")])
@@ -37,21 +37,23 @@ TYPES: dict[int, tuple[str, np.dtype]] = {
     4: ("array", np.dtype("<u8")),
     JSON_TYPE: ("json", REGION),
     6: ("tensor", np.dtype("<u8")),
-}  # what a metadata record holds for a field, by its type
+}  # the entry of a field in a metadata record, by the field's type
 
-_PIECE = 1 << 14  # records that are read at a time
-_FINGERPRINTED = 64  # images whose bytes go into the fingerprint
+_PIECE = 1 << 14  # records per read
+_FINGERPRINTED = 64  # images whose bytes enter the fingerprint
 _MAX_NOTE = 1 << 20  # bytes of a sample's JSON; more is damage
 _REMEDY = "copy the file again, or write it again"
 
 
 class BetonSource:
-    """One or several .beton files as one data set. Read by `os.pread`: a cut file is an error, not SIGBUS.
+    """One or several .beton files as one data set; see `sources.Source`. A cut file is an error, not SIGBUS.
 
-    The image is the first RGB image field and the label the first int field, unless they are named. An image is
-    handed on as it is stored: JPEG as its bytes, raw pixels behind a PPM header, which every decoder reads. See
-    `sources.Source`; beyond that there are, each of shape (len,), `offsets` and `lengths` of the images in their
-    file, in bytes, and `raw`.
+    The image is the first RGB image field and the label the first int field, unless they are named. `read` returns a
+    JPEG as stored, and raw pixels with a PPM header, which every decoder reads.
+
+    Attributes:
+        offsets: int64 (len,), bytes from the start of the file to the image; lengths likewise.
+        raw: bool (len,), whether an image is stored as raw pixels.
     """
 
     classes: list[str] | None = None  # the format has no names for labels
@@ -62,12 +64,12 @@ class BetonSource:
         """
         Args:
             paths: The files, in the order of their samples.
-            image: Name of the field that holds the image, in each file; None for the first of that type.
-            label: Name of the int field that holds the label, likewise.
+            image: Name of the image field in each file; None for the first of its type.
+            label: Name of the label's int field, likewise.
 
         Raises:
-            ValueError: Missing, not a .beton of version 2, unfinished, cut short, without such a field, with a
-                field of a custom type, or with an image that is not where the file says; names file and sample.
+            ValueError: A file is missing, not a .beton of version 2, unfinished, cut short, lacks a field, has a field
+                of a custom type, or an image is not where the file states; names file and sample.
         """
         self.paths = [os.fspath(path) for path in paths]
         self._fields = image, label
@@ -95,8 +97,8 @@ class BetonSource:
             mode, pointer = image["mode"], image["pointer"]
             layout.refuse(first, mode > RAW, "its image is neither JPEG nor raw")
             layout.refuse(first, (image["height"] == 0) | (image["width"] == 0), "its image has no pixels")
-            layout.refuse(first, pointer < layout.metadata_end, "its image lies inside the header")
-            layout.refuse(first, pointer >= layout.table, "its image lies beyond the data")
+            layout.refuse(first, pointer < layout.metadata_end, "its image is inside the header")
+            layout.refuse(first, pointer >= layout.table, "its image is beyond the data")
             part = slice(rows.start + first, rows.start + first + len(piece))
             self.heights[part], self.widths[part] = image["height"], image["width"]
             self.offsets[part], self.raw[part] = pointer, mode == RAW
@@ -106,8 +108,7 @@ class BetonSource:
     def _read_sizes(self, layout: "_Layout", rows: slice) -> None:
         """Joins the allocation table to the images by pointer.
 
-        Its rows are in no order, and an empty region has the same pointer as the one that follows it: the largest
-        size counts.
+        Its rows are unordered, and an empty region shares the pointer of the next one: the largest size counts.
         """
         starts = np.sort(np.append(self.offsets[rows], layout.table))  # np.unique takes .4 s of a million
         starts = starts[np.append(True, starts[1:] != starts[:-1])]
@@ -123,14 +124,14 @@ class BetonSource:
             size, room = found[place], starts[place + 1] - starts[place]
             layout.refuse(first, size == 0, "its image has no bytes in the allocation table")
             layout.refuse(
-                first, size > room.view(np.uint64), "its image reaches into the next, or beyond the data"
+                first, size > room.view(np.uint64), "its image extends into the next, or beyond the data"
             )
             self.lengths[part] = size
             unfit = self.raw[part] & (self.lengths[part] != 3 * self.heights[part] * self.widths[part])
-            layout.refuse(first, unfit, "its raw image has not 3 x height x width bytes")
+            layout.refuse(first, unfit, "its raw image does not have 3 x height x width bytes")
 
     def _fingerprint(self) -> str:
-        """Of labels, sizes and the bytes of a few images; where they lie, and in how many files, is no matter."""
+        """Digest of labels, sizes and the bytes of a few images, independent of their place and the number of files."""
         digest = hashlib.sha256()
         for column in (self.labels, self.heights, self.widths, self.lengths, self.raw):
             digest.update(column.data)
@@ -146,7 +147,7 @@ class BetonSource:
         return ppm_header(self.heights[i], self.widths[i]) + data if self.raw[i] else data
 
     def region(self, i: int) -> bytes:
-        """What the file holds for image `i`: a JPEG, or raw pixels without any header. Raises OSError."""
+        """Image `i` as stored: a JPEG, or raw pixels without a header. Raises OSError."""
         length = int(self.lengths[i])
         try:
             data = os.pread(self._descriptors[self._locate(i)[0]], length, int(self.offsets[i]))
@@ -159,10 +160,10 @@ class BetonSource:
         return data
 
     def note(self, i: int) -> bytes:
-        """The first JSON field of sample `i`, without its final zero; empty where the file has no such field.
+        """The first JSON field of sample `i`, without its final zero; empty if the file has none.
 
         Raises:
-            ValueError: It does not lie in the data.
+            ValueError: It is outside the data.
         """
         file, number = self._locate(i)
         layout = self._layouts[file]
@@ -172,7 +173,7 @@ class BetonSource:
         record = np.frombuffer(os.pread(layout.descriptor, layout.record.itemsize, place), layout.record)[0]
         pointer, size = record[layout.note].item()
         if size > _MAX_NOTE or pointer < layout.metadata_end or pointer + size > layout.table:
-            raise ValueError(f"{self.describe(i)}: its JSON lies outside the data: {_REMEDY}")
+            raise ValueError(f"{self.describe(i)}: its JSON is outside the data: {_REMEDY}")
         return os.pread(layout.descriptor, size, pointer).rstrip(b"\0")
 
     def unread_fields(self) -> list[str]:
@@ -184,7 +185,7 @@ class BetonSource:
         return f"{self.paths[file]} sample {number}"
 
     def _locate(self, i: int) -> tuple[int, int]:
-        """The file of sample `i`, and its number there."""
+        """Index of the file that contains sample `i`, and the sample's number in it."""
         i = range(len(self))[i]
         file = bisect.bisect_right(self._ends, i)
         return file, i - (self._ends[file - 1] if file else 0)
@@ -198,7 +199,7 @@ class BetonSource:
 
 
 class _Layout(NamedTuple):
-    """What header and fields of one file say; offsets and sizes in bytes."""
+    """The structure of one file, from its header and fields; offsets and sizes in bytes."""
 
     path: str
     descriptor: int
@@ -224,14 +225,14 @@ def split_path(text: str) -> tuple[list[str], dict[str, str]]:
     """ "a.beton,b.beton?image=img&label=cls" -> ["a.beton", "b.beton"], {"image": "img", "label": "cls"}.
 
     Raises:
-        ValueError: Something else than image=FIELD and label=FIELD stands behind the question mark.
+        ValueError: The part after the question mark is not image=FIELD, label=FIELD or both.
     """
     names, mark, query = (text, "", "") if os.path.exists(text) else text.partition(".beton?")
     names += mark[:-1]
     fields = dict(part.partition("=")[::2] for part in query.split("&")) if mark else {}
     if not (fields.keys() <= {"image", "label"} and all(fields.values())):
         raise ValueError(
-            f"data path {text!r}: behind the question mark stand image=FIELD, label=FIELD, or both joined by &"
+            f"data path {text!r}: after the question mark write image=FIELD, label=FIELD, or both joined by &"
         )
     return [names] if os.path.exists(names) else [part.strip() for part in names.split(",")], fields
 
@@ -251,34 +252,32 @@ def _layout(path: str, descriptor: int, image: str | None, label: str | None) ->
         start = os.pread(descriptor, HEADER.itemsize, 0)
     except OSError as error:  # a folder
         raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
-    if len(start) < HEADER.itemsize:
-        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+
+    def refuse(bad: bool, problem: str) -> None:
+        if bad:
+            raise ValueError(f"{path} {problem}")
+
+    short = f"is cut short inside the header ({size:,} bytes): {_REMEDY}"
+    refuse(len(start) < HEADER.itemsize, short)
     header = np.frombuffer(start, HEADER)[0]
     version, num_fields, samples, table = (int(header[k]) for k in ("version", "fields", "samples", "table"))
-    if version != VERSION:
-        raise ValueError(
-            f"{path} is no .beton of version {VERSION}: it states {version}: write it with ffcv 1.0"
-        )
+    stated = f"is not a .beton of version {VERSION}, but states version {version}: write it with ffcv 1.0"
+    refuse(version != VERSION, stated)
     metadata = HEADER.itemsize + num_fields * FIELD.itemsize
     fields = os.pread(descriptor, metadata - HEADER.itemsize, HEADER.itemsize)
-    if len(fields) < metadata - HEADER.itemsize:
-        raise ValueError(f"{path} is cut short inside the header ({size:,} bytes): {_REMEDY}")
+    refuse(len(fields) < metadata - HEADER.itemsize, short)
     members = _members(path, np.frombuffer(fields, FIELD), image, label)
     record = members[0]
-    if not samples:
-        raise ValueError(f"{path} holds no samples")
+    refuse(not samples, "has no samples: write it again")
     metadata_end = metadata + samples * record.itemsize
-    if table == 0 or table == size:
-        raise ValueError(
-            f"{path} has no allocation table: its writer was stopped before the end: write it again"
-        )
-    if table < metadata_end:
-        raise ValueError(f"{path} is damaged: its allocation table lies inside the header: {_REMEDY}")
-    if table > size or (size - table) % ALLOCATION.itemsize:
-        raise ValueError(
-            f"{path} is cut short: it has {size:,} bytes, its allocation table begins at {table:,} and has rows "
-            f"of {ALLOCATION.itemsize}: {_REMEDY}"
-        )
+    unfinished = "has no allocation table: its writer was stopped before the end: write it again"
+    refuse(table in (0, size), unfinished)
+    refuse(table < metadata_end, f"is damaged: its allocation table is inside the header: {_REMEDY}")
+    refuse(
+        table > size or (size - table) % ALLOCATION.itemsize != 0,
+        f"is cut short: it has {size:,} bytes, its allocation table begins at {table:,} and has rows of "
+        f"{ALLOCATION.itemsize}: {_REMEDY}",
+    )
     rows = (size - table) // ALLOCATION.itemsize
     return _Layout(path, descriptor, samples, *members, metadata, metadata_end, table, rows)
 
@@ -286,14 +285,14 @@ def _layout(path: str, descriptor: int, image: str | None, label: str | None) ->
 def _members(
     path: str, fields: np.ndarray, image: str | None, label: str | None
 ) -> tuple[np.dtype, str, str | None, str | None, list[str]]:
-    """The metadata record, its members that hold image, label and JSON, and the names of the other fields."""
+    """The metadata record, its members for image, label and JSON, and the names of the other fields."""
     names = [name.decode("ascii", "replace") for name in fields["name"].tolist()]
     types = fields["type"].tolist()
     for name, kind in zip(names, types, strict=True):
         if kind not in TYPES:
             raise ValueError(
-                f"{path}: field {name!r} has the custom type {kind}, and the size of its records is not in the "
-                "file: write it again without that field"
+                f"{path}: field {name!r} has the custom type {kind}, whose size the file does not state: "
+                "write it again without that field"
             )
     found = ", ".join(f"{name!r} ({TYPES[kind][0]})" for name, kind in zip(names, types, strict=True))
 
@@ -316,7 +315,7 @@ def _members(
 
 
 def _pieces(layout: _Layout, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """`count` records from byte `offset` on, a piece at a time, with the number of its first record."""
+    """Yields `count` records from byte `offset` on in pieces, each with the number of its first record."""
     for first in range(0, count, _PIECE):
         length = min(_PIECE, count - first) * dtype.itemsize
         data = os.pread(layout.descriptor, length, offset + first * dtype.itemsize)

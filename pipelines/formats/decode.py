@@ -1,4 +1,4 @@
-"""Decodes one encoded image without DALI."""
+"""Decodes one encoded image without DALI, by PIL."""
 
 import io
 
@@ -17,15 +17,16 @@ class UndecodableError(Exception):
 
 
 def decode(encoded: bytes) -> Tensor:
-    """An encoded image as uint8 (H, W, 3); grey becomes three equal channels, of 16 bits the high byte is taken,
-    EXIF orientation is ignored.
+    """Decodes an image to uint8 (H, W, 3).
+
+    Gray becomes three equal channels, 16 bits become the high byte, and EXIF orientation is ignored.
 
     Raises:
         ValueError: it does not decode.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
-            if image.mode.startswith("I;16"):  # PIL would clip 16-bit grey at 255
+            if image.mode.startswith("I;16"):  # PIL would clip 16-bit gray at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB")))
     except (OSError, SyntaxError, ValueError) as error:

@@ -1,30 +1,30 @@
-"""What the header of an encoded image says, and whether its bytes are whole.
+"""Reads the header of an encoded image and checks that its bytes are complete, without decoding it.
 
-A decoder is handed bytes only after they passed here: DALI's CPU decoder ends the process (SIGSEGV) on empty
-or non-image samples in batches of 64 and more. Nothing is decoded; a damaged interior is for `convert.prove`.
+Every image passes this check before it is decoded: DALI's CPU decoder ends the process (SIGSEGV) on empty or non-image
+samples in batches of 64 and more. Damage to the pixels is found by decoding, which convert/rules.py does.
 """
 
 import re
 from typing import NamedTuple
 
+MAX_BYTES = 1 << 30  # of one encoded image
 MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 2 * (1 GiB / 4 / 3)
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PPM = b"P6"
-# Width, height; as ppm_header writes it.
-_PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
+_PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # width, height: see ppm_header
 _EOI = b"\xff\xd9"
 _IEND = b"IEND\xaeB`\x82"
-_TAIL = 65536  # bytes at the end that are searched for the end marker before the whole file is
+_TAIL = 65536  # bytes at the end that are searched first for the end marker
 _SOF = frozenset((0xC0, 0xC1, 0xC2, 0xC9, 0xCA))  # Huffman and arithmetic, sequential and progressive
 _SOF_UNSUPPORTED = frozenset((0xC3, 0xC5, 0xC6, 0xC7, 0xCB, 0xCD, 0xCE, 0xCF))  # lossless, hierarchical
 _STANDALONE = frozenset((0x01, *range(0xD0, 0xD8)))  # TEM and RST0..7 carry no length
-_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; a palette holds RGB
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by color type; a palette holds RGB
 
 
 class ImageHeader(NamedTuple):
-    """Size as stored, in pixels (EXIF orientation is not applied), and bits per channel."""
+    """Format, size as stored in pixels (EXIF orientation is ignored), channels and bits per channel."""
 
     format: str
     height: int
@@ -34,18 +34,18 @@ class ImageHeader(NamedTuple):
 
 
 def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
-    """Reads the header of a JPEG, PNG or binary PPM and checks that its end is there.
+    """Reads the header of a JPEG, PNG or binary PPM and checks that its end marker is present.
 
-    Bytes after the end marker are tolerated: decoders ignore them. A PPM, raw pixels of a .beton, has no end
-    marker: its header is accepted in one form only, and its size must fit to the byte.
+    Bytes after the end marker are accepted: decoders ignore them. A PPM, raw pixels of a .beton, has no end marker:
+    only the header that `ppm_header` writes is accepted, and the size must match to the byte.
 
     Args:
-        data: The whole encoded image.
-        max_pixels: Largest height x width that is accepted.
+        data: The encoded image.
+        max_pixels: The largest accepted height x width.
 
     Raises:
-        ValueError: Empty, not JPEG, PNG or PPM, cut short, zero size, more than `max_pixels`, or a kind that no
-            common decoder reads (lossless or hierarchical JPEG, 12-bit JPEG); the message is the reason.
+        ValueError: The image is empty, cut short, not a JPEG, PNG or PPM, of zero size, above `max_pixels`, or a JPEG
+            that no common decoder reads (lossless, hierarchical or 12-bit); the message is the reason.
     """
     if data[:2] == _JPEG:
         header = _inspect_jpeg(data)
@@ -64,10 +64,10 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
 
 
 def check(data: bytes, height: int, width: int) -> ImageHeader:
-    """The header of an image of the indexed size.
+    """Inspects an image whose size is known from an index.
 
     Raises:
-        ValueError: The bytes are no whole image (see `inspect`), or one of another size; the message is the reason.
+        ValueError: See `inspect`, or the image has another size; the message is the reason.
     """
     header = inspect(data)
     if (header.height, header.width) != (height, width):
@@ -76,7 +76,7 @@ def check(data: bytes, height: int, width: int) -> ImageHeader:
 
 
 def _inspect_jpeg(data: bytes) -> ImageHeader:
-    """Walks the markers up to the first scan; an EXIF thumbnail lies inside a segment and is stepped over."""
+    """Walks the markers up to the first scan; an EXIF thumbnail is inside a segment and is skipped."""
     end = len(data)
     at = 2
     header = None
@@ -108,7 +108,7 @@ def _inspect_jpeg(data: bytes) -> ImageHeader:
         at += 2 + length
     if header is None:
         raise ValueError("damaged JPEG header: no frame header (SOF) before the image data")
-    # Image data never holds FF D9. The whole file is searched only when its tail has none.
+    # Image data never contains FF D9. The whole file is searched only if its tail has none.
     if data.rfind(_EOI, max(at, end - _TAIL)) < 0 and data.find(_EOI, at) < 0:
         raise ValueError("cut short: JPEG has no end marker (EOI)")
     return header
@@ -135,21 +135,21 @@ def _inspect_png(data: bytes) -> ImageHeader:
         raise ValueError("damaged PNG header: does not start with IHDR")
     width = int.from_bytes(data[16:20], "big")
     height = int.from_bytes(data[20:24], "big")
-    bits, colour = data[24], data[25]
-    if colour not in _PNG_CHANNELS or bits not in (1, 2, 4, 8, 16):
-        raise ValueError(f"damaged PNG header: colour type {colour}, {bits} bits")
+    bits, color = data[24], data[25]
+    if color not in _PNG_CHANNELS or bits not in (1, 2, 4, 8, 16):
+        raise ValueError(f"damaged PNG header: color type {color}, {bits} bits")
     if data.rfind(_IEND, max(33, len(data) - _TAIL)) < 0 and data.find(_IEND, 33) < 0:
         raise ValueError("cut short: PNG has no end chunk (IEND)")
-    return ImageHeader("png", height, width, _PNG_CHANNELS[colour], 8 if colour == 3 else bits)
+    return ImageHeader("png", height, width, _PNG_CHANNELS[color], 8 if color == 3 else bits)
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """What stands before raw pixels (height x width x RGB, uint8) so that every decoder reads them."""
+    """The header that makes raw pixels (height x width x RGB, uint8) an image that every decoder reads."""
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
 def ppm_pixels(data: bytes, header: ImageHeader) -> memoryview:
-    """The raw pixels of a whole PPM whose header was read, height x width x RGB, uint8: no copy, they keep `data`."""
+    """The raw pixels of an inspected PPM, height x width x RGB, uint8: a view of `data`, not a copy."""
     return memoryview(data)[-3 * header.height * header.width :]
 
 
@@ -166,6 +166,3 @@ def _inspect_ppm(data: bytes) -> ImageHeader:
     if len(data) > expected:
         raise ValueError(f"PPM has {len(data) - expected:,} bytes after its pixels")
     return ImageHeader("ppm", height, width, 3, 8)
-
-
-MAX_BYTES = 1 << 30  # of one encoded image

@@ -1,4 +1,4 @@
-"""A folder of image files as a source, and the labels that its layout gives."""
+"""A folder of image files as a source; its class folders give the labels."""
 
 import hashlib
 import os
@@ -8,85 +8,13 @@ import numpy as np
 
 from byolt.pipelines.formats.encoded import inspect
 
-_NAMED = 5  # unreadable files that an error lists
-_SYSTEM_FOLDERS = frozenset(
-    ("@eaDir", "__MACOSX", "lost+found")
-)  # Synology's thumbnails; macOS's metadata; fsck's
-
-
-def is_hidden(part: str) -> bool:
-    """Whether a part of a path is hidden, or a folder of thumbnails, metadata or lost files that a system made."""
-    return part.startswith(".") or part in _SYSTEM_FOLDERS
-
-
-def list_folder(folder: Path, hidden: list[str] | None = None) -> list[str]:
-    """Sorted relative names of all files; links to files and folders are followed.
-
-    Within a class folder a real folder is entered once, whatever links lead to it. A folder that cannot be entered is
-    listed as if it were a file; its reader refuses it.
-
-    Args:
-        folder: Where to begin.
-        hidden: Receives the names of the files and folders that are left out, see `is_hidden`.
-    """
-    return sorted(_walk(folder, "", set(), [] if hidden is None else hidden))
-
-
-def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
-    """Labels of image files: they lie in class folders (at any depth), or flat.
-
-    Args:
-        names: Sorted relative names.
-
-    Returns:
-        The names; their labels, an index into the sorted class folder names (-1 in a flat folder); the class
-        names or None; and the names that have no class, beside the class folders.
-
-    Raises:
-        ValueError: Most images lie a level below the class folders, or beside them.
-    """
-    classed = [name for name in names if "/" in name]
-    if not classed:
-        return names, [-1] * len(names), None, []
-    deep = sum(name.count("/") > 1 for name in classed)
-    if 2 * deep > len(classed):
-        tops = sorted({name.split("/", 1)[0] for name in classed})
-        raise ValueError(
-            f"{deep} of {len(classed)} images lie a level below the class folders "
-            f"({', '.join(tops[:_NAMED])}): name one of them"
-        )
-    if len(names) - len(classed) > len(classed):
-        raise ValueError(
-            f"{len(names) - len(classed)} images lie beside the folders and {len(classed)} in them, so that it is "
-            "neither flat nor in classes: name one folder"
-        )
-    classes = sorted({name.split("/", 1)[0] for name in classed})
-    number = {name: label for label, name in enumerate(classes)}
-    labels = [number[name.split("/", 1)[0]] for name in classed]
-    return classed, labels, classes, [name for name in names if "/" not in name]
-
-
-def _walk(root: Path, inside: str, entered: set[str], hidden: list[str]) -> list[str]:
-    real = os.path.realpath(root / inside)
-    if real in entered:  # a link to where we are, or were
-        return []
-    entered.add(real)
-    names = []
-    for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
-        name = f"{inside}/{entry.name}" if inside else entry.name
-        if is_hidden(entry.name):
-            hidden.append(name)
-            continue
-        try:
-            within = entered if inside else {real}  # each class folder on its own
-            names += _walk(root, name, within, hidden) if entry.is_dir() else [name]
-        except OSError:  # a link to itself, or a folder without permission
-            names.append(name)
-    return names
+LISTED = 5  # names that an error message lists
+# Synology's thumbnails; macOS's metadata; fsck's
+_SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX", "lost+found"))
 
 
 class FolderSource:
-    """JPEG and PNG files as they are. Every file is read once at the start; for large sets make shards."""
+    """JPEG and PNG files as they are; see `sources.Source`. Opening reads every file: make shards of large sets."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
@@ -96,7 +24,7 @@ class FolderSource:
             raise ValueError(f"data path {self.folder}: {error}") from None
         if not self._names:
             raise ValueError(f"data path {self.folder} holds no images")
-        problems = [f"{name}: lies beside the class folders" for name in stray]
+        problems = [f"{name}: is beside the class folders" for name in stray]
         sizes = []
         digest = hashlib.sha256()
         for name, label in zip(self._names, labels, strict=True):
@@ -112,10 +40,10 @@ class FolderSource:
             sizes.append((header.height, header.width))
             digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
         if problems:
-            first = "; ".join(problems[:_NAMED])
+            first = "; ".join(problems[:LISTED])
             raise ValueError(
                 f"data path {self.folder}: {len(problems)} files are not usable ({first}): "
-                f"tools/make_shards.py {self.folder} DST sorts them out into a quarantine list"
+                f"tools/make_shards.py {self.folder} DST leaves them out and lists them in a quarantine file"
             )
         self.labels = np.array(labels, np.int64)
         self.heights, self.widths = np.array(sizes, np.int64).T.copy()
@@ -129,3 +57,74 @@ class FolderSource:
 
     def describe(self, i: int) -> str:
         return f"{self._names[i]} (sample {i})"
+
+
+def is_hidden(part: str) -> bool:
+    """Whether a part of a path is hidden, or a folder of thumbnails, metadata or lost files that a system made."""
+    return part.startswith(".") or part in _SYSTEM_FOLDERS
+
+
+def list_folder(folder: Path, hidden: list[str] | None = None) -> list[str]:
+    """Sorted relative names of all files; links to files and folders are followed.
+
+    Within a class folder a real folder is entered once, even if several links lead to it. Entries that cannot be
+    entered or examined are listed as files, so that reading them reports the error.
+
+    Args:
+        folder: Where to begin.
+        hidden: Receives the names of the files and folders that are left out, see `is_hidden`.
+    """
+    return sorted(_walk(folder, "", set(), [] if hidden is None else hidden))
+
+
+def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
+    """Labels of image files in class folders (at any depth), or in one flat folder.
+
+    Args:
+        names: Sorted relative names.
+
+    Returns:
+        The names; their labels, indices into the sorted class names (-1 in a flat folder); the class names or None; the
+        names of files beside the class folders, which have no class.
+
+    Raises:
+        ValueError: Most images are one level below the class folders, or beside them.
+    """
+    classed = [name for name in names if "/" in name]
+    if not classed:
+        return names, [-1] * len(names), None, []
+    deep = sum(name.count("/") > 1 for name in classed)
+    if 2 * deep > len(classed):
+        tops = sorted({name.split("/", 1)[0] for name in classed})
+        raise ValueError(
+            f"{deep} of {len(classed)} images are a level below the class folders "
+            f"({', '.join(tops[:LISTED])}): name one of them"
+        )
+    if len(names) - len(classed) > len(classed):
+        raise ValueError(
+            f"{len(names) - len(classed)} images are beside the folders and {len(classed)} in them, so the "
+            "folder is neither flat nor sorted into classes: name one folder"
+        )
+    classes = sorted({name.split("/", 1)[0] for name in classed})
+    number = {name: label for label, name in enumerate(classes)}
+    labels = [number[name.split("/", 1)[0]] for name in classed]
+    return classed, labels, classes, [name for name in names if "/" not in name]
+
+
+def _walk(root: Path, inside: str, entered: set[str], hidden: list[str]) -> list[str]:
+    real = os.path.realpath(root / inside)
+    if real in entered:  # a link to a folder entered before
+        return []
+    entered.add(real)
+    names = []
+    for entry in sorted(os.scandir(root / inside), key=lambda entry: entry.name):
+        name = f"{inside}/{entry.name}" if inside else entry.name
+        if is_hidden(entry.name):
+            hidden.append(name)
+            continue
+        try:
+            within = entered if inside else {real}  # each class folder on its own
+            names += _walk(root, name, within, hidden) if entry.is_dir() else [name]
+        except OSError:  # a link to itself, or a folder without permission
+            names.append(name)
+    return names

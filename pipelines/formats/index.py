@@ -1,7 +1,7 @@
-"""The samples of one shard: where each image lies, how large it is, and its label.
+"""Lists the samples of one shard: offset, size and label of each image.
 
-In a WebDataset tar members in a row whose names are equal up to the first dot are a sample. Damage to the tar itself
-is an error; a sample that cannot be used is left out and named. A .beton is sound as a whole, or refused.
+In a WebDataset tar, consecutive members whose names are equal up to the first dot form a sample. Damage to the tar is
+an error; a sample that cannot be used is left out and reported. A .beton is accepted or refused as a whole.
 """
 
 import os
@@ -18,15 +18,27 @@ from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.encoded import MAX_BYTES, inspect
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
+UNLABELED = -1
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),  # index into Manifest.shards
+        ("label", "<i4"),  # index into Manifest.classes, or UNLABELED
+        ("offset", "<u8"),  # bytes from the start of the shard to the encoded image
+        ("length", "<u4"),  # bytes
+        ("height", "<u4"),  # pixels as stored, EXIF orientation ignored
+        ("width", "<u4"),
+        ("crc32", "<u4"),  # of the encoded image: locates damage by sample, not only by shard
+    ]
+)  # 32 bytes
 
 
 class Index(NamedTuple):
-    """What one tar holds; a .beton's samples, all of which can be used, are its records alone (`index_beton`).
+    """The contents of one tar.
 
     Attributes:
         records: SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
-        refused: Key and reason, with the offset, of each sample that cannot be used.
-        imageless: Number of keys without an image: captions, readme files, kinds of image that are not read.
+        refused: Key and reason, with the offset, of each unusable sample.
+        imageless: Number of keys without an image that we read: captions, readme files, other image formats.
     """
 
     records: np.ndarray
@@ -35,12 +47,12 @@ class Index(NamedTuple):
 
 
 def index_tar(path: str | os.PathLike[str]) -> Index:
-    """Reads a whole tar once; the samples are one .jpg, .jpeg or .png each and perhaps a .cls with an integer.
+    """Reads a tar once; a sample is one .jpg, .jpeg or .png and optionally a .cls with an integer.
 
-    Other members of a sample are stepped over, as are folders, hidden files and names in double underscores.
+    Other members of a sample, folders, hidden files and names that start with two underscores are skipped.
 
     Raises:
-        ValueError: Not a regular file, or a damaged or cut tar (see `tar.walk`). Names tar and offset.
+        ValueError: Not a regular file, or a damaged or cut tar (see `tar.walk`); names the tar and the offset.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +66,7 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
             members = list(group)
             try:
                 if key in seen:
-                    raise ValueError("its key occurs twice; a key ends at the first dot of a name")
+                    raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
                 record = _record(path, descriptor, members)
             except ValueError as error:
                 refused.append((key, f"offset {members[0][2].header}: {error}"))
@@ -66,7 +78,7 @@ def index_tar(path: str | os.PathLike[str]) -> Index:
 
 
 def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
-    """SAMPLE records of one .beton, in the order of its samples, with `shard` 0; every image is read once.
+    """SAMPLE records of one .beton, in its order, with `shard` 0; reads every image once.
 
     Raises:
         ValueError: See `beton.BetonSource`.
@@ -80,7 +92,7 @@ def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def keyed_members(path: Path, descriptor: int) -> Iterator[tuple[str, str, tar.Member]]:
-    """The members that may belong to a sample: key with its folder, lower-case extension, member."""
+    """The members that can belong to a sample: key with its folder, lower-case extension, member."""
     for member in tar.walk(path, descriptor):
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
@@ -91,14 +103,14 @@ def keyed_members(path: Path, descriptor: int) -> Iterator[tuple[str, str, tar.M
 def _record(
     path: Path, descriptor: int, members: list[tuple[str, str, tar.Member]]
 ) -> tuple[int, ...] | None:
-    """The record of one sample, None where it has no image, ValueError where it cannot be used."""
+    """The record of one sample, or None if it has no image; raises ValueError if it cannot be used."""
     images = [member for _, extension, member in members if extension in IMAGE_EXTENSIONS]
     labels = [member for _, extension, member in members if extension == "cls"]
     if not images:
         for _, extension, member in members:
             if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
                 raise ValueError(
-                    f"{member.name!r} is no image to WebDataset, whose extensions begin at the first dot: "
+                    f"WebDataset does not see {member.name!r} as an image, since extensions begin at the first dot: "
                     "rename such files without further dots"
                 )
         return None
@@ -112,37 +124,21 @@ def _record(
             raise ValueError(f"{member.name!r} is a {member.kind}, not a file")
     image = images[0]
     if image.length > MAX_BYTES:
-        raise ValueError(f"{image.length:,} bytes: more than an image has")
+        raise ValueError(f"{image.length:,} bytes: an image has at most {MAX_BYTES:,}")
     data = tar.read_at(path, descriptor, image.length, image.offset)
     header = inspect(data)
     label = (
         _label(tar.read_at(path, descriptor, min(labels[0].length, 64), labels[0].offset))
         if labels
-        else UNLABELLED
+        else UNLABELED
     )
     return 0, label, image.offset, image.length, header.height, header.width, zlib.crc32(data)
 
 
 def _label(text: bytes) -> int:
-    """A .cls: a class number, or -1 for none."""
+    """The class number in a .cls; -1 for none."""
     if text.strip() == b"-1":
-        return UNLABELLED
+        return UNLABELED
     if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
         raise ValueError(f"its label is {text!r}, not an integer")
     return int(text)
-
-
-UNLABELLED = -1
-
-
-SAMPLE = np.dtype(
-    [
-        ("shard", "<u4"),  # index into Manifest.shards
-        ("label", "<i4"),  # index into Manifest.classes, or UNLABELLED
-        ("offset", "<u8"),  # bytes from the start of the shard to the encoded image
-        ("length", "<u4"),  # bytes
-        ("height", "<u4"),  # pixels as stored, EXIF orientation ignored
-        ("width", "<u4"),
-        ("crc32", "<u4"),  # of the encoded image: damage is found by sample, not only by shard
-    ]
-)  # 32 bytes

@@ -1,4 +1,4 @@
-"""Made-up images as a source: throughput without a disk."""
+"""Synthetic images as a source: throughput without a disk."""
 
 import hashlib
 import io
@@ -10,14 +10,16 @@ _POOL = 64  # distinct images
 
 
 class SyntheticSource:
-    """JPEGs without a disk, for throughput: a small pool of smooth noise, repeated; label = i mod classes."""
+    """A small pool of JPEGs of smooth noise, repeated; label = i mod classes; see `sources.Source`."""
 
     def __init__(self, num_samples: int, height: int, width: int, classes: int = 10) -> None:
         for name, value in (("NUM", num_samples), ("H", height), ("W", width), ("classes", classes)):
             if not 0 < value < 1 << 31:
-                raise ValueError(f"synthetic:NUM:HxW has {name} = {value}: it must be 1 to {(1 << 31) - 1:,}")
+                raise ValueError(f"synthetic:NUM:HxW: {name}={value} must be 1 to {(1 << 31) - 1:,}")
         if max(height, width) > 65500:
-            raise ValueError(f"synthetic:NUM:HxW has {height}x{width}: a JPEG side is at most 65500")
+            raise ValueError(
+                f"synthetic:NUM:HxW: {height}x{width} must be at most 65500x65500, the largest JPEG"
+            )
         self._length = num_samples
         self._pool = [_noise_jpeg(seed, height, width) for seed in range(min(_POOL, num_samples))]
         self.labels = np.arange(num_samples, dtype=np.int64) % classes
@@ -38,7 +40,7 @@ class SyntheticSource:
 
 
 def _noise_jpeg(seed: int, height: int, width: int) -> bytes:
-    """Noise at a quarter of the size, enlarged: about 1.5 bits a pixel at quality 90, like photographs."""
+    """A JPEG of noise, enlarged fourfold: about 1.5 bits a pixel at quality 90, like photographs."""
     rng = np.random.default_rng(seed)
     noise = rng.integers(0, 256, ((height + 3) // 4, (width + 3) // 4, 3), np.uint8)
     image = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)

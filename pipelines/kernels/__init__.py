@@ -1,5 +1,6 @@
 """The fast views: decoded pixels and sampled parameters in, two normalized views out.
 
-`recipe.py` and `jobs.py` are the inputs; `cpu*.py` are compiled by numba, `gpu*.py` by Triton, one file a profile. The
-definitions that both are held to are in pipelines/torch_backend.py. Begin with `cpu.py`.
+`inputs.py` is what every kernel reads. `cpu*.py` are compiled by numba, `gpu*.py` by Triton, which works through the
+table of `jobs.py`; what differs between the two profiles has files of its own. The definitions that all are tested
+against are in pipelines/torch_backend.py. May import views and configs. Begin with `make_views` in `cpu.py`.
 """

@@ -1,17 +1,19 @@
-"""Both views of decoded images in compiled loops: window, bicubic resize, flip, colour, blur, solarize, normalise.
+"""Both views of decoded images on the CPU, compiled by numba: crop, bicubic resize, flip, color, blur, solarize.
 
-The definitions are those of pipelines/torch_backend.py, in float32 throughout; tests/test_kernels.py holds the two to
-1e-5 of each other. A view is made in three walks over its rows, so that a row stays in the first-level cache while
-everything that needs no other row happens to it:
+The definitions are those of pipelines/torch_backend.py, in float32; tests/test_cpu_kernels.py checks that the two agree
+to 1e-5. A view is made in three walks over its rows, so that a row stays in the first-level cache during every
+operation
+that needs no other row:
 
-    1  rows of the window ─► resized row, flipped ─► colour operations drawn before contrast ─► its sum
-    2  contrast about the mean ─► colour operations drawn after it ─► grey ─► blur along the row
-    3  blur along the columns ─► solarize ─► normalise ─► interleaved output
+    1  rows of the window ─► resized row, flipped ─► color operations that precede contrast ─► its sum
+    2  contrast about the mean ─► color operations that follow it ─► gray ─► blur along the row
+    3  blur along the columns ─► solarize ─► normalize ─► interleaved output
 
-cpu_rows.py has the walks and what the profiles share, cpu_byol.py and cpu_torchvision.py what they differ in.
+cpu_walks.py has the walks, cpu_rows.py the operations on rows that the profiles share, cpu_byol.py and
+cpu_torchvision.py the other ones.
 
-numba compiles on a profile's first call (seconds) and keeps the code in __pycache__ beside this file, or in the user's
-cache folder where that cannot be written (NUMBA_CACHE_DIR moves it). The compiled code runs without the GIL.
+numba compiles a profile on its first call (seconds) and caches the code in __pycache__ beside this file, in the user's
+cache folder if that is not writable, or in NUMBA_CACHE_DIR. The compiled code runs without the GIL.
 """
 
 import functools
@@ -27,14 +29,20 @@ from numba.core import cgutils, types
 
 from byolt.configs.schema import AugmentConfig, Profile
 from byolt.pipelines import views
-from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision, recipe
+from byolt.pipelines.kernels import cpu_byol, cpu_rows, cpu_torchvision, cpu_walks, inputs
 from byolt.pipelines.kernels.cpu_rows import work_of
-from byolt.pipelines.kernels.recipe import Floats, Pixels, normalisation, write
+from byolt.pipelines.kernels.inputs import Floats, Pixels, kernel_params, normalization
 from byolt.pipelines.views import ViewParams
 
-_CHUNK = 16  # images that a thread takes at a time
-# Whose code or constants are compiled.
-_PARTS = (cpu_rows, cpu_byol, cpu_torchvision, recipe, views)
+_CHUNK = 16  # images in a thread's unit of work
+_PARTS = (
+    cpu_rows,
+    cpu_walks,
+    cpu_byol,
+    cpu_torchvision,
+    inputs,
+    views,
+)  # their code and constants are compiled
 
 
 @numba.extending.intrinsic
@@ -49,17 +57,17 @@ def _pointer(_context: Any, address: Any) -> Any:
 
 @functools.cache
 def compiled(profile: Profile, views: int) -> Any:
-    """The function that makes so many views of images start to stop.
+    """The function that makes `views` views of each of the images start to stop.
 
-    numba's cache watches this file alone, and two processes that compile different functions under one name at the same
-    time can leave the code of the one under the key of the other. So each has a name of its own: profile, number of
-    views, and a digest of the files whose code goes into it.
+    numba's cache watches only this file, and two processes that compile different functions of one name at the same
+    time can store the code of one under the key of the other. So the name of each is unique: profile, number of views
+    and a digest of the files that are compiled into it.
     """
     torchvision = profile == "torchvision"
     digest = hashlib.sha256("".join(inspect.getsource(part) for part in _PARTS).encode()).hexdigest()
 
     def run(
-        start: int, stop: int, pixels: Pixels, recipes: Any, taps: int, steps: Any, norm: Floats, outs: Any
+        start: int, stop: int, pixels: Pixels, params: Any, taps: int, steps: Any, norm: Floats, outs: Any
     ) -> None:
         work = work_of(outs[0].shape[1], taps, steps, norm)
         for i in range(start, stop):
@@ -67,15 +75,15 @@ def compiled(profile: Profile, views: int) -> Any:
             image = numba.carray(_pointer(pixels.address[i]), (height, 3 * width), np.uint8)
             for k in range(len(outs)):
                 if torchvision:
-                    cpu_torchvision.make_view(image, recipes[k], i, taps, work, outs[k][i])
+                    cpu_torchvision.make_view(image, params[k], i, taps, work, outs[k][i])
                 else:
-                    cpu_byol.make_view(image, recipes[k], i, taps, work, outs[k][i])
+                    cpu_byol.make_view(image, params[k], i, taps, work, outs[k][i])
 
     run.__qualname__ = f"make_{views}_views_{profile}_{digest[:16]}"
     options = {"nogil": True, "fastmath": True, "error_model": "numpy"}
     try:
         return numba.njit(cache=True, **options)(run)
-    except RuntimeError:  # "cannot cache function: no locator available": each process compiles anew
+    except RuntimeError:  # no folder for the cache is writable: each process compiles anew
         return numba.njit(**options)(run)
 
 
@@ -90,22 +98,22 @@ def make_views(
 
     Args:
         pixels: the decoded images; the caller keeps their memory alive.
-        params: for each view, N drawn ones; their windows lie inside the images' boxes.
+        params: for each view the parameters of N samples, whose windows are inside the images' boxes.
         augment: profile, size, mean and std.
-        outs: for each view a C-contiguous float32 (N, size, size, 3); the normalised pixels go there.
-        pool: threads to share the work; None for the caller's own.
+        outs: for each view a C-contiguous float32 (N, size, size, 3) that receives the normalized pixels.
+        pool: threads that share the work; None for the caller's own.
 
     Raises:
         ValueError: a window is not inside its image's box. (The kernels read memory without checks.)
     """
     n, size = len(pixels.address), augment.size
-    recipes, norm = write(pixels, params), normalisation(augment)
+    views, norm = kernel_params(pixels, params), normalization(augment)
     steps, rows = np.array([1, size]), tuple(out.reshape(n, size, 3 * size) for out in outs)
 
     run = compiled(augment.profile, len(outs))
 
     def work(start: int, stop: int) -> None:
-        run(start, stop, pixels, recipes, augment.blur_taps, steps, norm, rows)
+        run(start, stop, pixels, views, augment.blur_taps, steps, norm, rows)
 
     if pool is None:
         work(0, n)

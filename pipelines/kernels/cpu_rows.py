@@ -1,9 +1,9 @@
-"""What the compiled kernels of both profiles share: operations on rows of pixels, and the three walks over a view.
+"""The compiled operations on rows of pixels that both profiles share.
 
-Rows are planar float32, and inner loops are written for the compiler to vectorise: no float64 (hence the float32
-constants), no index that could be negative (numba would test its sign), one simple body each. What the definitions
-compute through HSV is computed without it, equal up to rounding: a new hue keeps the largest and the smallest channel
-and moves the others between them.
+Rows are planar float32. The inner loops are written for the compiler to vectorize: no float64 (hence the float32
+constants), no index that could be negative (numba would test its sign), one simple body each. Hue and saturation are
+computed without HSV, equal up to rounding: a new hue keeps the largest and the smallest channel and moves the others
+between them.
 """
 
 import math
@@ -13,34 +13,33 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from byolt.pipelines.kernels.recipe import NEGLIGIBLE, Floats, Recipe
-from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from byolt.pipelines.kernels.inputs import NEGLIGIBLE, Floats
 
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
-RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # torch_backend.GRAY_WEIGHTS
+RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # views.GRAY_WEIGHTS
 TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 
-# Each function needs a name of its own, those that a function makes as well: of two with one name that different
-# processes compiled, a third that loads both from numba's cache would call one for the other.
+# Each function needs a unique name, also those that a function makes: a process that loads two of one name, compiled by
+# different processes, from numba's cache would call one for the other.
 compiled = numba.njit(nogil=True, fastmath=True, error_model="numpy")
 
 
 class Work(NamedTuple):
-    """A thread's memory, and what is the same for all views. At every end there is a pad for the blur's border."""
+    """A thread's memory, and the constants of all views. Every end has a pad for the blur's border."""
 
     planes: Floats  # (3, (pad + size + pad) * size) rows of each channel
     line: Floats  # (3, pad + size + pad) one row of each channel
     blur_weights: Floats  # (pad + 1,)
-    # 1 and size: as a constant, the 1 would tell the compiler that neighbours share taps; it then carries them from
-    # pixel to pixel and does not vectorise, which is five times slower.
+    # 1 and size: from a constant 1 the compiler would learn that neighbors share taps, carry them from pixel to pixel
+    # and not vectorize, which is five times slower.
     steps: npt.NDArray[np.int64]
-    scale: Floats  # (3,) normalisation: x scale + shift
+    scale: Floats  # (3,) normalization: x scale + shift
     shift: Floats
 
 
 @compiled
 def work_of(size: int, taps: int, steps: Any, norm: Floats) -> Work:
-    """Memory for views of a size and a blur of so many taps."""
+    """Memory for views of a size and a blur of `taps` taps."""
     pad = taps // 2 + 1
     return Work(
         planes=np.zeros((3, (size + 2 * pad) * size), np.float32),
@@ -59,9 +58,19 @@ def clip(x: np.float32) -> np.float32:
 
 
 @compiled
-def _contrast(row: Floats, value: np.float32, mean: np.float32, out: Floats) -> None:
+def contrast(row: Floats, value: np.float32, mean: np.float32, out: Floats) -> None:
     for x in range(len(out)):
         out[x] = clip((row[x] - mean) * value + mean)
+
+
+@compiled
+def keys(distance: float) -> float:
+    """Keys' cubic kernel (a = -0.5) at a distance >= 0."""
+    if distance <= 1:
+        return (1.5 * distance - 2.5) * distance * distance + 1
+    if distance < 2:
+        return ((-0.5 * distance + 2.5) * distance - 4) * distance + 2
+    return 0.0
 
 
 @compiled
@@ -70,6 +79,16 @@ def blend_rows(a: Any, b: Any, c: Any, d: Any, weights: Floats, out: Floats) -> 
     wa, wb, wc, wd = weights[0], weights[1], weights[2], weights[3]
     for x in range(len(out)):
         out[x] = wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
+
+
+@compiled
+def add_rows(a: Any, b: Any, c: Any, d: Any, weights: Floats, out: Floats) -> None:
+    """Adds four more rows to the result of `blend_rows`."""
+    wa, wb, wc, wd = weights[0], weights[1], weights[2], weights[3]
+    for x in range(len(out)):
+        out[x] += (
+            wa * np.float32(a[x]) + wb * np.float32(b[x]) + wc * np.float32(c[x]) + wd * np.float32(d[x])
+        )
 
 
 @compiled
@@ -92,7 +111,7 @@ def blend_columns(
 
 
 @compiled
-def _hue(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
+def hue(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
     """The channels are m + (V - m) times a trapezoid of the hue: |h - 3| - 1 for red, 2 - |h - 2|, 2 - |h - 4|."""
     turn = SIX * (value - np.float32(math.floor(value)))  # [0, 6): hues are counted in sixths here
     for x in range(len(r)):
@@ -112,7 +131,7 @@ def _hue(r: Floats, g: Floats, b: Floats, value: np.float32) -> None:
 
 
 @compiled
-def _gray(r: Floats, g: Floats, b: Floats) -> None:
+def gray(r: Floats, g: Floats, b: Floats) -> None:
     """Luma, left in r."""
     for x in range(len(r)):
         r[x] = RED * r[x] + GREEN * g[x] + BLUE * b[x]
@@ -134,10 +153,10 @@ def planar(planes: Floats, at: int, size: int) -> Any:
 
 
 @compiled
-def _blur_taps(sigma: np.float32, taps: int, weights: Floats) -> int:
+def blur_taps(sigma: np.float32, taps: int, weights: Floats) -> int:
     """Weights of the taps at distances 0, 1, ..., and zeros; returns the largest distance that is not dropped.
 
-    They are normalised over all `taps`, the dropped ones included, as the reference's are.
+    They are normalized over all `taps`, including the dropped ones, as the reference does.
     """
     weights[:] = ZERO
     weights[0] = ONE
@@ -172,11 +191,11 @@ def _more_taps(s: Floats, a: Any, b: Any, w1: Any, c: Any, d: Any, w2: Any, out:
 
 
 @compiled
-def _blur(source: Floats, at: int, step: int, weights: Floats, radius: int, out: Floats) -> None:
+def blur(source: Floats, at: int, step: int, weights: Floats, radius: int, out: Floats) -> None:
     """out[x] = sum over k of weights[|k|] * source[at + x + k step]: along a row or, with a row's length, a column.
 
-    Two distances a walk halve the traffic to and from `out`. Loops of their own: with a branch around them the compiler
-    does not vectorise.
+    Two distances a walk halve the traffic to and from `out`. The loops are functions of their own, because the compiler
+    does not vectorize them inside a branch.
     """
     i = np.uint64(at)
     for k in range(1, radius + 1, 2):
@@ -189,10 +208,10 @@ def _blur(source: Floats, at: int, step: int, weights: Floats, radius: int, out:
 
 
 @compiled
-def _deliver(
+def deliver(
     r: Floats, g: Floats, b: Floats, solarize: bool, scale: Floats, shift: Floats, out: Floats
 ) -> None:
-    """Clipped, solarized, normalised (x scale + shift), interleaved: (size,) three times to (3 * size,)."""
+    """Clipped, solarized, normalized (x scale + shift), interleaved: (size,) three times to (3 * size,)."""
     s0, s1, s2, t0, t1, t2 = scale[0], scale[1], scale[2], shift[0], shift[1], shift[2]
     limit = HALF if solarize else TWO
     for x in range(len(r)):
@@ -203,88 +222,10 @@ def _deliver(
 
 
 @compiled
-def _mirror(values: Floats, pad: int, size: int, step: int, radius: int) -> None:
+def mirror(values: Floats, pad: int, size: int, step: int, radius: int) -> None:
     """Fills the pads of pad + size + pad items of `step` numbers each: item -k becomes item k, at both ends."""
     last = pad + size - 1
     for k in range(1, radius + 1):
         for x in range(step):
             values[(pad - k) * step + x] = values[(pad + k) * step + x]
             values[(last + k) * step + x] = values[(last - k) * step + x]
-
-
-def compile_color(brightness: Any, saturation: Any) -> Any:
-    """A profile's colour operations but contrast, in the order drawn, on a row: `color` of `compile_view`.
-
-    Args:
-        brightness: compiled: (r, g, b, value), in place.
-        saturation: likewise.
-    """
-
-    def color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
-        for operation in operations:
-            if operation == BRIGHTNESS:
-                brightness(r, g, b, values[BRIGHTNESS])
-            elif operation == SATURATION:
-                saturation(r, g, b, values[SATURATION])
-            elif operation == HUE:
-                _hue(r, g, b, values[HUE])
-
-    color.__qualname__ = f"color of {brightness.__module__}"
-    return compiled(color)
-
-
-def compile_view(resize: Any, color: Any, mirror: bool) -> Any:
-    """The three walks of a profile.
-
-    Args:
-        resize: the first walk, compiled: (image, window, flip, operations, values, work) -> float64 (3,). Rows of the
-            view, after the operations drawn before contrast, to work.planes; returns what contrast turns about.
-        color: compiled: (r, g, b, operations, values); the operations but contrast, in that order, on a row.
-        mirror: whether the blur sees the mirrored image beyond its border, or zeros.
-
-    Returns:
-        A compiled function: view i of `recipe`: image uint8 (height, 3 * width), out float32 (size, 3 * size).
-    """
-
-    def view(image: Any, recipe: Recipe, i: int, taps: int, work: Work, out: Floats) -> None:
-        size, pad = len(out), len(work.blur_weights) - 1
-        order, values, solarize = recipe.order[i], recipe.value[i], recipe.solarize[i]
-        place = 0
-        while place < 4 and order[place] != CONTRAST:
-            place += 1
-        factor = values[CONTRAST] if place < 4 else ONE
-        means = resize(image, recipe.window[i], recipe.flip[i], order[:place], values, work)
-
-        radius = _blur_taps(recipe.sigma[i], taps, work.blur_weights)
-        channels = 1 if recipe.gray[i] else 3
-        red, green, blue = planar(work.line, pad, size)
-        second, third = (red, red) if channels == 1 else (green, blue)
-        for y in range(size):
-            rows = planar(work.planes, (pad + y) * size, size)
-            _contrast(rows[0], factor, np.float32(means[0]), red)
-            _contrast(rows[1], factor, np.float32(means[1]), green)
-            _contrast(rows[2], factor, np.float32(means[2]), blue)
-            color(red, green, blue, order[place + 1 :], values)
-            if channels == 1:
-                _gray(red, green, blue)
-            if radius:
-                for c in range(channels):
-                    if mirror:
-                        _mirror(work.line[c], pad, size, 1, radius)
-                    _blur(work.line[c], pad, work.steps[0], work.blur_weights, radius, rows[c])
-            else:
-                _deliver(red, second, third, solarize, work.scale, work.shift, out[y])
-        if radius:
-            if mirror:
-                for c in range(channels):
-                    _mirror(work.planes[c], pad, size, size, radius)
-            lines = (red, green, blue)
-            for y in range(size):
-                for c in range(channels):
-                    _blur(
-                        work.planes[c], (pad + y) * size, work.steps[1], work.blur_weights, radius, lines[c]
-                    )
-                _deliver(red, second, third, solarize, work.scale, work.shift, out[y])
-
-    view.__qualname__ = f"view of {resize.__module__}"
-    return compiled(view)

@@ -1,7 +1,7 @@
-"""Profile byol on the GPU: its resize and its colour operations, as torch_backend.py defines them.
+"""Profile byol on the GPU: its resize and its color operations, as torch_backend.py defines them.
 
-The positions of the bicubic taps are computed in integers, because float32 would now and then round the position in the
-kernel table the other way.
+The positions of the bicubic taps are computed in integers, because float32 sometimes rounds the position in the
+kernel's table the other way.
 """
 
 import triton
@@ -12,7 +12,7 @@ from byolt.pipelines.kernels.gpu_pixels import TILE, TINY, clip, keys
 
 @triton.jit
 def position(place, length, size: tl.constexpr):
-    """(place + 0.5) * length / size - 0.5 as its floor and the rest, that to the nearest 1/1024, ties to even."""
+    """(place + 0.5) * length / size - 0.5 as its floor and the rest, rounded to 1/1024, ties to even."""
     # 2 size times (that + 1): not negative, because // rounds towards zero here.
     twice = (2 * place + 1) * length + size
     floor = twice // (2 * size) - 1
@@ -24,7 +24,7 @@ def position(place, length, size: tl.constexpr):
 
 @triton.jit
 def _weight(floor, rest, tap: tl.constexpr, length):
-    """Of the tap at floor + tap; 0 outside the window."""
+    """Weight of the tap at floor + tap; 0 outside the window."""
     inside = (floor + tap >= 0) & (floor + tap < length)
     return tl.where(inside, keys(tl.abs(rest - tap)), 0.0)
 
@@ -46,7 +46,7 @@ def resize(source, stride, height, width, y, x, size: tl.constexpr):
     g = tl.zeros((TILE, TILE), tl.float32)
     b = tl.zeros((TILE, TILE), tl.float32)
     for j in tl.static_range(-1, 3):
-        # A tap outside the window weighs 0: any pixel of the window is as good, and safe to read.
+        # A tap outside the window weighs 0: any pixel of the window will do, and is safe to read.
         line = tl.minimum(tl.maximum(row + j, 0), height - 1).to(tl.int64) * stride
         row_weight = (_weight(row, row_rest, j, height) / row_total)[:, None]
         for i in tl.static_range(-1, 3):

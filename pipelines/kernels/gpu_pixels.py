@@ -1,6 +1,6 @@
-"""What the Triton kernels of both profiles share: how they read a job, and operations on pixels.
+"""The Triton functions that both profiles share: reading a job, and operations on pixels.
 
-A job is a row of the table (pipelines/kernels/jobs.py), which the GPU has as int32.
+A job is a row of the table (jobs.py), int32 on the GPU.
 """
 
 import triton
@@ -11,11 +11,11 @@ from byolt.pipelines.views import GRAY_WEIGHTS
 
 
 def field(name: str) -> tl.constexpr:
-    """Where a field of a job begins in its row."""
+    """The column at which a field of a job begins."""
     return tl.constexpr(JOB.fields[name][1] // 4)  # type: ignore[index]
 
 
-# What a kernel takes from outside must be a constexpr.
+# Globals that a kernel reads must be constexpr.
 TILE = tl.constexpr(32)  # side of the square of pixels that is resized together
 TINY = tl.constexpr(1e-30)  # in place of a zero divisor whose dividend is zero
 _LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, GRAY_WEIGHTS)
@@ -23,13 +23,13 @@ _LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, GRAY_WEIGHTS)
 
 @triton.jit
 def read_float(job, column):
-    """A job's field that is a float."""
+    """A float field of a job."""
     return tl.load(job + column).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def read_pointer(job, column, kind: tl.constexpr):
-    """A job's field that is an address, as a pointer to `kind`."""
+    """An address field of a job, as a pointer to `kind`."""
     return tl.load((job + column).to(tl.pointer_type(tl.int64))).to(tl.pointer_type(kind))
 
 
@@ -49,13 +49,13 @@ def clip(x):
 
 @triton.jit
 def luma(r, g, b):
-    """The grey image, or the grey of a mean."""
+    """Gray of pixels, or of a mean."""
     return _LUMA_R * r + _LUMA_G * g + _LUMA_B * b
 
 
 @triton.jit
 def hue(r, g, b, turn):
-    """The hue moves on by `turn` sixths, in [0, 6); kernel_rows.py has the formula."""
+    """Adds `turn`, in sixths, 0 <= turn < 6, to the hue; cpu_rows.py has the formula."""
     top = tl.maximum(tl.maximum(r, g), b)
     low = tl.minimum(tl.minimum(r, g), b)
     spread = top - low

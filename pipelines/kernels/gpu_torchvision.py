@@ -1,9 +1,9 @@
-"""Profile torchvision on the GPU: its resize and its colours, as torch_backend.py defines them.
+"""Profile torchvision on the GPU: its resize and its colors, as torch_backend.py defines them.
 
 An axis that shrinks by a factor s is filtered by a kernel s times as wide, of 4 s taps. Both axes are filtered at once:
-each pixel of the window is then weighed for 16 pixels of the view however much it shrinks, so that the work grows with
-the decoded pixels, as the decoder's does. One axis after the other would be less arithmetic and one more pass through
-memory; which is faster is not yet measured.
+each pixel of the window contributes to 16 pixels of the view however much it shrinks, so the work grows with the
+decoded pixels, as the decoder's does. One axis after the other would need less arithmetic and one more pass through
+memory; that is not yet measured.
 """
 
 import triton
@@ -14,17 +14,17 @@ from byolt.pipelines.kernels.gpu_pixels import TILE, clip, keys, luma
 
 @triton.jit
 def taps(place, length, size: tl.constexpr):
-    """Of an axis: the first tap of each place, and how many follow from it at most."""
+    """The first tap of each place of an axis, and the largest number of taps."""
     longer = tl.maximum(length, size)
-    # The first pixel whose middle lies in the kernel, 2 size times the axis' unit: (place + 0.5) length / size is the
-    # kernel's middle, 2 longer / size its half. Not negative, because // rounds towards zero here.
+    # The first pixel whose center is inside the kernel, in units of 1 / (2 size): the kernel's center is at
+    # (place + 0.5) length / size, its half width is 2 longer / size. Not negative, because // rounds toward zero here.
     first = tl.maximum((2 * place + 1) * length - 4 * longer + size, 0) // (2 * size)
     return first, (4 * longer + size - 1) // size
 
 
 @triton.jit
 def weight(place, tap, length, size: tl.constexpr):
-    """Of a tap, not normalised; 0 beyond the window. The distance is exact up to its division."""
+    """Weight of a tap, not normalized; 0 outside the window. The distance is exact up to its division."""
     distance = tl.abs((2 * tap + 1) * size - (2 * place + 1) * length).to(tl.float32)
     return tl.where(tap < length, keys(distance * (0.5 / tl.maximum(length, size))), 0.0)
 
@@ -42,7 +42,7 @@ def resize(source, stride, height, width, y, x, size: tl.constexpr):
     for i in range(columns):
         column_total += weight(x, column + i, width, size)
     for j in range(rows):
-        # A tap beyond the window weighs 0: any pixel of the window is as good, and safe to read.
+        # A tap outside the window weighs 0: any pixel of the window will do, and is safe to read.
         line = source + tl.minimum(row + j, height - 1).to(tl.int64) * stride
         line_r = tl.zeros((TILE, TILE), tl.float32)
         line_g = tl.zeros((TILE, TILE), tl.float32)
@@ -70,6 +70,6 @@ def brightness(r, g, b, value):
 
 @triton.jit
 def saturation(r, g, b, value):
-    """Away from, or towards, the grey image."""
+    """Away from, or toward, the gray image."""
     gray = luma(r, g, b) * (1 - value)
     return clip(r * value + gray), clip(g * value + gray), clip(b * value + gray)

@@ -8,6 +8,7 @@ import colorsys
 import io
 import itertools
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,17 +18,18 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from byolt.configs.schema import AugmentConfig, ViewConfig
+from byolt.pipelines import torch_backend
 from byolt.pipelines.torch_backend import TorchBackend
-from byolt.pipelines.torch_backend import apply_torchvision as apply
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, JITTER_ORDERS, SATURATION, ViewParams, draw
 
+apply = partial(torch_backend.apply, profile="torchvision")
 HEIGHT, WIDTH = 75, 90
 EVERYTHING = ViewConfig(blur=0.7, solarize=0.5, jitter=0.9, gray=0.2)
 LUMA = np.array([0.2989, 0.587, 0.114])
 
 
 def pictures(count: int, height: int = HEIGHT, width: int = WIDTH) -> list[torch.Tensor]:
-    """uint8 (H, W, 3): smooth colours that reach both ends of the range, with some noise and a grey patch."""
+    """uint8 (H, W, 3): smooth colors that reach both ends of the range, with some noise and a gray patch."""
     rng = np.random.default_rng(height * 1000 + width)
     y, x = np.mgrid[:height, :width] / max(height, width)
     out = []
@@ -50,7 +52,7 @@ def plain(count: int = 1, **changes: object) -> ViewParams:
 
 
 def only(operation: str, value: float) -> ViewParams:
-    """One colour operation; the other factors are neutral."""
+    """One color operation; the other factors are neutral."""
     neutral = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0, "hue": 0.0}
     return plain(jitter=True, **(neutral | {operation: value}))
 
@@ -83,7 +85,7 @@ def chain(image: torch.Tensor, view: ViewParams, size: int, taps: int) -> torch.
 @pytest.mark.parametrize("size", [32, 64, 120])
 def test_view_equals_torchvisions_functions(size: int) -> None:
     """Float32 images, the same parameters: equal to 1e-6. torchvision on uint8, which stores 8 bits after every stage, and
-    rounds down after the colour operations, is 1.4 levels of 255 away on average and 13 at most (measured here)."""
+    rounds down after the color operations, is 1.4 levels of 255 away on average and 13 at most (measured here)."""
     count, taps = 48, 2 * int(size / 10 / 2) + 1
     params = draw(EVERYTHING, 5, 0, np.arange(count), 0, *sides(count), "torchvision")
     apart = []
@@ -148,7 +150,7 @@ FORMULAS = {
 
 @pytest.mark.parametrize("size", [30, 80])
 @pytest.mark.parametrize("operation", FORMULAS)
-def test_colour_operation_is_its_formula(operation: str, size: int) -> None:
+def test_color_operation_is_its_formula(operation: str, size: int) -> None:
     (image,) = pictures(1)
     start = apply(image, plain(), size, 1)[0].double().numpy()
     for value in (-0.5, -0.1, 0.07, 0.5) if operation == "hue" else (0.0, 0.6, 1.4, 2.0):
@@ -178,7 +180,7 @@ def test_flip_gray_and_solarize() -> None:
 
 
 def test_composition_in_every_order() -> None:
-    """24 orders, then grey or not, blur and solarize: formulas composed in float64, and the orders differ."""
+    """24 orders, then gray or not, blur and solarize: formulas composed in float64, and the orders differ."""
     (image,) = pictures(1)
     values = {BRIGHTNESS: 1.3, CONTRAST: 1.4, SATURATION: 0.7, HUE: -0.08}
     names = {BRIGHTNESS: "brightness", CONTRAST: "contrast", SATURATION: "saturation", HUE: "hue"}
@@ -204,7 +206,7 @@ def test_composition_in_every_order() -> None:
 
 
 def test_back_end_takes_the_profile() -> None:
-    """The same parameters by both profiles: antialias and the mean of grey are other pixels."""
+    """The same parameters by both profiles: antialias and the mean of gray are other pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pictures(1)[0].numpy()).save(buffer, "PNG")
     params = draw(EVERYTHING, 5, 0, np.arange(1), 0, *sides(1), "torchvision")
