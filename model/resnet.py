@@ -44,7 +44,7 @@ class ResNet(resnet.ResNet):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, 512) from basic blocks, (N, 2048) from bottlenecks."""
-        x = self.maxpool(self.bn1(self.conv1(x), relu=True))
+        x = self.bn1(self.conv1(x), relu=True, pool=self.maxpool)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -69,7 +69,7 @@ class ResNet8(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, 128)."""
-        x = self.maxpool(self.bn1(self.conv1(images), relu=True))
+        x = self.bn1(self.conv1(images), relu=True, pool=self.maxpool)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from byolt.model.byol import BYOL, MLP, byol_loss
 from byolt.model.kernels import norm as norms
 from byolt.model.kernels.norm import BatchNorm, each_view
-from byolt.model.resnet import make_encoder
+from byolt.model.resnet import BACKBONES, STEMS, Bottleneck, make_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
-SHORTCUTS = ["none", "identity", "norm"]
+MODES = ["none", "identity", "norm", "pool"]  # the shortcut, or max-pool
 
 
 @pytest.fixture
@@ -52,25 +52,25 @@ class Case(NamedTuple):
     other: Tensor  # the shortcut
     slopes: Tensor
     slopes2: Tensor  # of the output's second use
-    shortcut: str
+    mode: str
     relu: bool
     views: int
 
 
 def make_case(
-    shape: list[int], shortcut: str, relu: bool = True, views: int = 2, dtype: torch.dtype = torch.float32
+    shape: list[int], mode: str, relu: bool = True, views: int = 2, dtype: torch.dtype = torch.float32
 ) -> Case:
     generator = torch.Generator().manual_seed(5)
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     x, *more = (torch.randn(shape, generator=generator).to(dtype, memory_format=layout) for _ in range(4))
     x = x * torch.linspace(0.5, 3, shape[0]).to(dtype).view(-1, *[1] * (len(shape) - 1)) + 1  # views differ
-    return Case(x, *more, shortcut, relu, views)  # type: ignore[arg-type]
+    return Case(x, *more, mode, relu, views)  # type: ignore[arg-type]
 
 
-def layers(channels: int, shortcut: str, dtype: torch.dtype) -> list[BatchNorm]:
+def layers(channels: int, mode: str, dtype: torch.dtype) -> list[BatchNorm]:
     """The norm, and the shortcut's; nothing in them has a special value."""
     made = []
-    for index in range(1 + (shortcut == "norm")):
+    for index in range(1 + (mode == "norm")):
         layer = BatchNorm(channels).to(dtype)
         with torch.no_grad():
             layer.weight.copy_(torch.linspace(-0.5, 2, channels) + index)
@@ -86,7 +86,7 @@ def measure(
 ) -> dict[str, Tensor]:
     """Output, gradients, running statistics of a layer that computes in `dtype` parameters and the case's own inputs."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    made = [layer.to(device) for layer in layers(case.x.shape[1], case.shortcut, wide)]
+    made = [layer.to(device) for layer in layers(case.x.shape[1], case.mode, wide)]
     x, other, slopes, slopes2 = (t.detach().to(device, dtype) for t in case[:4])
     x.requires_grad_()
     other.requires_grad_()
@@ -94,20 +94,23 @@ def measure(
     try:
         output = made[0](
             x,
-            None if case.shortcut == "none" else other,
-            made[1] if case.shortcut == "norm" else None,
+            other if case.mode in ("identity", "norm") else None,
+            made[1] if case.mode == "norm" else None,
             relu=case.relu,
+            pool=nn.MaxPool2d(3, 2, 1) if case.mode == "pool" else None,
         )
     finally:
         BatchNorm.views = 1
     layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
     assert output.dtype == dtype and output.is_contiguous(memory_format=layout)
+    if case.mode == "pool":
+        slopes = slopes[:, :, : output.shape[2], : output.shape[3]]
     loss = (output * slopes).sum()
     if twice:
         loss = loss + (getattr(output, "second", output) * slopes2).sum()
     loss.backward()
     found = {"output": output.detach(), "dx": x.grad}
-    if case.shortcut != "none":
+    if other.grad is not None:
         found["dshortcut"] = other.grad
     for index, layer in enumerate(made):
         found |= {f"{name}{index}": getattr(layer, name).grad for name in ("weight", "bias")}
@@ -133,25 +136,25 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-@pytest.mark.parametrize("shape", [[6, 4, 3, 3], [6, 4]])
+@pytest.mark.parametrize(("shape", "mode"), [*(([6, 4, 3, 3], mode) for mode in MODES), ([6, 4], "norm")])
 def test_the_definition_is_torchs_modules_to_the_bit(
-    shape: list[int], shortcut: str, relu: bool, training: bool
+    shape: list[int], mode: str, relu: bool, training: bool
 ) -> None:
-    case = make_case(shape, shortcut)
+    case = make_case(shape, mode)
     with unfused():
-        ours = layers(4, shortcut, torch.float32)
+        ours = layers(4, mode, torch.float32)
         theirs = [(nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(4) for _ in ours]
         for a, b in zip(ours, theirs, strict=True):
             b.load_state_dict(a.state_dict())
             a.train(training)
             b.train(training)
-        second = None if shortcut == "none" else case.other
-        found = ours[0](case.x, second, ours[1] if len(ours) > 1 else None, relu=relu)
+        second = case.other if mode in ("identity", "norm") else None
+        pool = nn.MaxPool2d(3, 2, 1) if mode == "pool" else nn.Identity()
+        found = ours[0](case.x, second, ours[1] if len(ours) > 1 else None, relu, pool)
     expected = theirs[0](case.x)
     if second is not None:
         expected += theirs[1](second) if len(theirs) > 1 else second
-    assert torch.equal(found, expected.relu() if relu else expected)
+    assert torch.equal(found, pool(expected.relu() if relu else expected))
     for a, b in zip(ours, theirs, strict=True):
         assert all(torch.equal(value, b.state_dict()[key]) for key, value in a.state_dict().items())
 
@@ -180,29 +183,30 @@ def test_views_of_the_definition_are_passes_one_after_the_other(shape: list[int]
 SHAPES = [[4, 5, 3, 7], [2, 1, 3, 2], [20, 33], [4, 8, 16, 16], [4, 130, 5, 5]]
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
 @pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "mode"), [(s, m) for s in SHAPES for m in MODES if m != "pool" or len(s) == 4], ids=str
+)
 def test_kernels_equal_the_definition(
-    kernels: Any, shape: list[int], views: int, relu: bool, shortcut: str
+    kernels: Any, shape: list[int], views: int, relu: bool, mode: str
 ) -> None:
-    case = make_case(shape, shortcut, relu, views)
+    case = make_case(shape, mode, relu, views)
     assert_close(measure(case, torch.float32), exact(case), 3e-6)
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_kernels_in_float64(kernels: Any, shortcut: str, relu: bool) -> None:
-    case = make_case([4, 6, 5, 5], shortcut, relu)
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_in_float64(kernels: Any, mode: str, relu: bool) -> None:
+    case = make_case([4, 6, 5, 5], mode, relu)
     assert_close(measure(case, torch.float64), exact(case), 1e-12)
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-6), (torch.float16, 2**-9)])
-def test_kernels_in_half_precision(kernels: Any, dtype: torch.dtype, tolerance: float, shortcut: str) -> None:
+def test_kernels_in_half_precision(kernels: Any, dtype: torch.dtype, tolerance: float, mode: str) -> None:
     """Only what is written is rounded (Triton's interpreter cuts bfloat16 off): statistics are float32's."""
-    case = make_case([4, 24, 6, 6], shortcut, dtype=dtype)
+    case = make_case([4, 24, 6, 6], mode, dtype=dtype)
     found, expected = measure(case, dtype), exact(case)
     assert_close(found, expected, tolerance)
     running = [name for name in expected if "running" in name]
@@ -210,9 +214,9 @@ def test_kernels_in_half_precision(kernels: Any, dtype: torch.dtype, tolerance: 
 
 
 @pytest.mark.parametrize("relu", [True, False])
-@pytest.mark.parametrize("shortcut", ["identity", "norm"])
-def test_gradients_of_both_uses_of_the_output_are_added(kernels: Any, shortcut: str, relu: bool) -> None:
-    case = make_case([4, 24, 6, 6], shortcut, relu)
+@pytest.mark.parametrize("mode", ["identity", "norm"])
+def test_gradients_of_both_uses_of_the_output_are_added(kernels: Any, mode: str, relu: bool) -> None:
+    case = make_case([4, 24, 6, 6], mode, relu)
     assert_close(measure(case, torch.float32, twice=True), exact(case, twice=True), 3e-6)
 
 
@@ -236,17 +240,17 @@ def test_far_from_zero_float32_keeps_its_digits(kernels: Any) -> None:
     assert_close({"v": found["running_var0"]}, {"v": expected["running_var0"]}, 1e-6)
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("where", ["x", "other"])
-def test_nan_stays_in_its_channel_and_view(kernels: Any, where: str, shortcut: str) -> None:
-    case = make_case([4, 6, 3, 3], shortcut)
+def test_nan_stays_in_its_channel_and_view(kernels: Any, where: str, mode: str) -> None:
+    case = make_case([4, 6, 3, 3], mode)
     getattr(case, where)[0, 2, 1, 1] = torch.nan
     with unfused():
         expected = measure(case, torch.float32, torch.device("cpu"))
     found = measure(case, torch.float32)
     for name, value in expected.items():
         assert torch.equal(found[name].isnan(), value.isnan()), name
-    assert found["output"].isnan().any() == (where == "x" or shortcut != "none")
+    assert found["output"].isnan().any() == (where == "x" or mode in ("identity", "norm"))
 
 
 def test_minus_infinity_in_the_shortcut_is_cut_off(kernels: Any) -> None:
@@ -289,14 +293,9 @@ def test_what_cannot_be_normalized_is_refused(kernels: Any) -> None:
 # ------------------------------------------------------------------------------------------------ what it costs
 
 
-class Counted(NamedTuple):
-    launches: int
-    passes: float  # over the elements of the batch
-
-
-def spy(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: int, runs: bool = True) -> list[int]:
-    """Of each launch the number of batch-sized tensors that it reads or writes; nothing else is large."""
-    launches: list[int] = []
+def spy(kernels: Any, monkeypatch: pytest.MonkeyPatch, x: Tensor, runs: bool = True) -> list[float]:
+    """For each launch the bytes of the tensors as large as x, or as x pooled, that it reads or writes, over those of x."""
+    launches: list[float] = []
 
     class Spy:
         def __init__(self, kernel: Any) -> None:
@@ -304,37 +303,41 @@ def spy(kernels: Any, monkeypatch: pytest.MonkeyPatch, size: int, runs: bool = T
 
         def __getitem__(self, grid: Any) -> Callable:
             def launch(*args: Any, **settings: Any) -> None:
-                launches.append(sum(isinstance(a, Tensor) and a.numel() == size for a in args))
+                large = [
+                    a for a in args if isinstance(a, Tensor) and a.numel() in (x.numel(), x.numel() // 4)
+                ]
+                launches.append(sum(a.nbytes for a in large) / x.nbytes)
                 if runs:
                     self.kernel[grid](*args, **settings)
 
             return launch
 
-    for name in ("_moments", "_merge", "_normalize", "_reduce", "_add", "_propagate"):
+    for name in ("_moments", "_merge", "_normalize", "_pool", "_reduce", "_add", "_propagate"):
         monkeypatch.setattr(kernels, name, Spy(getattr(kernels, name)))
     return launches
 
 
-# Shortcut, its second gradient: launches and passes over the batch, forward and backward.
+# Mode, second gradient of the output: launches and passes over the batch, forward and backward.
 COSTS = {
     ("none", False): ((3, 3), (3, 5)),
     ("identity", False): ((3, 4), (3, 7)),
     ("identity", True): ((3, 4), (3, 8)),
     ("norm", False): ((5, 5), (3, 8)),
     ("norm", True): ((5, 5), (3, 10)),
+    ("pool", False): ((3, 2 + 0.25 + 0.125), (3, 3 + 2 * (0.25 + 0.125))),
 }
 
 
-@pytest.mark.parametrize(("shortcut", "twice"), COSTS)
+@pytest.mark.parametrize(("mode", "twice"), COSTS)
 def test_launches_and_traffic_of_a_layer(
-    kernels: Any, monkeypatch: pytest.MonkeyPatch, shortcut: str, twice: bool
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, mode: str, twice: bool
 ) -> None:
-    """torch's batch norm, addition and ReLU: 3 + 3 + 2 = 8 passes forward, 2 + 3 + 5 = 10 backward with a shortcut."""
-    case = make_case([4, 8, 16, 16], shortcut)
-    launches = spy(kernels, monkeypatch, case.x.numel())
-    measure(case, torch.float32, twice=twice)
-    forward, backward = COSTS[shortcut, twice]
-    assert [len(launches), sum(launches)] == [forward[0] + backward[0], forward[1] + backward[1]]
+    """torch's batch norm, addition and ReLU: 3 + 3 + 2 passes forward, 2 + 3 + 5 backward."""
+    case = make_case([4, 8, 16, 16], mode, dtype=torch.float16)
+    launches = spy(kernels, monkeypatch, case.x)
+    measure(case, torch.float16, twice=twice)
+    forward, backward = COSTS[mode, twice]
+    assert (len(launches), sum(launches)) == (forward[0] + backward[0], forward[1] + backward[1])
     assert sum(launches[: forward[0]]) == forward[1]
 
 
@@ -344,32 +347,34 @@ def test_launches_of_a_step(
 ) -> None:
     """Both networks forward and the online one backward: 3 for each norm, and 2 more forward for a shortcut's."""
     model = BYOL(make_encoder(backbone, "cifar"), 8, 4, 8).to(DEVICE, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    launched = spy(kernels, monkeypatch, 0, runs=False)
     view = torch.randn(2, 3, 8, 8, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    launched = spy(kernels, monkeypatch, view, runs=False)
     byol_loss(model.online(view, view), *model.target(view, view)).backward()
     assert len(launched) == launches
 
 
-@pytest.mark.parametrize("shortcut", SHORTCUTS)
-def test_backward_keeps_no_more_than_torchs_modules(kernels: Any, shortcut: str) -> None:
-    def kept() -> set[int]:
+@pytest.mark.parametrize("mode", MODES)
+def test_backward_keeps_no_more_than_torchs_modules(kernels: Any, mode: str) -> None:
+    def kept() -> int:
         found: dict[int, int] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             found[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
-        made = layers(8, shortcut, torch.float32)
-        x, other = (t.to(DEVICE).requires_grad_() for t in make_case([4, 8, 16, 16], shortcut)[:2])
+        made = layers(8, mode, torch.float32)
+        x, other = (t.to(DEVICE).requires_grad_() for t in make_case([4, 8, 16, 16], mode)[:2])
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             second = made[1].to(DEVICE) if len(made) > 1 else None
-            output = made[0].to(DEVICE)(x, None if shortcut == "none" else other, second, relu=True)
+            pool = nn.MaxPool2d(3, 2, 1) if mode == "pool" else None
+            shortcut = other if mode in ("identity", "norm") else None
+            output = made[0].to(DEVICE)(x, shortcut, second, relu=True, pool=pool)
         del output
-        return sum(found.values())  # type: ignore[return-value]
+        return sum(found.values())
 
     fused = kept()
     with unfused():
-        assert fused <= kept()  # type: ignore[operator]
+        assert fused <= kept()
 
 
 # ------------------------------------------------------------------------------------------------ whole networks
@@ -396,35 +401,69 @@ def both_ways(
         return [fused, go()]
 
 
-@pytest.mark.parametrize(
-    ("backbone", "stem", "size"),
-    [
-        ("resnet8", "cifar", 8),
-        ("resnet8", "imagenet", 32),
-        pytest.param("resnet18", "cifar", 8, marks=pytest.mark.slow),
-        pytest.param("resnet34", "imagenet", 32, marks=pytest.mark.slow),
-        pytest.param("resnet50", "imagenet", 32, marks=pytest.mark.slow),
-        pytest.param("resnet50", "cifar", 8, marks=pytest.mark.slow),
-        pytest.param("wide_resnet50_2", "cifar", 8, marks=pytest.mark.slow),
-    ],
-)
-def test_both_views_in_one_batch_are_two_passes(kernels: Any, backbone: str, stem: str, size: int) -> None:
-    """In float64: outputs, gradients, running statistics (view 1, then view 2), counters."""
+def make_network(backbone: str, stem: str) -> BYOL:
+    """In float64; the last scales of bottlenecks are 0 no more."""
     torch.manual_seed(0)
-    model = BYOL(make_encoder(backbone, stem), projector_hidden=8, projector_size=4, predictor_hidden=8)
-    model.to(DEVICE, torch.float64, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder: Any = bottlenecks() if backbone == "bottlenecks" else make_encoder(backbone, stem)
+    model = BYOL(encoder, projector_hidden=8, projector_size=4, predictor_hidden=8)
     with torch.no_grad():
-        for name, p in model.online.named_parameters():  # else bottlenecks end in zeros
+        for name, p in model.named_parameters():
             if name.endswith("bn3.weight"):
                 p.fill_(0.5)
+    return model.to(DEVICE, torch.float64, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def bottlenecks() -> nn.Module:
+    """An encoder of two bottlenecks, the second with the identity as shortcut."""
+    shortcut = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2, bias=False), BatchNorm(8))
+    first = Bottleneck(3, 2, stride=2, downsample=shortcut, norm_layer=BatchNorm)
+    blocks = first, Bottleneck(8, 2, norm_layer=BatchNorm), Bottleneck(8, 2, norm_layer=BatchNorm)
+    encoder = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    encoder.num_features = 8
+    return encoder
+
+
+def two_views(size: int) -> tuple[Tensor, Tensor]:
+    """In float64; they differ in mean and deviation."""
     view1, view2 = torch.randn(2, 3, 3, size, size, dtype=torch.float64).to(DEVICE)
     view1, view2 = (v.contiguous(memory_format=torch.channels_last) for v in (view1, 2 * view2 + 1))
-    found, expected = both_ways(model, view1, view2)
-    assert found["online.encoder.bn1.num_batches_tracked"] == 2
+    return view1, view2
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Outputs, gradients, running statistics (view 1, then view 2) and counters, to float64's rounding."""
+    assert found.keys() == expected.keys()
+    assert {value.item() for name, value in found.items() if "num_batches_tracked" in name} == {2}
     largest = max(value.abs().max() for name, value in expected.items() if name.startswith("d "))
     for name, value in expected.items():
         scale = largest if name.startswith("d ") else value.abs().max().clamp_min(1e-3)
         assert (found[name] - value).abs().max() <= 1e-9 * scale, name
+
+
+@pytest.mark.parametrize(
+    ("backbone", "stem", "size"),
+    [
+        ("bottlenecks", "cifar", 8),
+        ("resnet8", "imagenet", 32),
+        pytest.param("resnet18", "cifar", 8, marks=pytest.mark.slow),
+        pytest.param("resnet50", "imagenet", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_both_views_in_one_batch_are_two_passes(kernels: Any, backbone: str, stem: str, size: int) -> None:
+    assert_equal(*both_ways(make_network(backbone, stem), *two_views(size)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", STEMS)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_every_backbone_in_one_batch_by_the_definition(
+    monkeypatch: pytest.MonkeyPatch, backbone: str, stem: str
+) -> None:
+    """What the interpreter would take minutes for: every norm of every network gets the views."""
+    model, views = make_network(backbone, stem), two_views(32)
+    monkeypatch.setattr(BatchNorm, "forward", BatchNorm.define)
+    monkeypatch.setattr(norms, "FUSED_DEVICES", {DEVICE.type})
+    assert_equal(*both_ways(model, *views))
 
 
 def test_networks_whose_norms_are_not_ours_keep_two_passes(kernels: Any) -> None:
@@ -482,7 +521,7 @@ from triton.compiler import ASTSource
 from byolt.model.kernels import norm_triton
 
 BATCH = ("slopes", "slopes2", "x", "y", "shortcut", "passed", "dx", "dshortcut")
-COUNTS = ("rows", "channels", "slice_rows", "count_parts")
+COUNTS = ("rows", "channels", "side_y", "side_x", "slice_rows", "count_parts")
 SHAPE = {"height": 32, "width": 128, "eps": 1e-5, "momentum": 0.1, "views": 2}
 cases = [dict(name=name, relu=True, whole=True, absent=()) for name in ("_moments", "_merge", "_add")]
 cases += [dict(name="_moments", relu=True, whole=False, absent=())]
@@ -490,7 +529,10 @@ cases += [dict(name="_merge", relu=True, whole=True, absent=("weight", "running_
 cases += [dict(name="_add", relu=True, whole=True, absent=("moments2",))]
 modes = [("shortcut", "moments2", "bias2", "slopes2", "y", "passed"), ("moments2", "bias2"), ("y", "passed")]
 for name, whole, absent in itertools.product(("_normalize", "_reduce", "_propagate"), (True, False), modes):
-    cases.append(dict(name=name, relu=True, whole=whole, absent=tuple(n for n in absent if name == "_reduce" or n != "y")))
+    absent = tuple(n for n in absent if name == "_reduce" or n != "y")
+    cases.append(dict(name=name, relu=True, whole=whole, absent=(*absent, "index", "side_y", "side_x")))
+cases += [dict(name=name, relu=True, whole=True, absent=modes[0]) for name in ("_reduce", "_propagate")]
+cases += [dict(name="_pool", relu=True, whole=False, absent=())]
 out = []
 for case, capability, kind in itertools.product(cases, (80, 90), ("bf16", "fp16", "fp32")):
     kernel = getattr(norm_triton, case["name"])
@@ -503,7 +545,8 @@ for case, capability, kind in itertools.product(cases, (80, 90), ("bf16", "fp16"
         elif name in COUNTS:
             signature[name] = "i32"
         else:
-            signature[name] = "*i64" if name == "tracked" else f"*{kind}" if name in BATCH else "*fp32"
+            others = {"tracked": "*i64", "index": "*u8"}
+            signature[name] = f"*{kind}" if name in BATCH else others.get(name, "*fp32")
     source = ASTSource(kernel, signature, constexprs=constants)
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
     out.append([f"{case} {capability} {kind}", len(made.asm["cubin"]), made.asm["ptx"]])
@@ -522,7 +565,7 @@ def test_kernels_compile_for_an_a100_and_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert len(made) == 24 * 6
+    assert len(made) == 27 * 6
     for name, size, ptx in made:
         assert size > 1000, name
         assert "atom." not in ptx and "red." not in ptx.replace(".shared", "") and ".f64" not in ptx, name

@@ -47,29 +47,45 @@ class BatchNorm(nn.BatchNorm2d):
         shortcut: Tensor | None = None,
         shortcut_norm: "BatchNorm | None" = None,
         relu: bool = False,
+        pool: nn.Module | None = None,
     ) -> Tensor:
-        """Normalizes the input, adds the shortcut, normalized by its own norm if there is one, and applies ReLU.
+        """Normalizes the input, adds the shortcut, normalized by its own norm if there is one, applies ReLU and pools.
 
         Args:
             input: (N, C) or (N, C, H, W).
             shortcut: of the same shape.
             shortcut_norm: the shortcut's own batch norm.
             relu: whether ReLU follows.
+            pool: what follows last. On CUDA an activation before max-pool is never written to memory.
         """
         norms = [self] if shortcut_norm is None else [self, shortcut_norm]
-        if is_fused(input) and all(norm.training and norm.momentum is not None for norm in norms):
-            from byolt.model.kernels import norm_triton  # triton comes with torch for CUDA only
+        if not is_fused(input) or not all(norm.training and norm.momentum is not None for norm in norms):
+            return self.define(input, shortcut, shortcut_norm, relu, pool)
+        from byolt.model.kernels import norm_triton  # triton comes with torch for CUDA only
 
-            self._check_input_dim(input)
-            shortcut = getattr(shortcut, "second", shortcut)
-            output, second = norm_triton.normalize(input, self, shortcut, shortcut_norm, self.views, relu)
-            if second is not None:  # for the next block's shortcut
-                output.second = second  # type: ignore[attr-defined]
-            return output
+        self._check_input_dim(input)
+        shortcut = getattr(shortcut, "second", shortcut)
+        pools = shortcut is None and input.ndim == 4 and _is_stem_pool(pool)
+        output, second = norm_triton.normalize(input, self, shortcut, shortcut_norm, self.views, relu, pools)
+        if second is not None:  # for the next block's shortcut
+            output.second = second  # type: ignore[attr-defined]
+        return output if pool is None or pools else pool(output)
+
+    def define(
+        self,
+        input: Tensor,
+        shortcut: Tensor | None = None,
+        shortcut_norm: "BatchNorm | None" = None,
+        relu: bool = False,
+        pool: nn.Module | None = None,
+    ) -> Tensor:
+        """Computes `forward` with torch's operations, on any device."""
         output = self._normalize(input)
         if shortcut is not None:
             output += shortcut if shortcut_norm is None else shortcut_norm._normalize(shortcut)
-        return F.relu(output, inplace=True) if relu else output
+        if relu:
+            output = F.relu(output, inplace=True)
+        return output if pool is None else pool(output)
 
     def _normalize(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -90,6 +106,11 @@ class BatchNorm(nn.BatchNorm2d):
         if self.momentum is not None:
             return self.momentum
         return 1.0 / float(self.num_batches_tracked)  # cumulative average, for calibration: the host waits
+
+
+def _is_stem_pool(pool: nn.Module | None) -> bool:
+    """Whether it is the max-pool of a ResNet's stem, which a kernel computes."""
+    return isinstance(pool, nn.MaxPool2d) and (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
 
 
 def each_view(network: nn.Module, view1: Tensor, view2: Tensor) -> tuple[Tensor, Tensor]:
