@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from byolt.model.byol import BYOL, MLP, byol_loss
 from byolt.model.kernels import norm as norms
 from byolt.model.kernels.norm import BatchNorm, each_view
-from byolt.model.resnet import BACKBONES, STEMS, Bottleneck, make_encoder
+from byolt.model.resnet import BACKBONES, Bottleneck, make_encoder
 
 ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
@@ -454,8 +454,9 @@ def test_both_views_in_one_batch_are_two_passes(kernels: Any, backbone: str, ste
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", STEMS)
-@pytest.mark.parametrize("backbone", BACKBONES)
+@pytest.mark.parametrize(
+    ("backbone", "stem"), [*((name, "imagenet") for name in BACKBONES), ("resnet18", "cifar")]
+)
 def test_every_backbone_in_one_batch_by_the_definition(
     monkeypatch: pytest.MonkeyPatch, backbone: str, stem: str
 ) -> None:
@@ -534,7 +535,7 @@ for name, whole, absent in itertools.product(("_normalize", "_reduce", "_propaga
 cases += [dict(name=name, relu=True, whole=True, absent=modes[0]) for name in ("_reduce", "_propagate")]
 cases += [dict(name="_pool", relu=True, whole=False, absent=())]
 out = []
-for case, capability, kind in itertools.product(cases, (80, 90), ("bf16", "fp16", "fp32")):
+for case, (capability, kind) in itertools.product(cases, ((80, "bf16"), (90, "bf16"), (90, "fp32"))):
     kernel = getattr(norm_triton, case["name"])
     constants = {k: v for k, v in {**SHAPE, "relu": case["relu"], "whole": case["whole"]}.items() if k in kernel.arg_names}
     constants |= {k: None for k in case["absent"] if k in kernel.arg_names}
@@ -565,7 +566,7 @@ def test_kernels_compile_for_an_a100_and_an_h100(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     made = json.loads(done.stdout)
-    assert len(made) == 27 * 6
+    assert len(made) == 27 * 3
     for name, size, ptx in made:
         assert size > 1000, name
         assert "atom." not in ptx and "red." not in ptx.replace(".shared", "") and ".f64" not in ptx, name
