@@ -332,6 +332,26 @@ def test_tables_are_uploaded_only_if_something_moved(monkeypatch: pytest.MonkeyP
     assert len(uploads) == 1 and model.update.weights.rows.data_ptr() == address
 
 
+def test_only_aligned_tensors_are_read_16_bytes_at_once() -> None:
+    def aligned(size: int, offset: int) -> bool:
+        p = torch.nn.Parameter(torch.zeros(2, size, device=DEVICE))
+        p.grad = torch.zeros(2 * size + offset, device=DEVICE)[offset:].view(2, size)
+        update = FusedUpdate(LARS([p], 0.1))
+        update.refresh()
+        return update.weights.aligned
+
+    assert [aligned(size, offset) for size, offset in ((8, 0), (8, 4), (8, 1), (7, 0), (6, 0))] == [
+        True, True, False, False, True,
+    ]  # fmt: skip
+
+
+def test_the_step_of_the_target_is_rounded_once() -> None:
+    """1 - 0.9999 in float64, then float32; the other way it is wrong in the fourth digit."""
+    model = Model("triton", slice(5))
+    model.update.set_rates(0.1, 0.9999)
+    assert model.update.pace.item() == pytest.approx(1e-4, rel=1e-7)
+
+
 def test_a_captured_update_that_no_longer_fits_is_refused() -> None:
     model = Model("triton", slice(5))
     set_gradients(model.online, seed=1)
