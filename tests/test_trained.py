@@ -1,5 +1,6 @@
 """Reading a trained encoder: weights of any type, and files that are damaged or made to harm."""
 
+import random
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,27 @@ def test_the_digest_is_that_of_the_weights_that_run(
     assert loaded.digest == weights_digest(weights) != trained.digest
     assert all(torch.equal(weights[key], value.to(weights[key].dtype)) for key, value in narrow.items())
     assert weights_digest(narrow) != weights_digest(weights)  # the type is part of it
+
+
+def test_a_flipped_bit_is_noticed(exported: Path, tmp_path: Path) -> None:
+    """In the tensors, and in the header unless it loads as the same encoder (a space of JSON, an unknown key)."""
+    sound = load_trained(exported)
+    data = bytearray(exported.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    generator = random.Random(0)
+    path = tmp_path / "encoder.safetensors"
+    for where in [*(generator.randrange(header) for _ in range(24)), header, len(data) // 2, len(data) - 1]:
+        bit = 1 << generator.randrange(8)
+        data[where] ^= bit
+        path.write_bytes(data)
+        try:
+            loaded = load_trained(path)
+        except checkpoint.CheckpointError as error:
+            assert "\n" not in str(error) and str(path) in str(error)
+        else:
+            assert where < header
+            assert loaded[2:] == sound[2:]  # config, step, digest of the weights
+        data[where] ^= bit
 
 
 @pytest.mark.parametrize(

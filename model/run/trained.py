@@ -35,7 +35,8 @@ def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: 
         "steps": str(step),
         "config": schema.to_yaml(config),
     }
-    checkpoint.export_encoder(path, encoder.state_dict(), metadata)
+    state_dict = encoder.state_dict()
+    checkpoint.export_encoder(path, state_dict, metadata | {"sha256": _seal(state_dict, metadata)})
 
 
 def load_trained(path: str | Path) -> Trained:
@@ -74,11 +75,19 @@ def weights_digest(state_dict: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _seal(state_dict: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    """sha256, in hex, of the tensors and of the header's strings; safetensors itself notices no flipped bit."""
+    return hashlib.sha256(repr((weights_digest(state_dict), sorted(metadata.items()))).encode()).hexdigest()
+
+
 def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        sha256 = metadata.pop("sha256", None)  # absent from files of others
+        if sha256 and sha256 != _seal(state_dict, metadata):
+            raise checkpoint.CheckpointError(f"{path} is damaged: its content does not match its sha256")
         return state_dict, int(metadata["steps"]), schema.from_yaml(metadata["config"])
     except (OSError, SafetensorError) as error:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from None
