@@ -49,6 +49,18 @@ def test_single_flipped_bit_is_noticed(where: int, tmp_path: Path) -> None:
     assert len(damaged) == 1 and path.name in damaged[0]
 
 
+def test_renamed_to_another_step_is_not_the_newest(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, state(1), keep=3)
+    checkpoint.save(tmp_path, 2, state(2), keep=3)
+    (tmp_path / "checkpoint-000000001.pt").rename(tmp_path / "checkpoint-000000009.pt")
+    newest, loaded, damaged = checkpoint.load_newest(tmp_path)
+    assert newest == tmp_path / "checkpoint-000000002.pt" and loaded["step"] == 2
+    renamed = tmp_path / "checkpoint-000000009.pt"
+    assert damaged == [f"checkpoint {renamed} was renamed: it is of step 1, give it that name again"]
+    other = renamed.rename(tmp_path / "best.pt")  # a name without a step contradicts nothing
+    assert checkpoint.load(other)["step"] == 1
+
+
 @pytest.mark.parametrize("length", [0, 10, 91, 200])
 def test_truncation_is_noticed(length: int, tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 1, state(1), keep=1)

@@ -99,7 +99,8 @@ def load(path: Path) -> dict[str, Any]:
     """Reads a checkpoint onto the CPU. It executes nothing from the file.
 
     Raises:
-        CheckpointError: the file does not exist, is not a checkpoint, has another version, or is damaged.
+        CheckpointError: the file does not exist, is not a checkpoint, has another version, is damaged, or has the
+            name of another step.
     """
     try:
         with path.open("rb") as file:
@@ -128,6 +129,9 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from None
     if not isinstance(state, dict):
         raise CheckpointError(f"checkpoint {path} is malformed: a {type(state).__name__} instead of a dict")
+    named, step = _NAME.fullmatch(path.name), state.get("step")
+    if named and isinstance(step, int) and step != int(named[1]):
+        raise CheckpointError(f"checkpoint {path} was renamed: it is of step {step}, give it that name again")
     return state
 
 
