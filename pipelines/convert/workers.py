@@ -49,11 +49,17 @@ def spread(
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Processes started inside inherit the mask, also while they import: Ctrl-C reaches their parent alone."""
+    held: list[int] = []
+    # The mask is this thread's; the kernel then gives Ctrl-C to a library's thread, and Python to its handler.
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _start(setup: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
