@@ -24,6 +24,7 @@ FORMAT = "byolt-shards"
 VERSION = 1
 MANIFEST = "manifest.json"
 SAMPLES = "samples.npy"
+NAMED_LABELS = "named_labels"  # in the settings: the .cls files hold class names
 
 _REMEDY = "make the data set again with tools/make_shards.py"
 _INDEX = "for tars made elsewhere run tools/make_shards.py --index on the folder"

@@ -104,7 +104,7 @@ def test_damaged_tar(tmp_path: Path, damage: Callable[[bytes], bytes], message: 
         ([("/c.jpg", jpeg())], "unsafe member name '/c.jpg'"),
         ([("c.jpg", b"")], "empty"),
         ([("c.jpg", jpeg()[:-2])], "cut short"),
-        ([("c.jpg", jpeg()), ("c.cls", b"cat")], "its label is b'cat', not an integer"),
+        ([("c.jpg", jpeg()), ("c.cls", b"cat")], "its label is 'cat', not an integer"),
     ],
 )
 def test_a_sample_that_cannot_be_used_is_left_out_by_name(

@@ -6,7 +6,7 @@ from typing import Any
 
 from byolt.files.atomic import remove_leftovers, writing
 from byolt.files.rows import read_rows
-from byolt.pipelines.convert.from_files import RefusedFile
+from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest

@@ -1,7 +1,7 @@
 """Image files as the inputs of a conversion: a folder, a tar (also compressed) or a zip, listed and read in place.
 
 No member of an archive is written to disk. A compressed tar has no random access: it is decompressed once, to a
-temporary tar.
+temporary tar. WebDataset tars are recognized by the names of their members.
 """
 
 import bz2
@@ -16,9 +16,11 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, cast
 
 from byolt.files.atomic import writing
+from byolt.pipelines.convert.from_tars import InputTar, are_samples, list_samples
+from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.encoded import MAX_BYTES
 from byolt.pipelines.formats.folder import is_hidden, label_names, list_folder
@@ -30,71 +32,6 @@ _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
 }
-
-
-class InputImage(NamedTuple):
-    """One image to convert: a file, a member of an archive, or a sample of a data set.
-
-    Attributes:
-        name: Relative to the folder that was asked for.
-        label: Index of its class, -1 for none.
-        place: Offset of its bytes in a tar, its directory entry in a zip, its number in a data set; 0 in a folder.
-        length: Bytes.
-        modified: Of the file, or of its archive: nanoseconds since 1970.
-        key: Key of the sample; "" for its number.
-        info: JSON to store with the sample; "" for {"file": name}.
-    """
-
-    name: str
-    label: int
-    place: int | zipfile.ZipInfo
-    length: int
-    modified: int
-    key: str = ""
-    info: str = ""
-
-
-class RefusedFile(NamedTuple):
-    """An input that cannot be used, with the reason: a row of the quarantine list."""
-
-    file: str
-    reason: str
-
-
-class Inputs(NamedTuple):
-    """Everything that a conversion reads.
-
-    Attributes:
-        path: The folder or file to read from: the source, its folder --inside, or the decompressed tar.
-        images: Files sorted by name, samples of a data set in their order.
-        classes: Name of each label, or None.
-        refused: Files that are left out.
-        is_data_set: Whether `path` is a data set that was made before.
-        left_out: Names the parts of SRC that are not files to convert: hidden files, other fields of a .beton.
-        fingerprint: Its `sources.Source.fingerprint`.
-        proven: Whether every image was decoded when it was made, and need not be decoded again.
-    """
-
-    path: Path
-    images: list[InputImage]
-    classes: list[str] | None
-    refused: list[RefusedFile]
-    is_data_set: bool = False
-    left_out: str = ""
-    fingerprint: str = ""
-    proven: bool = False
-
-    def sha256(self) -> str:
-        """Identity of the source: names, labels and sizes."""
-        digest = hashlib.sha256(self.fingerprint.encode())
-        for image in self.images:
-            digest.update(f"{image.name}\0{image.label}\0{image.length}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
-
-    def modified(self) -> str:
-        """Changes when a file is rewritten at the same size: such a source does not continue a conversion."""
-        times = [(image.name, image.modified) for image in self.images]
-        return hashlib.sha256(ascii(times).encode()).hexdigest()[:16]
 
 
 _Place = tuple[int | zipfile.ZipInfo, int, int]  # place, length and modified of an InputImage
@@ -118,19 +55,26 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
         raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
     inside, path, limit = _tidy(inside), source, MAX_BYTES
     hidden: list[str] = []
+    tars: list[InputTar] = []  # WebDataset tars, if SRC is one or consists of them
     if source.is_dir():
         path = source / inside
         places, refused = _walk_folder(path, hidden)
+        tars = _webdataset_tars(path, places)
     elif not source.is_file():
         raise ValueError(f"SRC {source} is neither a folder nor a regular file")
     else:
-        if _starts_as_zip(source):
+        is_zip = _starts_as_zip(source)
+        if is_zip:
             members, limit = _zip_members(source), _MAX_ZIPPED
         else:
             path = _decompressed(source, scratch)
             members = _tar_members(path, source)
         prefix, modified = f"{inside}/" if inside else "", source.stat().st_mtime_ns
         places, refused = _walk_archive(members, modified, prefix, hidden)
+        if not is_zip and are_samples(places):
+            tars = [InputTar("", "", modified)]
+    if tars:
+        return list_samples(source, path, tars, "" if source.is_dir() else inside)
     where = f"{source}, folder {inside}" if inside else f"{source}"
     try:
         names, labels, classes, stray = label_names(sorted(places))
@@ -146,10 +90,21 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
             images.append(image)
         else:
             refused.append(RefusedFile(name, f"{image.length:,} bytes: more than the limit of {limit:,}"))
-    left_out = (
-        f"{len(hidden)} hidden or system files and folders, for example {min(hidden)}" if hidden else ""
-    )
-    return Inputs(path, images, classes, sorted(refused), left_out=left_out)
+    notes: tuple[str, ...] = ()
+    if hidden:
+        notes = (f"left out: {len(hidden)} hidden or system files and folders, for example {min(hidden)}",)
+    return Inputs(path, images, classes, sorted(refused), notes=notes)
+
+
+def _webdataset_tars(folder: Path, places: dict[str, _Place]) -> list[InputTar]:
+    """The tars of a folder of nothing else, if the first is a WebDataset."""
+    names = sorted(places)
+    if not names or not all(name.endswith(".tar") and "/" not in name for name in names):
+        return []
+    first = _walk_archive(_tar_members(folder / names[0], folder / names[0]), 0, "", [])[0]
+    if not are_samples(first):
+        return []
+    return [InputTar(name, name, places[name][2]) for name in names]
 
 
 def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], list[RefusedFile]]:
@@ -277,7 +232,10 @@ class FileReader:
     def read(self, image: InputImage) -> bytes:
         """The file's bytes. Raises ValueError with the reason where they cannot be read."""
         try:
-            if self._archive is None:
+            if image.archive:
+                with tar.opened(self._path / image.archive) as descriptor:
+                    data = os.pread(descriptor, image.length, cast(int, image.place))
+            elif self._archive is None:
                 data = (self._path / image.name).read_bytes()
             elif isinstance(image.place, int):
                 data = os.pread(self._archive.fileno(), image.length, image.place)

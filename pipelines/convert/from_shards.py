@@ -8,21 +8,20 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from byolt.pipelines.convert.from_files import InputImage, Inputs, RefusedFile
+from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
-from byolt.pipelines.formats.index import IMAGE_EXTENSIONS, UNLABELED, keyed_members
+from byolt.pipelines.formats.index import UNLABELED, TarSample, tar_samples
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.sources import TarSource, open_source
 
 _MAX_KEY = 90  # bytes: with its extension it must go into a tar's header
-_Note = tuple[str, dict[str, Any]]  # key ("" for none) and everything else
+Note = tuple[str, dict[str, Any]]  # key ("" for none) and everything else
 
 
 def is_data_set(source: Path) -> bool:
@@ -42,12 +41,10 @@ def list_data_set(source: Path) -> Inputs:
     found = open_source(source)
     assert isinstance(found, TarSource | BetonSource)  # `is_data_set`
     if isinstance(found, BetonSource):
-        notes, left_out = [_parse(found.note(i)) for i in range(len(found))], found.unread_fields()
+        notes, left_out = [parse_note(found.note(i)) for i in range(len(found))], found.unread_fields()
     else:
         notes, left_out = _tar_notes(source)
-    keys = {key for key, _ in notes}
-    if len(keys) < len(notes) or not all(map(_can_name_a_member, keys)):
-        notes = [("", {"original_key": key, **info} if key else info) for key, info in notes]
+    notes = settle_keys(notes)
     modified = max(os.stat(path).st_mtime_ns for path in found.paths)
     images, refused = [], []
     for i, (key, info) in enumerate(notes):
@@ -55,7 +52,7 @@ def list_data_set(source: Path) -> Inputs:
         label = int(found.labels[i])
         if UNLABELED <= label <= np.iinfo(np.int32).max:
             text = json.dumps(info) if info else ""
-            images.append(InputImage(name, label, i, int(found.lengths[i]), modified, key, text))
+            images.append(InputImage(name, label, i, int(found.lengths[i]), modified, "", key, text))
         else:
             refused.append(RefusedFile(name, f"its label is {label}: it must be at least -1 and below 2^31"))
     if not images:
@@ -69,10 +66,18 @@ def list_data_set(source: Path) -> Inputs:
         found.classes,
         refused,
         is_data_set=True,
-        left_out=", ".join(left_out),
+        notes=(f"left out: {', '.join(left_out)}",) if left_out else (),
         fingerprint=found.fingerprint,
         proven=bool(made_with.get("decode")),
     )
+
+
+def settle_keys(notes: list[Note]) -> list[Note]:
+    """Keeps the keys or drops them, as `list_data_set` says."""
+    keys = {key for key, _ in notes}
+    if len(keys) == len(notes) and all(map(_can_name_a_member, keys)):
+        return notes
+    return [("", {"original_key": key, **info} if key else info) for key, info in notes]
 
 
 def _can_name_a_member(key: str) -> bool:
@@ -82,7 +87,7 @@ def _can_name_a_member(key: str) -> bool:
     return sound and "." not in parts[-1] and len(key.encode()) <= _MAX_KEY
 
 
-def _parse(text: bytes, key: str | None = None) -> _Note:
+def parse_note(text: bytes, key: str | None = None) -> Note:
     """Splits a note into its key and the rest; in a tar the name of the member gives the key."""
     try:
         info = json.loads(text) if text else {}
@@ -96,10 +101,10 @@ def _parse(text: bytes, key: str | None = None) -> _Note:
     return key if key is not None else "" if own is None else str(own), info
 
 
-def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
+def _tar_notes(folder: Path) -> tuple[list[Note], list[str]]:
     """The note of each sample of the manifest, and the extensions of their other members."""
     manifest = Manifest.load(folder)
-    notes: list[_Note] = []
+    notes: list[Note] = []
     extensions: set[str] = set()
     for shard, _, records in manifest.by_shard():
         offsets = records["offset"].tolist()
@@ -114,14 +119,17 @@ def _tar_notes(folder: Path) -> tuple[list[_Note], list[str]]:
     return notes, [f"members .{extension}" for extension in sorted(extensions)]
 
 
-def _notes_by_offset(path: Path, descriptor: int, extensions: set[str]) -> Iterator[tuple[int, _Note]]:
-    for key, group in groupby(keyed_members(path, descriptor), lambda item: item[0]):
-        members = {extension: member for _, extension, member in group}
-        note = members.get("json")
-        text = tar.read_at(path, descriptor, note.length, note.offset) if note else b""
-        for extension in IMAGE_EXTENSIONS & members.keys():
-            yield members[extension].offset, _parse(text, key)
-        extensions |= members.keys() - IMAGE_EXTENSIONS - {"json", "cls"}
+def _notes_by_offset(path: Path, descriptor: int, extensions: set[str]) -> Iterator[tuple[int, Note]]:
+    for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+        if sample.image:
+            yield sample.image.offset, tar_note(path, descriptor, sample)
+            extensions.update(sample.others)
+
+
+def tar_note(path: Path, descriptor: int, sample: TarSample) -> Note:
+    """The note of a sample of a tar."""
+    note = sample.note
+    return parse_note(tar.read_at(path, descriptor, note.length, note.offset) if note else b"", sample.key)
 
 
 class DataSetReader:

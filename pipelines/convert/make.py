@@ -19,8 +19,9 @@ from byolt.files.lock import Lock
 from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished
-from byolt.pipelines.convert.from_files import Inputs, RefusedFile, list_files
+from byolt.pipelines.convert.from_files import list_files
 from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
+from byolt.pipelines.convert.inputs import Inputs, RefusedFile
 from byolt.pipelines.convert.plan import (
     WORK,
     ConversionOptions,
@@ -38,8 +39,8 @@ from byolt.pipelines.convert.shard_writer import (
     strict_error,
 )
 from byolt.pipelines.convert.workers import spread
-from byolt.pipelines.formats.index import Index, index_tar
-from byolt.pipelines.manifest import MANIFEST, Manifest, Shard, join
+from byolt.pipelines.formats.index import Scan, class_names, numbers_of, scan_tar
+from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard, join
 
 
 def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
@@ -92,8 +93,8 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
                     if is_new:
                         dst.rmdir()
             raise
-        if inputs.left_out:
-            say(f"left out: {inputs.left_out}")
+        for note in inputs.notes:
+            say(note)
         start = time.perf_counter()
         todo = [task for part in tasks.values() for task in part if read_note(task) is None]
         _run(todo, options.workers, len(inputs.images))
@@ -149,7 +150,14 @@ def commit(
         manifest.save(dst / name)
     samples = " + ".join(f"{len(manifest.samples):,}" for manifest in manifests.values())
     number = sum(len(manifest.shards) for manifest in manifests.values())
-    classes = f"{len(inputs.classes)} classes" if inputs.classes else "no labels"
+    labeled = sum(int((manifest.samples["label"] >= 0).sum()) for manifest in manifests.values())
+    classes = (
+        f"{len(inputs.classes)} classes"
+        if inputs.classes
+        else f"{labeled:,} labels"
+        if labeled
+        else "no labels"
+    )
     return f"{dst}: {samples} samples in {number} shards, {classes}, {len(refused)} in quarantine"
 
 
@@ -180,25 +188,33 @@ def index(folder: Path, workers: int, strict: bool) -> str:
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"--index {folder}: holds no .tar (decompress .tar.gz: it has no random access)")
-    with spread(_index_one, paths, workers) as pending:
-        results = [future.result() for future in pending]
+    with spread(_scan, paths, workers) as pending:
+        scans = [future.result() for future in pending]
+    classes = class_names(text for _, _, scan in scans for text in scan.labels)
+    found = [scan.numbered(numbers_of(classes)) for _, _, scan in scans]
+    shards = [
+        Shard(path.name, size, sha256, len(part.records))
+        for path, (size, sha256, _), part in zip(paths, scans, found, strict=True)
+    ]
     refused = [
-        RefusedFile(f"{shard.name}: {key}", why) for shard, found in results for key, why in found.refused
+        RefusedFile(f"{shard.name}: {key}", why)
+        for shard, part in zip(shards, found, strict=True)
+        for key, why in part.refused
     ]
     if strict and refused:
         raise strict_error(refused)
-    records = join(found.records for _, found in results)
-    imageless = sum(found.imageless for _, found in results)
+    records = join(part.records for part in found)
+    imageless = sum(part.imageless for part in found)
     counts = f"{len(refused)} in quarantine, {imageless} names without an image (.jpg, .jpeg or .png)"
     if not len(records):
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
         raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
     _write_quarantine(folder, refused)
-    Manifest([shard for shard, _ in results], records, None, {"indexed": True}).save(folder)
+    settings = {"indexed": True, **({NAMED_LABELS: True} if classes else {})}
+    Manifest(shards, records, classes, settings).save(folder)
     labeled = int((records["label"] >= 0).sum())
     return f"{folder}: {len(records):,} samples in {len(paths)} shards, {labeled:,} labeled, {counts}"
 
 
-def _index_one(path: Path) -> tuple[Shard, Index]:
-    found = index_tar(path)
-    return Shard(path.name, path.stat().st_size, sha256_of(path), len(found.records)), found
+def _scan(path: Path) -> tuple[int, str, Scan]:
+    return path.stat().st_size, sha256_of(path), scan_tar(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from byolt.pipelines.convert.from_files import InputImage, Inputs
+from byolt.pipelines.convert.inputs import InputImage, Inputs
 from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.order import global_batch
 

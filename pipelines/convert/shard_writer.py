@@ -15,8 +15,9 @@ from byolt.files.atomic import sha256_of, writing
 from byolt.pipelines import philox
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.beton_writer import PAGE_SIZE, BetonWriter, PageTooSmallError, page_size_for
-from byolt.pipelines.convert.from_files import FileReader, InputImage, RefusedFile
+from byolt.pipelines.convert.from_files import FileReader
 from byolt.pipelines.convert.from_shards import DataSetReader
+from byolt.pipelines.convert.inputs import InputImage, RefusedFile
 from byolt.pipelines.convert.plan import ShardTask
 from byolt.pipelines.convert.rules import to_jpeg, to_raw
 from byolt.pipelines.formats.encoded import inspect, ppm_pixels

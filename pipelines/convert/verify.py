@@ -19,7 +19,7 @@ from byolt.pipelines.convert.workers import spread
 from byolt.pipelines.formats import encoded
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.index import index_beton, index_tar
-from byolt.pipelines.manifest import MANIFEST, Manifest, Shard
+from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
@@ -61,9 +61,10 @@ def verify(dataset: str, decode: bool, workers: int) -> Verified:
 def _verify_manifest(folder: Path, names: set[str] | None, decode: bool, workers: int) -> Verified:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
+    names_in_cls = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
     chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
     checks = [
-        partial(_check_shard, folder / shard.name, shard, np.array(records), first, decode)
+        partial(_check_shard, folder / shard.name, shard, np.array(records), first, decode, names_in_cls)
         for shard, first, records in chosen
     ]
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
@@ -81,8 +82,10 @@ def _call(check: _Check) -> list[str]:
     return check()
 
 
-def _check_shard(path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool) -> list[str]:
-    """Problems of one shard, whose first sample is number `first` of the data set."""
+def _check_shard(
+    path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool, classes: list[str] | None
+) -> list[str]:
+    """Problems of one shard, whose first sample is number `first` of the data set; `classes`: see `index_tar`."""
     if path.exists() and not path.is_file():
         return [f"{path} is not a regular file"]
     try:
@@ -98,7 +101,7 @@ def _check_shard(path: Path, shard: Shard, records: np.ndarray, first: int, deco
     is_beton = path.suffix == ".beton"
     found = None
     try:
-        found = index_beton(path) if is_beton else index_tar(path).records
+        found = index_beton(path) if is_beton else index_tar(path, classes).records
     except ValueError as error:
         problems.append(str(error))
     if found is not None and len(found) != len(records):

@@ -1,12 +1,13 @@
 """Lists the samples of one shard: offset, size and label of each image.
 
-In a WebDataset tar, consecutive members whose names are equal up to the first dot form a sample. Damage to the tar is
-an error; a sample that cannot be used is left out and reported. A .beton is accepted or refused as a whole.
+In a WebDataset tar, consecutive members whose names are equal up to the first dot form a sample: an image, perhaps a
+label (.cls, an integer or a name) and a note (.json). Damage to the tar is an error; an unusable sample is left out and
+reported. A .beton is accepted or refused as a whole.
 """
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -30,6 +31,29 @@ SAMPLE = np.dtype(
         ("crc32", "<u4"),  # of the encoded image: locates damage by sample, not only by shard
     ]
 )  # 32 bytes
+_MAX_LABEL = 256  # bytes of a .cls
+
+
+class TarSample(NamedTuple):
+    """One key of a WebDataset tar; its image is not read yet.
+
+    Attributes:
+        key: Name up to the first dot, with its folder.
+        at: Offset of its first member's header.
+        image: Its image, or None.
+        label: Text of its .cls, or None.
+        note: Its .json, or None.
+        others: Extensions of its other members.
+        reason: Why it cannot be used; "" if it can.
+    """
+
+    key: str
+    at: int
+    image: tar.Member | None = None
+    label: str | None = None
+    note: tar.Member | None = None
+    others: tuple[str, ...] = ()
+    reason: str = ""
 
 
 class Index(NamedTuple):
@@ -46,35 +70,70 @@ class Index(NamedTuple):
     imageless: int
 
 
-def index_tar(path: str | os.PathLike[str]) -> Index:
-    """Reads a tar once; a sample is one .jpg, .jpeg or .png and optionally a .cls with an integer.
+class Scan(NamedTuple):
+    """An `Index` whose labels are not numbered yet.
+
+    Attributes:
+        records: As in `Index`, with UNLABELED.
+        labels: Text of each sample's .cls, or None.
+        places: Key of each sample, and offset of its first header.
+        refused: As in `Index`; imageless likewise.
+    """
+
+    records: np.ndarray
+    labels: list[str | None]
+    places: list[tuple[str, int]]
+    refused: list[tuple[str, str]]
+    imageless: int
+
+    def numbered(self, numbers: dict[str, int] | None) -> Index:
+        """Numbers the labels, see `label_number`."""
+        refused, kept = list(self.refused), np.ones(len(self.records), bool)
+        for i, ((key, at), text) in enumerate(zip(self.places, self.labels, strict=True)):
+            try:
+                self.records["label"][i] = label_number(text, numbers)
+            except ValueError as error:
+                refused.append((key, f"offset {at}: {error}"))
+                kept[i] = False
+        return Index(self.records[kept], refused, self.imageless)
+
+
+def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) -> Index:
+    """Reads a tar once; a sample is one .jpg, .jpeg or .png and optionally a .cls.
 
     Other members of a sample, folders, hidden files and names that start with two underscores are skipped.
+
+    Args:
+        path: The tar.
+        classes: The class names that its .cls files hold; None if they hold integers.
 
     Raises:
         ValueError: Not a regular file, or a damaged or cut tar (see `tar.walk`); names the tar and the offset.
     """
+    return scan_tar(path).numbered(numbers_of(classes))
+
+
+def scan_tar(path: str | os.PathLike[str]) -> Scan:
+    """`index_tar`, but for the labels: whether they are integers or names is decided over all tars of a data set."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
-    records = []
-    refused = []
+    records, labels, places, refused = [], [], [], []
     imageless = 0
-    seen: set[str] = set()
     with tar.opened(path) as descriptor:
-        for key, group in groupby(keyed_members(path, descriptor), lambda item: item[0]):
-            members = list(group)
+        for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
             try:
-                if key in seen:
-                    raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
-                record = _record(path, descriptor, members)
+                if sample.reason:
+                    raise ValueError(sample.reason)
+                if sample.image is None:
+                    imageless += 1
+                    continue
+                records.append(_record(path, descriptor, sample.image))
+                labels.append(sample.label)
+                places.append((sample.key, sample.at))
             except ValueError as error:
-                refused.append((key, f"offset {members[0][2].header}: {error}"))
-            else:
-                records += [record] if record else []
-                imageless += record is None
-            seen.add(key)
-    return Index(np.array(records, SAMPLE), refused, imageless)
+                refused.append((sample.key, f"offset {sample.at}: {error}"))
+    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless)
 
 
 def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
@@ -91,54 +150,107 @@ def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
     return records
 
 
-def keyed_members(path: Path, descriptor: int) -> Iterator[tuple[str, str, tar.Member]]:
+def tar_samples(path: Path, descriptor: int, members: Iterable[tar.Member]) -> Iterator[TarSample]:
+    """Decides which member belongs to which sample; reads the labels.
+
+    Args:
+        path: Named in errors.
+        descriptor: The tar, open for reading.
+        members: Of the tar, in its order.
+    """
+    seen: set[str] = set()
+    for key, group in groupby(_keyed(members), lambda item: item[0]):
+        parts = [(extension, member) for _, extension, member in group]
+        at = parts[0][1].header
+        try:
+            if key in seen:
+                raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
+            yield _sample(path, descriptor, key, parts)
+        except ValueError as error:
+            yield TarSample(key, at, reason=str(error))
+        seen.add(key)
+
+
+def class_names(labels: Iterable[str | None]) -> list[str] | None:
+    """The sorted names that the .cls files of a data set hold; None if most of them hold integers."""
+    stated = [text for text in labels if text not in (None, "", "-1")]
+    if 2 * sum(map(_is_integer, stated)) >= len(stated):
+        return None
+    return sorted(set(stated))
+
+
+def numbers_of(classes: list[str] | None) -> dict[str, int] | None:
+    """The number of each class name, for `label_number`."""
+    return None if classes is None else {name: number for number, name in enumerate(classes)}
+
+
+def label_number(text: str | None, numbers: dict[str, int] | None) -> int:
+    """The label that a .cls states: UNLABELED for None or "-1", the number of a name, or an integer.
+
+    Raises:
+        ValueError: It is not an integer, or not one of the names.
+    """
+    if text is None or text == "-1":
+        return UNLABELED
+    if numbers is None:
+        if not _is_integer(text):
+            raise ValueError(f"its label is {text!r}, not an integer")
+        return int(text)
+    if text not in numbers:
+        raise ValueError(f"its label is {text!r}, not a class name")
+    return numbers[text]
+
+
+def _is_integer(text: str) -> bool:
+    return text.isascii() and text.isdigit() and int(text) <= np.iinfo(np.int32).max
+
+
+def _keyed(members: Iterable[tar.Member]) -> Iterator[tuple[str, str, tar.Member]]:
     """The members that can belong to a sample: key with its folder, lower-case extension, member."""
-    for member in tar.walk(path, descriptor):
+    for member in members:
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
         if member.kind != "folder" and stem and dot and not base.startswith("__"):
             yield (f"{folder}/{stem}" if folder else stem), extension.lower(), member
 
 
-def _record(
-    path: Path, descriptor: int, members: list[tuple[str, str, tar.Member]]
-) -> tuple[int, ...] | None:
-    """The record of one sample, or None if it has no image; raises ValueError if it cannot be used."""
-    images = [member for _, extension, member in members if extension in IMAGE_EXTENSIONS]
-    labels = [member for _, extension, member in members if extension == "cls"]
+def _sample(path: Path, descriptor: int, key: str, parts: list[tuple[str, tar.Member]]) -> TarSample:
+    """The sample of these members; raises ValueError if it cannot be used."""
+    images = [part for part in parts if part[0] in IMAGE_EXTENSIONS]
+    labels = [part for part in parts if part[0] == "cls"]
+    notes = [part for part in parts if part[0] == "json" and part[1].kind == "file"][:1]
     if not images:
-        for _, extension, member in members:
+        for extension, member in parts:
             if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
                 raise ValueError(
                     f"WebDataset does not see {member.name!r} as an image, since extensions begin at the first dot: "
                     "rename such files without further dots"
                 )
-        return None
+        return TarSample(key, parts[0][1].header)
     if len(images) > 1 or len(labels) > 1:
-        found = ", ".join(sorted(extension for _, extension, _ in members))
+        found = ", ".join(sorted(extension for extension, _ in parts))
         raise ValueError(f"it needs one image and at most one label, it has: {found}")
-    for member in images + labels:
+    for _, member in images + labels:
         if member.name.startswith("/") or ".." in member.name.split("/"):
             raise ValueError(f"unsafe member name {member.name!r}")
         if member.kind != "file":
             raise ValueError(f"{member.name!r} is a {member.kind}, not a file")
-    image = images[0]
-    if image.length > MAX_BYTES:
-        raise ValueError(f"{image.length:,} bytes: an image has at most {MAX_BYTES:,}")
+    if images[0][1].length > MAX_BYTES:
+        raise ValueError(f"{images[0][1].length:,} bytes: an image has at most {MAX_BYTES:,}")
+    label = None
+    if labels:
+        member = labels[0][1]
+        if member.length > _MAX_LABEL:
+            raise ValueError(f"its label has {member.length:,} bytes, more than {_MAX_LABEL}")
+        text = tar.read_at(path, descriptor, member.length, member.offset)
+        label = text.strip().decode("utf-8", "backslashreplace")
+    others = tuple(part[0] for part in parts if part not in images + labels + notes)
+    note = notes[0][1] if notes else None
+    return TarSample(key, parts[0][1].header, images[0][1], label, note, others)
+
+
+def _record(path: Path, descriptor: int, image: tar.Member) -> tuple[int, ...]:
+    """The SAMPLE record, without its label."""
     data = tar.read_at(path, descriptor, image.length, image.offset)
     header = inspect(data)
-    label = (
-        _label(tar.read_at(path, descriptor, min(labels[0].length, 64), labels[0].offset))
-        if labels
-        else UNLABELED
-    )
-    return 0, label, image.offset, image.length, header.height, header.width, zlib.crc32(data)
-
-
-def _label(text: bytes) -> int:
-    """The class number in a .cls; -1 for none."""
-    if text.strip() == b"-1":
-        return UNLABELED
-    if not text.strip().isdigit() or int(text) > np.iinfo(np.int32).max:
-        raise ValueError(f"its label is {text!r}, not an integer")
-    return int(text)
+    return 0, UNLABELED, image.offset, image.length, header.height, header.width, zlib.crc32(data)

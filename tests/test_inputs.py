@@ -1,0 +1,129 @@
+"""What people have in their folders: WebDataset tars, tars of tars, odd names and kinds, and the labels they get."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from byolt.pipelines.manifest import Manifest
+from byolt.pipelines.sources import TarSource
+from byolt.tools import make_shards
+from byolt.tools.verify_shards import main as verify
+
+
+def image(seed: int, kind: str = "JPEG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    with tarfile.open(path, "w") as out:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    return path
+
+
+def run(*args: object) -> int:
+    return make_shards.main([*map(str, args), "--workers", "1"])
+
+
+def labels(folder: Path) -> dict[bytes, str]:
+    """Image -> the name of its class, or its label."""
+    source = TarSource(folder)
+    names = source.classes
+    return {
+        source.read(i): names[source.labels[i]] if names else str(source.labels[i])
+        for i in range(len(source))
+    }
+
+
+def members_of(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.glob("*.tar")):
+        with tarfile.open(path) as opened:
+            found |= {m.name: opened.extractfile(m).read() for m in opened}  # type: ignore[union-attr]
+    return found
+
+
+def quarantine(folder: Path) -> dict[str, str]:
+    rows = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
+    return {row["file"]: row["reason"] for row in rows}
+
+
+def web_dataset(
+    count: int = 32, folder: str = "train/", label: str = "{}", first: int = 0
+) -> list[tuple[str, bytes]]:
+    members = []
+    for i in range(first, first + count):
+        members += [
+            (f"{folder}{i:06d}.jpg", image(i)),
+            (f"{folder}{i:06d}.cls", label.format(i % 4).encode()),
+            (f"{folder}{i:06d}.json", json.dumps({"caption": f"number {i}"}).encode()),
+        ]
+    return members
+
+
+@pytest.mark.parametrize("folder", ["train/", ""])
+@pytest.mark.parametrize("label", ["{}", "class {}\n"])
+def test_webdataset_tar_keeps_keys_labels_and_json(
+    tmp_path: Path, folder: str, label: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "src").mkdir()
+    tar = write_tar(tmp_path / "src/a.tar", web_dataset(folder=folder, label=label))
+    assert run(tar, tmp_path / "dst") == 0
+    said = capsys.readouterr()
+    assert "read as WebDataset: 32 samples, 32 with a label" in said.err
+    expected = {image(i): label.format(i % 4).strip() for i in range(32)}
+    assert labels(tmp_path / "dst") == expected
+    assert quarantine(tmp_path / "dst") == {}
+    members = members_of(tmp_path / "dst")
+    for i in range(32):
+        assert members[f"{folder}{i:06d}.jpg"] == image(i)
+        assert json.loads(members[f"{folder}{i:06d}.json"]) == {"caption": f"number {i}"}
+    assert run(tmp_path / "src", "--index") == 0
+    assert labels(tmp_path / "src") == expected
+    assert Manifest.load(tmp_path / "src").classes == Manifest.load(tmp_path / "dst").classes
+    assert verify([str(tmp_path / "src")]) == verify([str(tmp_path / "dst")]) == 0
+
+
+def test_folder_of_webdataset_tars_is_one_set(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for number, names in enumerate((["cat", "dog"], ["ant", "cat"])):
+        content = web_dataset(8, "", "{}", 8 * number)
+        content[1::3] = [(name, names[int(data) % 2].encode()) for name, data in content[1::3]]
+        write_tar(tmp_path / f"src/part{number}.tar", content)
+    assert run(tmp_path / "src", tmp_path / "dst") == 0
+    expected = {image(i): (["cat", "dog"] if i < 8 else ["ant", "cat"])[i % 2] for i in range(16)}
+    assert labels(tmp_path / "dst") == expected
+    assert Manifest.load(tmp_path / "dst").classes == ["ant", "cat", "dog"]
+    assert {name for name in members_of(tmp_path / "dst") if name.endswith(".jpg")} == {
+        f"{i:06d}.jpg" for i in range(16)
+    }
+    assert run(tmp_path / "src", "--index") == 0
+    assert labels(tmp_path / "src") == expected
+    assert run(tmp_path / "src", tmp_path / "again") == 0  # by its manifest
+    assert labels(tmp_path / "again") == expected
+
+
+def test_one_damaged_label_does_not_make_the_others_names(tmp_path: Path) -> None:
+    content = web_dataset(8, "")
+    content[4] = ("000001.cls", b"\xff1")
+    tar = write_tar(tmp_path / "a.tar", content)
+    assert run(tar, tmp_path / "dst") == 0
+    assert labels(tmp_path / "dst") == {image(i): str(i % 4) for i in range(8) if i != 1}
+    assert "its label is '\\\\xff1', not an integer" in quarantine(tmp_path / "dst")["000001"]
+
+
+def test_json_beside_images_in_class_folders_leaves_the_classes(tmp_path: Path) -> None:
+    content = []
+    for i in range(6):
+        content += [(f"c{i % 2}/{i}.jpg", image(i)), (f"c{i % 2}/{i}.json", b"{}")]
+    assert run(write_tar(tmp_path / "a.tar", content), tmp_path / "dst") == 0
+    assert labels(tmp_path / "dst") == {image(i): f"c{i % 2}" for i in range(6)}
