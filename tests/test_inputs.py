@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from byolt.pipelines.convert import rules
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.sources import TarSource
 from byolt.tools import make_shards
@@ -127,3 +128,39 @@ def test_json_beside_images_in_class_folders_leaves_the_classes(tmp_path: Path) 
         content += [(f"c{i % 2}/{i}.jpg", image(i)), (f"c{i % 2}/{i}.json", b"{}")]
     assert run(write_tar(tmp_path / "a.tar", content), tmp_path / "dst") == 0
     assert labels(tmp_path / "dst") == {image(i): f"c{i % 2}" for i in range(6)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "extension"),
+    [("WEBP", "webp"), ("AVIF", "avif"), ("JPEG2000", "jp2"), ("TIFF", "tif"), ("BMP", "bmp")],
+)
+def test_other_kinds_are_named_by_index_and_converted_by_make_shards(
+    tmp_path: Path, kind: str, extension: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind not in rules.FORMATS:
+        pytest.skip(f"PIL has no {kind}")
+    content = web_dataset(32, "")
+    for i in range(0, 32, 2):
+        content[3 * i] = (f"{i:06d}.{extension}", image(i, kind))
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/a.tar", content[:48])
+    write_tar(tmp_path / "tars/b.tar", content[48:])
+    assert run(tmp_path / "tars", "--index") == 0
+    assert (
+        "16 samples in 2 shards, 16 labeled, 16 in quarantine, 0 names without an image, to be converted with "
+        in (said := capsys.readouterr().out)
+    )
+    assert f"tools/make_shards.py {tmp_path}/tars DST: 16 .{extension}\n" in said
+    assert labels(tmp_path / "tars") == {image(i): str(i % 4) for i in range(1, 32, 2)}
+    reasons = quarantine(tmp_path / "tars")
+    assert set(reasons) == {f"{'ab'[i >= 16]}.tar: {i:06d}" for i in range(0, 32, 2)}
+    assert all(f"is a .{extension}: convert it" in reason for reason in reasons.values())
+
+    assert run(tmp_path / "tars", tmp_path / "dst", "--quality", 100) == 0
+    members = members_of(tmp_path / "dst")
+    for i in range(32):
+        assert members[f"{i:06d}.cls"] == str(i % 4).encode()
+        found = np.asarray(Image.open(io.BytesIO(members[f"{i:06d}.jpg"]))).astype(float)
+        expected = np.asarray(Image.open(io.BytesIO(image(i, kind if i % 2 == 0 else "JPEG"))).convert("RGB"))
+        assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() < 5
+    assert len(members) == 96 and quarantine(tmp_path / "dst") == {}

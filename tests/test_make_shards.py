@@ -534,7 +534,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path, "--index", "--strict") == 1
     assert "a.tar: bad: offset" in capsys.readouterr().err
     assert run(tmp_path, "--index") == 0
-    assert "1 samples in 1 shards, 0 labeled, 1 in quarantine, 2 names without" in capsys.readouterr().out
+    assert "1 samples in 1 shards, 0 labeled, 2 in quarantine, 1 names without" in capsys.readouterr().out
     assert "cut short" in quarantine(tmp_path)["a.tar: bad"]
     assert TarSource(tmp_path).read(0) == jpeg()
     assert verify([str(tmp_path)]) == 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from byolt.files.atomic import writing
-from byolt.pipelines.convert.from_tars import InputTar, are_samples, list_samples
+from byolt.pipelines.convert.from_tars import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.encoded import MAX_BYTES
@@ -97,9 +97,9 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
 
 
 def _webdataset_tars(folder: Path, places: dict[str, _Place]) -> list[InputTar]:
-    """The tars of a folder of nothing else, if the first is a WebDataset."""
-    names = sorted(places)
-    if not names or not all(name.endswith(".tar") and "/" not in name for name in names):
+    """The tars directly in a folder without images, if the first is a WebDataset."""
+    names = sorted(name for name in places if name.endswith(".tar") and "/" not in name)
+    if not names or any(map(is_image, places)):
         return []
     first = _walk_archive(_tar_members(folder / names[0], folder / names[0]), 0, "", [])[0]
     if not are_samples(first):

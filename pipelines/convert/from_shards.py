@@ -25,8 +25,13 @@ Note = tuple[str, dict[str, Any]]  # key ("" for none) and everything else
 
 
 def is_data_set(source: Path) -> bool:
-    """Whether `source` is a folder with a manifest, or names .beton files."""
-    return (source / MANIFEST).is_file() or split_path(os.fspath(source))[0][0].endswith(".beton")
+    """Whether `source` is a folder with a manifest, or names .beton files.
+
+    Tars with a manifest from --index do not count: it leaves out the images that have to be converted.
+    """
+    if (source / MANIFEST).is_file():
+        return not Manifest.load(source).settings.get("indexed")
+    return split_path(os.fspath(source))[0][0].endswith(".beton")
 
 
 def list_data_set(source: Path) -> Inputs:

@@ -9,7 +9,16 @@ from typing import NamedTuple
 from byolt.pipelines.convert.from_shards import Note, settle_keys, tar_note
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
-from byolt.pipelines.formats.index import IMAGE_EXTENSIONS, class_names, label_number, numbers_of, tar_samples
+from byolt.pipelines.formats.index import (
+    CONVERTIBLE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    class_names,
+    label_number,
+    numbers_of,
+    tar_samples,
+)
+
+_IMAGE = IMAGE_EXTENSIONS | CONVERTIBLE_EXTENSIONS
 
 
 class InputTar(NamedTuple):
@@ -26,6 +35,11 @@ class InputTar(NamedTuple):
     modified: int
 
 
+def is_image(name: str) -> bool:
+    """Whether the name has the extension of an image."""
+    return name.rpartition(".")[2].lower() in _IMAGE
+
+
 def are_samples(names: Collection[str]) -> bool:
     """Whether the members of a tar are samples of a WebDataset rather than files in class folders.
 
@@ -34,9 +48,7 @@ def are_samples(names: Collection[str]) -> bool:
     stems: dict[str, set[str]] = {}
     for name in names:
         stem, _, extension = name.rpartition(".")
-        stems.setdefault("image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower(), set()).add(
-            stem
-        )
+        stems.setdefault("image" if is_image(name) else extension.lower(), set()).add(stem)
     images = stems.get("image", set())
     if images & stems.get("cls", set()):
         return True

@@ -7,6 +7,7 @@ conversion continues with the shards that have no note yet.
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent import futures
 from contextlib import suppress
@@ -205,7 +206,10 @@ def index(folder: Path, workers: int, strict: bool) -> str:
         raise strict_error(refused)
     records = join(part.records for part in found)
     imageless = sum(part.imageless for part in found)
-    counts = f"{len(refused)} in quarantine, {imageless} names without an image (.jpg, .jpeg or .png)"
+    counts = f"{len(refused)} in quarantine, {imageless} names without an image"
+    if kinds := sum((Counter(part.kinds) for part in found), Counter()):
+        listed = ", ".join(f"{number} .{kind}" for kind, number in sorted(kinds.items()))
+        counts += f", to be converted with tools/make_shards.py {folder} DST: {listed}"
     if not len(records):
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
         raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")

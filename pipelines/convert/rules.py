@@ -3,7 +3,7 @@
     JPEG, gray or color, small enough      passes byte for byte (EXIF stays; pixels are used as stored)
     JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
     JPEG in CMYK or YCCK                   PIL's convert("RGB"), JPEG --quality
-    PNG, WebP, BMP, TIFF, GIF, PPM         first frame, alpha dropped as convert("RGB") does, JPEG --quality
+    PNG and all other FORMATS              first frame, alpha dropped as convert("RGB") does, JPEG --quality
     16 bits a channel                      the high byte, then as above
     anything else, damaged, too large      refused with the reason
 
@@ -20,12 +20,17 @@ from contextlib import contextmanager
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, features
 
 from byolt.pipelines.formats.beton import LARGEST_SIDE
 from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# PIL may have been built without the last two.
+_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
+FORMATS = (
+    *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"),
+    *(name for name, feature in _OPTIONAL.items() if features.check(feature)),
+)
 MAX_SIDE = 65500  # pixels of a re-encoded image, JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
 _GRAY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))

@@ -7,6 +7,7 @@ reported. A .beton is accepted or refused as a whole.
 
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
@@ -19,6 +20,10 @@ from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.encoded import MAX_BYTES, inspect
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
+# Kinds that training does not read, and that make_shards converts; see `convert.rules`.
+CONVERTIBLE_EXTENSIONS = frozenset(
+    ("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "pbm", "pgm", "pnm", "ppm", "tif", "tiff", "webp")
+)
 UNLABELED = -1
 SAMPLE = np.dtype(
     [
@@ -41,6 +46,7 @@ class TarSample(NamedTuple):
         key: Name up to the first dot, with its folder.
         at: Offset of its first member's header.
         image: Its image, or None.
+        extension: Of the image, in lower case.
         label: Text of its .cls, or None.
         note: Its .json, or None.
         others: Extensions of its other members.
@@ -50,6 +56,7 @@ class TarSample(NamedTuple):
     key: str
     at: int
     image: tar.Member | None = None
+    extension: str = ""
     label: str | None = None
     note: tar.Member | None = None
     others: tuple[str, ...] = ()
@@ -62,12 +69,14 @@ class Index(NamedTuple):
     Attributes:
         records: SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
         refused: Key and reason, with the offset, of each unusable sample.
-        imageless: Number of keys without an image that we read: captions, readme files, other image formats.
+        imageless: Number of keys without an image: captions, readme files.
+        kinds: Number of images that have to be converted, by extension; they are refused.
     """
 
     records: np.ndarray
     refused: list[tuple[str, str]]
     imageless: int
+    kinds: dict[str, int]
 
 
 class Scan(NamedTuple):
@@ -77,7 +86,7 @@ class Scan(NamedTuple):
         records: As in `Index`, with UNLABELED.
         labels: Text of each sample's .cls, or None.
         places: Key of each sample, and offset of its first header.
-        refused: As in `Index`; imageless likewise.
+        refused: As in `Index`; imageless and kinds likewise.
     """
 
     records: np.ndarray
@@ -85,6 +94,7 @@ class Scan(NamedTuple):
     places: list[tuple[str, int]]
     refused: list[tuple[str, str]]
     imageless: int
+    kinds: dict[str, int]
 
     def numbered(self, numbers: dict[str, int] | None) -> Index:
         """Numbers the labels, see `label_number`."""
@@ -95,7 +105,7 @@ class Scan(NamedTuple):
             except ValueError as error:
                 refused.append((key, f"offset {at}: {error}"))
                 kept[i] = False
-        return Index(self.records[kept], refused, self.imageless)
+        return Index(self.records[kept], refused, self.imageless, self.kinds)
 
 
 def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) -> Index:
@@ -120,6 +130,7 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
         raise ValueError(f"{path} is not a regular file")
     records, labels, places, refused = [], [], [], []
     imageless = 0
+    kinds: Counter[str] = Counter()
     with tar.opened(path) as descriptor:
         for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
             try:
@@ -128,12 +139,15 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
                 if sample.image is None:
                     imageless += 1
                     continue
+                if sample.extension in CONVERTIBLE_EXTENSIONS:
+                    kinds[sample.extension] += 1
+                    raise ValueError(f"is a .{sample.extension}: convert it with tools/make_shards.py")
                 records.append(_record(path, descriptor, sample.image))
                 labels.append(sample.label)
                 places.append((sample.key, sample.at))
             except ValueError as error:
                 refused.append((sample.key, f"offset {sample.at}: {error}"))
-    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless)
+    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless, kinds)
 
 
 def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
@@ -217,6 +231,7 @@ def _keyed(members: Iterable[tar.Member]) -> Iterator[tuple[str, str, tar.Member
 def _sample(path: Path, descriptor: int, key: str, parts: list[tuple[str, tar.Member]]) -> TarSample:
     """The sample of these members; raises ValueError if it cannot be used."""
     images = [part for part in parts if part[0] in IMAGE_EXTENSIONS]
+    images = images or [part for part in parts if part[0] in CONVERTIBLE_EXTENSIONS]
     labels = [part for part in parts if part[0] == "cls"]
     notes = [part for part in parts if part[0] == "json" and part[1].kind == "file"][:1]
     if not images:
@@ -246,7 +261,8 @@ def _sample(path: Path, descriptor: int, key: str, parts: list[tuple[str, tar.Me
         label = text.strip().decode("utf-8", "backslashreplace")
     others = tuple(part[0] for part in parts if part not in images + labels + notes)
     note = notes[0][1] if notes else None
-    return TarSample(key, parts[0][1].header, images[0][1], label, note, others)
+    extension, image = images[0]
+    return TarSample(key, parts[0][1].header, image, extension, label, note, others)
 
 
 def _record(path: Path, descriptor: int, image: tar.Member) -> tuple[int, ...]:
