@@ -180,7 +180,10 @@ def prepare(
         print(f"warning: {note}", file=sys.stderr)
     out = Path(config.run.out)
     out.mkdir(parents=True, exist_ok=True)  # on machines that do not share it
-    start = begin(args.resume, config, source.fingerprint, args.allow_change, train_step, probe, world)
+    rounding = provenance.rounding_of(config, world, precision, type(backend).__name__)
+    start = begin(
+        args.resume, config, source.fingerprint, args.allow_change, train_step, probe, world, rounding
+    )
     corrupt_log = out / "corrupt.jsonl"
     if not start.path:  # an earlier attempt's list of bad images goes before any rank begins a new one
         distributed.on_main(lambda: corrupt_log.unlink(missing_ok=True), world)
@@ -191,14 +194,19 @@ def prepare(
     )  # fmt: skip
     run = Run(
         config, world, train_step, probe, knn, num_images=len(source), fingerprint=source.fingerprint,
-        start=start, last_step=last_step, signal=lambda: stop.signal,
+        rounding=rounding, start=start, last_step=last_step, signal=lambda: stop.signal,
     )  # fmt: skip
     if world.is_main:
-        facts = {"ranks": world.size, "precision": precision, "backend": backend_reason}
-        provenance.record_start(out, start.step, device, facts | {"config": config.model_dump(mode="json")})
+        facts = {
+            "ranks": world.size, "precision": precision, "backend": backend_reason,
+            "rounding": rounding, "changed": start.changed, "config": config.model_dump(mode="json"),
+        }  # fmt: skip
+        provenance.record_start(out, start.step, device, facts)
     run.meter.say(backend_reason)
     if train_step.note:
         run.meter.say(train_step.note)
+    if start.changed:
+        run.meter.say(f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}")
     run.meter.say(
         f"{f'resumed from {start.path}' if start.path else 'new run'}: steps {start.step} to {last_step} of "
         f"{total_steps}, {len(source)} images, {world.size} x {device.type}, {precision}"

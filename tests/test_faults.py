@@ -3,6 +3,7 @@
 A run that continues after a fault must end with the digest of a run without faults.
 """
 
+import functools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ import torch
 from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
 from byolt.model.byol import Online
+from byolt.model.run import provenance
 from byolt.tools.make_shards import main as make_shards
 
 pytestmark = pytest.mark.faults
@@ -232,6 +234,38 @@ def test_collapse_warns_or_stops_the_run(run: Run) -> None:
     assert process.wait() == 0 and "collapse: " not in process.text
     process = run("--resume", "auto", "train.stop_at_step=5")
     assert process.wait() == 0 and "collapse: " not in process.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "threads", "changed"),
+    [
+        ((), 1, []),
+        ((), 2, ["OMP_NUM_THREADS: 1 -> 2"]),
+        (("train.channels_last=false",), 1, ["train.channels_last: True -> False"]),
+        (("train.precision=bf16",), 1, ["train.precision: fp32 -> bf16"]),
+        (("data.backend=auto", "data.resident=never"), 1, ["data.backend: TorchBackend -> DaliBackend"]),
+        (
+            ("optimizer.backend=foreach", "train.precision=fp32", "train.device=auto"),
+            1,
+            [],
+        ),  # the same as auto
+    ],
+)
+def test_resumed_run_says_why_it_is_no_longer_the_same_to_the_bit(
+    arguments: tuple[str, ...], threads: int, changed: list[str], halved: Run
+) -> None:
+    if "data.backend=auto" in arguments:
+        pytest.importorskip("nvidia.dali")
+    before = functools.partial(torch.set_num_threads, threads)
+    process = halved(
+        "--resume", "auto", "train.stop_at_step=5", *arguments, before=before, OMP_NUM_THREADS=str(threads)
+    )
+    assert process.wait() == 0, process.text
+    warnings = [line for line in process.text.splitlines() if line.startswith("warning: ")]
+    warning = f"warning: the run continues, but no longer to the bit: {'; '.join(changed)}"
+    assert warnings == ([warning] if changed else [])
+    assert [start["changed"] for start in provenance.read_starts(halved.out)] == [[], changed]
+    assert halved.newest()[1]["rounding"]["OMP_NUM_THREADS"] == threads
 
 
 @pytest.mark.parametrize("what", ["truncated", "replaced", "deleted"])

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from byolt.configs.schema import Config
 from byolt.files.rows import append_row, read_rows
+from byolt.model.distributed import World
+from byolt.model.optim import resolve_backend
 
 FILE = "starts.jsonl"
 _LIBRARIES = ("byolt", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "numba", "numpy")
@@ -41,6 +44,27 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
     if not step:
         (out / FILE).unlink(missing_ok=True)
     append_row(out / FILE, row)
+
+
+def rounding_of(config: Config, world: World, precision: str, backend: str) -> dict[str, str | int | bool]:
+    """What decides how a run's sums are rounded, besides the machine and its libraries.
+
+    Args:
+        config: the settings.
+        world: the processes.
+        precision: "fp32", "bf16" or "fp16": train.precision=auto resolved.
+        backend: name of the class that makes the views: data.backend=auto resolved.
+    """
+    found: dict[str, str | int | bool] = {
+        "number of ranks": world.size,
+        "train.device": world.device.type,
+        "train.precision": precision,
+        "train.channels_last": config.train.channels_last,
+        "train.compile": config.train.compile,
+        "data.backend": backend,
+        "optimizer.backend": resolve_backend(config.optimizer.backend, world.device),
+    }
+    return found if world.device.type == "cuda" else found | {"OMP_NUM_THREADS": torch.get_num_threads()}
 
 
 def read_starts(out: Path) -> list[dict[str, Any]]:

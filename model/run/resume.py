@@ -26,6 +26,7 @@ STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of 
     "config": (dict,),
     "data": (str,),
     "knn_untrained": (float, type(None)),
+    "rounding": (dict,),
 }
 
 
@@ -35,6 +36,7 @@ class Start(NamedTuple):
     path: Path | None  # the checkpoint; None for a new run
     step: int  # steps done
     knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in percent
+    changed: list[str]  # what rounds otherwise than before: the digest will differ from that of one whole run
 
 
 def begin(
@@ -45,6 +47,7 @@ def begin(
     train_step: TrainStep,
     probe: OnlineProbe | None,
     world: World,
+    rounding: dict[str, str | int | bool],
 ) -> Start:
     """Finds the checkpoint to continue from, checks that it is of this run, and restores its state.
 
@@ -56,6 +59,7 @@ def begin(
         train_step: built with the config; its model and optimizer are restored too.
         probe: the online probe, if the run has one.
         world: the processes; rank 0 chooses for all.
+        rounding: what decides how sums are rounded now (`provenance.rounding_of`).
 
     Raises:
         ValueError: a new run would overwrite checkpoints, all of them are damaged, or settings differ.
@@ -63,10 +67,12 @@ def begin(
     """
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
-        return Start(None, 0, None)
+        return Start(None, 0, None, [])
     fixed.check_same_run(config, fingerprint, path, state, allowed)
     restore(path, state, train_step, probe)
-    return Start(path, state["step"], state["knn_untrained"])
+    then = state["rounding"]
+    changed = [f"{key}: {then[key]} -> {now}" for key, now in rounding.items() if then.get(key, now) != now]
+    return Start(path, state["step"], state["knn_untrained"], changed)
 
 
 def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path | None, dict[str, Any]]:
@@ -119,10 +125,13 @@ def _load(path: Path) -> dict[str, Any]:
 def _check_state(path: Path, state: dict[str, Any]) -> None:
     """Refuses a malformed state; converts one of an older release."""
     state.setdefault("probe", None)
+    state.setdefault("rounding", {})
     state.pop("seconds", None)  # the run's duration
     wrong = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
     if not wrong and state["step"] < 0:
         wrong = ["step"]
+    if not wrong and not all(isinstance(x, str | int) for item in state["rounding"].items() for x in item):
+        wrong = ["rounding"]
     if wrong:
         names = ", ".join(sorted(map(str, wrong)))
         raise CheckpointError(

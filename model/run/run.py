@@ -35,6 +35,7 @@ class Run:
     knn: KnnMonitor | None
     num_images: int  # of the data set
     fingerprint: str  # of the data set
+    rounding: dict[str, str | int | bool]  # `provenance.rounding_of`
     start: InitVar[Start]
     last_step: int  # of this start
     signal: Callable[[], int]  # the signal that asked this rank to stop, or 0
@@ -206,6 +207,7 @@ class Run:
             "config": self.config.model_dump(mode="json"),
             "data": self.fingerprint,
             "knn_untrained": self.knn_untrained,
+            "rounding": self.rounding,
         }
 
     @contextmanager
