@@ -55,6 +55,10 @@ class DataConfig(Section):
     (pipelines/order.py)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 4
     """CPU threads per rank that decode and, without a GPU, augment."""
+    hw_decoder_load: Probability = 1.0
+    """Fraction of a batch's JPEGs that nvJPEG decodes on the GPU's JPEG engine; CUDA kernels decode the rest. Below 1.0
+    an image's pixels may depend on its place in the batch, by at most one level of 255. On one H200 0.65 decoded 12,338
+    images/s and 1.0 decoded 8,291. No effect on a CPU or on images kept in memory."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """Micro-batches per rank prepared ahead of the training step; a step uses train.accumulation of them."""
     max_corrupt: Annotated[int, Field(ge=0)] = 100

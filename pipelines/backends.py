@@ -55,7 +55,8 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
         else:
             why = ", because it is installed" if choice == "auto" else ""
             reason = f"data.backend={choice}: DALI on the {_place(device)}{why}, {threads} threads"
-            return DaliBackend(config.augment, device, dtype, threads), reason
+            load = config.data.hw_decoder_load
+            return DaliBackend(config.augment, device, dtype, threads, load), reason
     return TorchBackend(config.augment, device, dtype, threads), reason
 
 

@@ -40,7 +40,12 @@ class DaliBackend:
     """Decodes and augments one batch; the interface is that of TorchBackend."""
 
     def __init__(
-        self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        augment: AugmentConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        hw_decoder_load: float = 1.0,
     ) -> None:
         """
         Args:
@@ -48,6 +53,8 @@ class DaliBackend:
             device: makes and receives the views; on "cuda" nvJPEG decodes.
             dtype: of the views: float32, float16 or bfloat16. The CPU's kernels make float32, which is then converted.
             threads: CPU threads that decode and, on the CPU, augment.
+            hw_decoder_load: fraction of a batch, 0 to 1, that the GPU's JPEG engine decodes. Below 1.0 an image's
+                pixels may depend on its place in the batch, by at most one level.
         """
         on_gpu = device.type == "cuda"
         if on_gpu:
@@ -55,6 +62,7 @@ class DaliBackend:
             device = torch.device("cuda", index)
             self._decoding = torch.cuda.Stream(device)
         self._augment, self._device, self._dtype, self._threads = augment, device, dtype, threads
+        self._hw_decoder_load = hw_decoder_load
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
         self.pool = (
@@ -165,14 +173,14 @@ class DaliBackend:
     ) -> Any:
         if self._pipeline is None or len(encoded) > self._batch_size:
             self._batch_size = len(encoded)
-            self._pipeline = build(self._device, self._batch_size, self._threads)
+            self._pipeline = build(self._device, self._batch_size, self._threads, self._hw_decoder_load)
         self._pipeline.feed_input("encoded", [np.frombuffer(data, np.uint8) for data in encoded])
         for name, value in inputs.items():
             self._pipeline.feed_input(name, value)
         return self._pipeline.run(stream)
 
 
-def build(device: torch.device, batch_size: int, threads: int) -> Pipeline:
+def build(device: torch.device, batch_size: int, threads: int, hw_decoder_load: float) -> Pipeline:
     """The compiled graph, which decodes: whole images on the GPU, windows on the CPU.
 
     On the GPU an output's memory is freed when nothing refers to it (exec_dynamic); on the CPU the next run reuses it,
@@ -181,6 +189,7 @@ def build(device: torch.device, batch_size: int, threads: int) -> Pipeline:
     on_gpu = device.type == "cuda"
     graph = _graph(
         on="gpu" if on_gpu else "cpu",
+        hw_decoder_load=hw_decoder_load,
         batch_size=batch_size,
         num_threads=threads,
         device_id=(device.index or 0) if on_gpu else None,
@@ -192,15 +201,14 @@ def build(device: torch.device, batch_size: int, threads: int) -> Pipeline:
 
 
 @pipeline_def
-def _graph(on: str) -> Any:
+def _graph(on: str, hw_decoder_load: float) -> Any:
     encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
     # The manifest's sizes, and so the windows, ignore EXIF.
     options: dict[str, Any] = {"output_type": types.RGB, "adjust_orientation": False}
     if on == "gpu":
-        # The JPEG engine rounds differently than the decoder in CUDA. By default it gets the first 65 % of a batch,
-        # which makes pixels depend on an image's place; 1.0 gives it all that it can decode. On one H200 (2026-11-26):
-        # 8,291 images/s, and 12,338 with .65.
-        options |= {"device": "mixed", "hw_decoder_load": 1.0, "jpeg_fancy_upsampling": True}
+        # The JPEG engine may round differently than the decoder in CUDA. It gets the first part of a batch, so pixels
+        # may depend on an image's place unless it gets all that it can decode.
+        options |= {"device": "mixed", "hw_decoder_load": hw_decoder_load, "jpeg_fancy_upsampling": True}
         return fn.decoders.image(encoded, **options)
     start, shape = (fn.external_source(name=name, dtype=types.INT32, ndim=1) for name in ("start", "shape"))
     return fn.decoders.image_slice(encoded, start=start, shape=shape, axes=(0, 1), **options)
