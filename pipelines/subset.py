@@ -10,7 +10,7 @@ import numpy.typing as npt
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.folder import LISTED, FolderSource, label_names, list_folder
-from byolt.pipelines.formats.index import IMAGE_EXTENSIONS
+from byolt.pipelines.formats.index import tar_samples
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.order import global_batch
 from byolt.pipelines.sources import Source, TarSource
@@ -171,16 +171,13 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
         number = {offset: i for i, offset in enumerate(records["offset"].tolist(), first)}
         path = folder / shard.name
         with tar.opened(path) as descriptor:
-            by_key: dict[str, set[str]] = {}
-            for member in tar.walk(path, descriptor):
-                stem, _, extension = member.name.rpartition("/")[2].partition(".")
-                key = member.name[: len(member.name) - len(extension) - 1]
-                aliases = by_key.setdefault(key, {key, stem})
-                if extension.lower() in IMAGE_EXTENSIONS and member.offset in number:
-                    aliases.add(member.name)
-                    names[number[member.offset]] = aliases
-                elif extension == "json":
-                    aliases |= _original(tar.read_at(path, descriptor, member.length, member.offset), "file")
+            for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+                if sample.image and sample.image.offset in number:
+                    aliases = {sample.key, sample.key.rpartition("/")[2], sample.image.name}
+                    if sample.note:
+                        text = tar.read_at(path, descriptor, sample.note.length, sample.note.offset)
+                        aliases |= _original(text, "file")
+                    names[number[sample.image.offset]] = aliases
     return names
 
 

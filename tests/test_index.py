@@ -99,7 +99,7 @@ def test_damaged_tar(tmp_path: Path, damage: Callable[[bytes], bytes], message: 
         ),
         ([("c.jpg", jpeg()), ("c.jpg", jpeg())], "at most one label, it has: jpg, jpg"),
         ([("c.jpg", jpeg()), ("c.png", jpeg())], "needs one image and at most one label, it has: jpg, png"),
-        ([("c.0001.jpg", jpeg()), ("c.0002.jpg", jpeg())], "rename such files without further dots"),
+        ([("c.left.jpg", jpeg()), ("c.right.jpg", jpeg())], "rename such files without further dots"),
         ([("../c.jpg", jpeg())], "unsafe member name '../c.jpg'"),
         ([("/c.jpg", jpeg())], "unsafe member name '/c.jpg'"),
         ([("c.jpg", b"")], "empty"),

@@ -12,6 +12,7 @@ from PIL import Image
 from byolt.pipelines.convert import rules
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.sources import TarSource
+from byolt.pipelines.subset import listed_ids
 from byolt.tools import make_shards
 from byolt.tools.verify_shards import main as verify
 
@@ -164,3 +165,52 @@ def test_other_kinds_are_named_by_index_and_converted_by_make_shards(
         expected = np.asarray(Image.open(io.BytesIO(image(i, kind if i % 2 == 0 else "JPEG"))).convert("RGB"))
         assert np.abs(found.mean((0, 1)) - expected.mean((0, 1))).max() < 5
     assert len(members) == 96 and quarantine(tmp_path / "dst") == {}
+
+
+@pytest.mark.parametrize("key", ["img.{:04d}", "a.b/{:02d}.2020.v1", "c{}.0", "photo.{:02d}.IMG"])
+def test_dotted_keys_end_at_the_last_dot(
+    tmp_path: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = []
+    for i in range(8):
+        content += [(f"{key.format(i)}.jpg", image(i)), (f"{key.format(i)}.cls", str(i % 4).encode())]
+    (tmp_path / "tars").mkdir()
+    tar = write_tar(tmp_path / "tars/a.tar", content)
+    expected = {image(i): str(i % 4) for i in range(8)}
+    assert run(tmp_path / "tars", "--index") == 0
+    assert "8 keys with dots: the extension begins at the last dot" in capsys.readouterr().out
+    assert labels(tmp_path / "tars") == expected
+    assert quarantine(tmp_path / "tars") == {}
+    assert verify([str(tmp_path / "tars")]) == 0
+    names = tmp_path / "names.txt"
+    names.write_text(key.format(3))
+    assert TarSource(tmp_path / "tars").read(listed_ids(TarSource(tmp_path / "tars"), names)[0]) == image(3)
+    assert run(tar, tmp_path / "dst") == 0
+    assert (
+        "8 keys with dots: the extension begins at the last dot; samples are numbered"
+        in capsys.readouterr().err
+    )
+    assert labels(tmp_path / "dst") == expected
+    notes = [data for name, data in members_of(tmp_path / "dst").items() if name.endswith(".json")]
+    assert {json.loads(note)["original_key"] for note in notes} == {key.format(i) for i in range(8)}
+
+
+def test_dots_that_may_mean_two_things_are_refused(tmp_path: Path) -> None:
+    content = [
+        *[
+            ("a.jpg", image(0)),
+            ("a.seg.png", image(1, "PNG")),
+            ("a.cls", b"1"),
+        ],  # one image, by the first dot
+        *[("b.left.jpg", image(2)), ("b.right.jpg", image(3)), ("b.cls", b"2")],
+        *[("c.1.jpg", image(4)), ("c.2.jpg", image(5)), ("c.cls", b"3")],  # whose label is it?
+        *[("d.rgb.jpg", image(6)), ("d.cls", b"0")],
+    ]
+    (tmp_path / "tars").mkdir()
+    tar = write_tar(tmp_path / "tars/a.tar", content)
+    assert run(tmp_path / "tars", "--index") == run(tar, tmp_path / "dst") == 0
+    for folder in (tmp_path / "tars", tmp_path / "dst"):
+        assert labels(folder) == {image(0): "1", image(6): "0"}
+        reasons = quarantine(folder)
+        assert {name[-1] for name in reasons} == {"b", "c"}
+        assert all("rename such files without further dots" in reason for reason in reasons.values())

@@ -541,7 +541,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_index_without_any_sample_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_tar(tmp_path / "a.tar", [("img.0001.jpg", jpeg()), ("img.0002.jpg", jpeg())])
+    write_tar(tmp_path / "a.tar", [("img.left.jpg", jpeg()), ("img.right.jpg", jpeg())])
     assert run(tmp_path, "--index") == 2
     assert "rename such files without further dots" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.tar"]

@@ -10,15 +10,13 @@ from byolt.pipelines.convert.from_shards import Note, settle_keys, tar_note
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.index import (
-    CONVERTIBLE_EXTENSIONS,
-    IMAGE_EXTENSIONS,
+    ALL_IMAGES,
+    DOTTED,
     class_names,
     label_number,
     numbers_of,
     tar_samples,
 )
-
-_IMAGE = IMAGE_EXTENSIONS | CONVERTIBLE_EXTENSIONS
 
 
 class InputTar(NamedTuple):
@@ -37,7 +35,7 @@ class InputTar(NamedTuple):
 
 def is_image(name: str) -> bool:
     """Whether the name has the extension of an image."""
-    return name.rpartition(".")[2].lower() in _IMAGE
+    return name.rpartition(".")[2].lower() in ALL_IMAGES
 
 
 def are_samples(names: Collection[str]) -> bool:
@@ -71,7 +69,7 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
     images: list[tuple[InputImage, int, str | None]] = []  # with offset and label
     notes: list[Note] = []
     refused = []
-    imageless = 0
+    imageless = dotted = 0
     others: set[str] = set()
     prefix = f"{inside}/" if inside else ""
     for part in tars:
@@ -89,6 +87,7 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
                     key, info = tar_note(file, descriptor, sample)
                     notes.append((key[len(prefix) :], info))
                     others.update(sample.others)
+                    dotted += sample.has_dot
                     place = sample.image.offset, sample.image.length, part.modified, part.archive
                     images.append((InputImage(name, -1, *place), sample.at, sample.label))
     classes = class_names(label for _, _, label in images)
@@ -112,6 +111,10 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
         f"{number:,} with a label, {'a class name' if classes else 'an integer'}" if number else "no labels"
     )
     said = [f"read as WebDataset: {len(listed):,} samples, {labels}"]
+    if dotted:
+        said.append(
+            f"{DOTTED.format(dotted)}; samples are numbered, and original_key in the .json is their key"
+        )
     left_out = [f"{imageless} names without an image"] if imageless else []
     left_out += [f"members .{extension}" for extension in sorted(others)]
     if left_out:

@@ -40,7 +40,7 @@ from byolt.pipelines.convert.shard_writer import (
     strict_error,
 )
 from byolt.pipelines.convert.workers import spread
-from byolt.pipelines.formats.index import Scan, class_names, numbers_of, scan_tar
+from byolt.pipelines.formats.index import DOTTED, Scan, class_names, numbers_of, scan_tar
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard, join
 
 
@@ -207,6 +207,8 @@ def index(folder: Path, workers: int, strict: bool) -> str:
     records = join(part.records for part in found)
     imageless = sum(part.imageless for part in found)
     counts = f"{len(refused)} in quarantine, {imageless} names without an image"
+    if dotted := sum(part.dotted for part in found):
+        counts += f", {DOTTED.format(dotted)}"
     if kinds := sum((Counter(part.kinds) for part in found), Counter()):
         listed = ", ".join(f"{number} .{kind}" for kind, number in sorted(kinds.items()))
         counts += f", to be converted with tools/make_shards.py {folder} DST: {listed}"

@@ -1,8 +1,8 @@
 """Lists the samples of one shard: offset, size and label of each image.
 
 In a WebDataset tar, consecutive members whose names are equal up to the first dot form a sample: an image, perhaps a
-label (.cls, an integer or a name) and a note (.json). Damage to the tar is an error; an unusable sample is left out and
-reported. A .beton is accepted or refused as a whole.
+label (.cls, an integer or a name) and a note (.json); `_samples` has the exceptions. Damage to the tar is an error; an
+unusable sample is left out and reported. A .beton is accepted or refused as a whole.
 """
 
 import os
@@ -25,6 +25,7 @@ CONVERTIBLE_EXTENSIONS = frozenset(
     ("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "pbm", "pgm", "pnm", "ppm", "tif", "tiff", "webp")
 )
 UNLABELED = -1
+DOTTED = "{:,} keys with dots: the extension begins at the last dot"
 SAMPLE = np.dtype(
     [
         ("shard", "<u4"),  # index into Manifest.shards
@@ -36,14 +37,18 @@ SAMPLE = np.dtype(
         ("crc32", "<u4"),  # of the encoded image: locates damage by sample, not only by shard
     ]
 )  # 32 bytes
+ALL_IMAGES = IMAGE_EXTENSIONS | CONVERTIBLE_EXTENSIONS
 _MAX_LABEL = 256  # bytes of a .cls
+
+
+_Part = tuple[str, tar.Member]  # lower-case extension, and the member
 
 
 class TarSample(NamedTuple):
     """One key of a WebDataset tar; its image is not read yet.
 
     Attributes:
-        key: Name up to the first dot, with its folder.
+        key: Name up to the dot where its extension begins, with its folder.
         at: Offset of its first member's header.
         image: Its image, or None.
         extension: Of the image, in lower case.
@@ -51,6 +56,7 @@ class TarSample(NamedTuple):
         note: Its .json, or None.
         others: Extensions of its other members.
         reason: Why it cannot be used; "" if it can.
+        has_dot: Whether its key has a dot: the extension begins at the last dot of a name, not at the first.
     """
 
     key: str
@@ -61,6 +67,7 @@ class TarSample(NamedTuple):
     note: tar.Member | None = None
     others: tuple[str, ...] = ()
     reason: str = ""
+    has_dot: bool = False
 
 
 class Index(NamedTuple):
@@ -71,12 +78,14 @@ class Index(NamedTuple):
         refused: Key and reason, with the offset, of each unusable sample.
         imageless: Number of keys without an image: captions, readme files.
         kinds: Number of images that have to be converted, by extension; they are refused.
+        dotted: Number of samples whose keys have a dot.
     """
 
     records: np.ndarray
     refused: list[tuple[str, str]]
     imageless: int
     kinds: dict[str, int]
+    dotted: int
 
 
 class Scan(NamedTuple):
@@ -86,7 +95,7 @@ class Scan(NamedTuple):
         records: As in `Index`, with UNLABELED.
         labels: Text of each sample's .cls, or None.
         places: Key of each sample, and offset of its first header.
-        refused: As in `Index`; imageless and kinds likewise.
+        refused: As in `Index`; imageless, kinds and dotted likewise.
     """
 
     records: np.ndarray
@@ -95,6 +104,7 @@ class Scan(NamedTuple):
     refused: list[tuple[str, str]]
     imageless: int
     kinds: dict[str, int]
+    dotted: int
 
     def numbered(self, numbers: dict[str, int] | None) -> Index:
         """Numbers the labels, see `label_number`."""
@@ -105,7 +115,7 @@ class Scan(NamedTuple):
             except ValueError as error:
                 refused.append((key, f"offset {at}: {error}"))
                 kept[i] = False
-        return Index(self.records[kept], refused, self.imageless, self.kinds)
+        return Index(self.records[kept], refused, self.imageless, self.kinds, self.dotted)
 
 
 def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) -> Index:
@@ -129,7 +139,7 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
     if not path.is_file():
         raise ValueError(f"{path} is not a regular file")
     records, labels, places, refused = [], [], [], []
-    imageless = 0
+    imageless = dotted = 0
     kinds: Counter[str] = Counter()
     with tar.opened(path) as descriptor:
         for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
@@ -144,10 +154,11 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
                     raise ValueError(f"is a .{sample.extension}: convert it with tools/make_shards.py")
                 records.append(_record(path, descriptor, sample.image))
                 labels.append(sample.label)
+                dotted += sample.has_dot
                 places.append((sample.key, sample.at))
             except ValueError as error:
                 refused.append((sample.key, f"offset {sample.at}: {error}"))
-    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless, kinds)
+    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless, kinds, dotted)
 
 
 def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
@@ -173,16 +184,18 @@ def tar_samples(path: Path, descriptor: int, members: Iterable[tar.Member]) -> I
         members: Of the tar, in its order.
     """
     seen: set[str] = set()
-    for key, group in groupby(_keyed(members), lambda item: item[0]):
-        parts = [(extension, member) for _, extension, member in group]
-        at = parts[0][1].header
-        try:
-            if key in seen:
-                raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
-            yield _sample(path, descriptor, key, parts)
-        except ValueError as error:
-            yield TarSample(key, at, reason=str(error))
-        seen.add(key)
+    for first_key, group in groupby(_keyed(members), lambda item: item[0]):
+        whole = [(extension, member) for _, extension, member in group]
+        for key, parts in _samples(first_key, whole):
+            at = parts[0][1].header
+            try:
+                if key in seen:
+                    raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
+                sample = _sample(path, descriptor, key, parts)
+                yield sample._replace(has_dot=sample.image is not None and key != first_key)
+            except ValueError as error:
+                yield TarSample(key, at, reason=str(error))
+            seen.add(key)
 
 
 def class_names(labels: Iterable[str | None]) -> list[str] | None:
@@ -228,7 +241,27 @@ def _keyed(members: Iterable[tar.Member]) -> Iterator[tuple[str, str, tar.Member
             yield (f"{folder}/{stem}" if folder else stem), extension.lower(), member
 
 
-def _sample(path: Path, descriptor: int, key: str, parts: list[tuple[str, tar.Member]]) -> TarSample:
+def _samples(key: str, parts: list[_Part]) -> list[tuple[str, list[_Part]]]:
+    """The samples, with their keys, of members whose names are equal up to the first dot.
+
+    They are one sample if it has an image. If not, the extension begins at the last dot, provided that each image then
+    has its own number (img.0001.jpg, img.0002.jpg), or that there is one image.
+    """
+    images = [part for part in parts if part[0].rpartition(".")[2] in ALL_IMAGES]
+    if not images or any(extension in ALL_IMAGES for extension, _ in parts):
+        return [(key, parts)]
+    if len(images) == 1:
+        return [
+            (images[0][1].name.rpartition(".")[0], [(e.rpartition(".")[2], member) for e, member in parts])
+        ]
+    samples: dict[str, list[_Part]] = {}
+    for extension, member in parts:
+        samples.setdefault(member.name.rpartition(".")[0], []).append((extension.rpartition(".")[2], member))
+    numbered = all(any(map(str.isdigit, extension)) for extension, _ in images)
+    return list(samples.items()) if numbered and key not in samples else [(key, parts)]
+
+
+def _sample(path: Path, descriptor: int, key: str, parts: list[_Part]) -> TarSample:
     """The sample of these members; raises ValueError if it cannot be used."""
     images = [part for part in parts if part[0] in IMAGE_EXTENSIONS]
     images = images or [part for part in parts if part[0] in CONVERTIBLE_EXTENSIONS]
@@ -236,10 +269,10 @@ def _sample(path: Path, descriptor: int, key: str, parts: list[tuple[str, tar.Me
     notes = [part for part in parts if part[0] == "json" and part[1].kind == "file"][:1]
     if not images:
         for extension, member in parts:
-            if extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+            if extension.rpartition(".")[2] in ALL_IMAGES:
                 raise ValueError(
-                    f"WebDataset does not see {member.name!r} as an image, since extensions begin at the first dot: "
-                    "rename such files without further dots"
+                    f"{member.name!r} is not an image by WebDataset's rule, that an extension begins at the first dot, "
+                    "and by the last dot it is one of several: rename such files without further dots"
                 )
         return TarSample(key, parts[0][1].header)
     if len(images) > 1 or len(labels) > 1:
