@@ -49,8 +49,13 @@ def main() -> int:
     """Exit codes: 0 finished, 1 failed, 2 a mistake in settings or data, 128 + N stopped by signal N."""
     parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
     add = parser.add_argument
-    add("--config", required=True, help="YAML file; see configs/")
-    add("--resume", metavar="auto|PATH", help="continue from run.out's newest checkpoint, or from PATH")
+    add("--config", type=os.path.expanduser, required=True, help="YAML file; see configs/")
+    add(
+        "--resume",
+        type=os.path.expanduser,
+        metavar="auto|PATH",
+        help="continue from run.out's newest checkpoint, or from PATH",
+    )
     add("--allow-change", action="append", default=[], metavar="KEY", help="resume with another value of KEY")
     add("--trace", type=int, metavar="STEPS", help="write a Chrome trace of STEPS steps to run.out")
     add("--print-config", action="store_true", help="print the resolved config and exit")

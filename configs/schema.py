@@ -6,10 +6,12 @@ imports neither torch nor numpy, so it refuses a wrong config in well under a se
 
 import difflib
 import math
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
@@ -21,6 +23,12 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
+def _expand_home(path: str) -> str:
+    """Replaces a ~ at the beginning of a path, or of each of several paths separated by commas."""
+    return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), path)
+
+
+PathText = Annotated[str, AfterValidator(_expand_home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
 PositiveInterval = Annotated[tuple[_Positive, _Positive], AfterValidator(_ordered)]
@@ -39,7 +47,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    path: str
+    path: PathText
     """Training images: a folder made by tools/make_shards.py, a folder of images, FFCV .beton files separated by
     commas, or synthetic:COUNT:HxW."""
     expected_images: Annotated[int, Field(gt=0)] | None = None
@@ -185,7 +193,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    path: str | None = None
+    path: PathText | None = None
     """Labeled images for kNN accuracy. The bank is data.path, which must be labeled too. null: no kNN."""
     every_epochs: Annotated[float, Field(gt=0, le=1e6)] = 10
     """Epochs between two measurements of kNN accuracy, which is also measured before the first step and at the end."""
@@ -201,7 +209,7 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    out: str
+    out: PathText
     """Folder for checkpoints, metrics, pictures and the exported encoder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the sample order and every augmentation."""
@@ -300,7 +308,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
 
     Args:
         path: YAML file.
-        overrides: strings "section.key=value", the value in YAML notation.
+        overrides: strings "section.key=value", the value in YAML notation. For a path everything after the first "="
+            is the value; only null, where it is allowed, and ${...} keep their meaning.
 
     Raises:
         ValueError: one message that lists every mistake with its dotted path and, for an unknown key, the nearest
@@ -315,7 +324,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         parts = [OmegaConf.load(path)]
         for override in overrides:
             failed = f"override {override}"
-            parts.append(OmegaConf.from_dotlist([override]))
+            parts.append(_parse_override(override))
         failed = f"config file {path} and its overrides do not resolve"
         raw = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
     except FileNotFoundError:
@@ -332,6 +341,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         lines = [_explain(mistake) for mistake in error.errors()]
         count = f"{len(lines)} mistake" + "s" * (len(lines) > 1)
         raise ValueError("\n  ".join([f"{path}: {count}", *lines])) from None
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    field = getattr(Config.model_fields.get(section), "annotation", None)
+    field = getattr(field, "model_fields", {}).get(name)
+    types = (field.annotation, *get_args(field.annotation)) if field else ()
+    if not {str, PathText} & set(types) or (value == "null" and type(None) in types):
+        return OmegaConf.from_dotlist([override])
+    if not value:
+        raise ValueError("a path cannot be empty")
+    return OmegaConf.create({section: {name: value}})
 
 
 def complete(settings: dict[str, Any]) -> dict[str, Any]:

@@ -80,6 +80,58 @@ def test_overrides_win(minimal: Path) -> None:
     assert config.augment.view2.solarize == 0.2
 
 
+@pytest.mark.parametrize("key", ["data.path", "eval.path", "run.out"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        "/d/set #2",
+        "2024",
+        "yes",
+        "1e3",
+        "a: b",
+        "[a",
+        "{a: b}",
+        "'a'",
+        '"a b"',
+        " a ",
+        "a=b",
+        "#",
+        "- a",
+        "!x",
+        "a\nb",
+    ],
+)
+def test_a_path_is_what_follows_the_equals_sign(minimal: Path, key: str, value: str) -> None:
+    config = load(minimal, [f"{key}={value}"])
+    assert [config.data.path, config.eval.path, config.run.out][["d", "e", "r"].index(key[0])] == value
+    assert from_yaml(schema.to_yaml(config)) == config  # as an exported encoder holds it
+
+
+def test_null_is_a_name_unless_the_path_may_be_missing(minimal: Path) -> None:
+    config = load(minimal, ["data.path=null", "run.out=null", "eval.path=null"])
+    assert (config.data.path, config.run.out, config.eval.path) == ("null", "null", None)
+    with pytest.raises(ValueError, match=r"override run\.out=: a path cannot be empty"):
+        load(minimal, ["run.out="])
+
+
+def test_a_mapping_merges_into_a_view(minimal: Path) -> None:
+    view = load(minimal, ["augment.view1={blur: 0.5, crop_area: [0.2, 1]}"]).augment.view1
+    assert (view.blur, view.crop_area, view.solarize, view.jitter) == (0.5, (0.2, 1.0), 0.0, 0.8)
+    numbers = load(minimal, ["train.epochs=1e3", "model.predictor=no", "train.stop_at_step=null"])
+    assert (numbers.train.epochs, numbers.model.predictor, numbers.train.stop_at_step) == (1000, False, None)
+
+
+def test_home_and_environment_in_paths(minimal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SETS", "/d/2024 #1")
+    config = load(minimal, ["run.out=~/x", "data.path=~/a.beton, ~/b~.beton", "eval.path=${oc.env:SETS}/val"])
+    assert config.run.out == "/home/me/x"
+    assert config.data.path == "/home/me/a.beton, /home/me/b~.beton"
+    assert config.eval.path == "/d/2024 #1/val"
+    with pytest.raises(ValueError, match="Environment variable 'NOWHERE' not found"):
+        load(minimal, ["run.out=${oc.env:NOWHERE}"])
+
+
 def test_three_mistakes_make_one_message(minimal: Path) -> None:
     minimal.write_text(
         MINIMAL.replace("path: images", "path: images, thraeds: 3")

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from byolt.configs import schema
+from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
 from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
 from byolt.tools.ablation.results import Rows, finished_runs, save_results
@@ -29,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="the recipe; see configs/")
-    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--out", type=home_path, required=True, help="folder of all runs")
     parser.add_argument(
         "--only",
         nargs="+",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from byolt.configs import schema
+from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.run import provenance
 from byolt.pipelines.backends import make_backend
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         help="a data.path (shards, a folder of images, synthetic:COUNT:HxW) and overrides of the config",
     )
     parser.add_argument(
-        "--config", type=Path, default=DEFAULT_CONFIG, help="default: configs/throughput.yaml"
+        "--config", type=home_path, default=DEFAULT_CONFIG, help="default: configs/throughput.yaml"
     )
     parser.add_argument(
         "--threads",
@@ -154,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME",
         help="other pipelines on the same JPEGs (benchmarks/peers), by name; default: all that are installed",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the numbers to FILE")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw a bar chart")
+    parser.add_argument("--json", type=home_path, metavar="FILE", help="also write the numbers to FILE")
+    parser.add_argument("--picture", type=home_path, metavar="FILE.png", help="also draw a bar chart")
     args = parser.parse_intermixed_args(argv)
     args.command = sys.argv[1:] if argv is None else argv
     try:

@@ -15,13 +15,13 @@ import os
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.quality import linear
 from byolt.model.run import failure
@@ -125,12 +125,12 @@ def make_parser() -> argparse.ArgumentParser:
         prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
+    add("checkpoint", type=home_path, help="checkpoint-*.pt or encoder.safetensors of a run")
     add("--protocol", required=True, choices=tuple(inputs.OPTIONS))
     add("--untrained", action="store_true", help="fresh weights by --seed instead of the trained ones")
     add("--data", help="labeled images to test on (default: the run's eval.path)")
     add("--train", help="labeled images to learn from (default: the run's data.path)")
-    add("--out", type=Path, help="folder for JSON and picture (default: the checkpoint's folder)")
+    add("--out", type=home_path, help="folder for JSON and picture (default: the checkpoint's folder)")
     add("--max-images", type=int, metavar="N", help="a random part of each data set, at most N images")
     add("--seed", type=int, default=0, help="of classifiers, held-out images, subset and crops (default 0)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -146,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--fast", action="store_true", default=None, help="linear: cache features of unaugmented images")
     add = parser.add_argument_group("finetune").add_argument
     add("--labels", type=float, help="share of every class: 0.01, 0.1 or 1.0")
-    add("--subset", type=Path, metavar="FILE", help="or a list of sample ids or names, one a line")
+    add("--subset", type=home_path, metavar="FILE", help="or a list of sample ids or names, one a line")
     add = parser.add_argument_group("transfer").add_argument
     add("--l2", type=int, metavar="N", help="number of penalties between 1e-6 and 1e5 (default 45)")
     add("--max-iterations", type=int, help="of L-BFGS, for each penalty (default 1000)")

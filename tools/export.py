@@ -10,8 +10,8 @@ stem: export such an encoder --to torchvision.
 
 import argparse
 import sys
-from pathlib import Path
 
+from byolt.files.paths import home_path
 from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.run.trained import load_trained
 from byolt.tools.exporting.libraries import LIBRARIES, export
@@ -22,9 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, help="checkpoint-*.pt or encoder.safetensors of a run")
+    parser.add_argument("checkpoint", type=home_path, help="checkpoint-*.pt or encoder.safetensors of a run")
     parser.add_argument("--to", required=True, choices=tuple(LIBRARIES), help="the library that will load it")
-    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument("--out", type=home_path, required=True, help="folder to make")
     args = parser.parse_args(argv)
     try:
         checks = export(load_trained(args.checkpoint), args.to, args.out)

@@ -11,8 +11,8 @@ import argparse
 import os
 import sys
 from concurrent import futures
-from pathlib import Path
 
+from byolt.files.paths import home_path
 from byolt.pipelines.convert.make import index, make
 from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions
 from byolt.pipelines.convert.shard_writer import UnusableInputError
@@ -35,11 +35,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option(
         "src",
-        type=Path,
+        type=home_path,
         help="folder (class sub-folders or flat), tar or zip of images; data set; .beton files separated by commas; "
         "with --index: the folder",
     )
-    option("dst", type=Path, nargs="?", help="folder to make")
+    option("dst", type=home_path, nargs="?", help="folder to make")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
     option("--format", choices=list(SUFFIXES), default="webdataset", help="default: webdataset")
     option("--raw-fraction", type=float, default=0.0, metavar="P", help="share of raw images in a .beton")

@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from byolt.files.paths import home_path
+
 SPLITS = ("train", "val")
 OVERSAMPLING = 3  # a pixel is the mean of 3 x 3 points: smooth edges at 32 px
 
@@ -147,7 +149,7 @@ def write_set(folder: Path, per_class: dict[str, int], size: int, seed: int) -> 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed, 2 a value is out of range, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="quickstart_images", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", metavar="DST", type=Path, help="folder to write; must not exist")
+    parser.add_argument("folder", metavar="DST", type=home_path, help="folder to write; must not exist")
     options = [
         ("per-class", 400, 1, 10_000, "training images of a class"),
         ("val-per-class", 100, 1, 10_000, "validation images of a class"),

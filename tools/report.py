@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from byolt.files.atomic import replacing
+from byolt.files.paths import home_path
 from byolt.pipelines.sources import open_source
 from byolt.tools.reporting.page import GENERATOR
 from byolt.tools.reporting.run import read_run
@@ -22,10 +23,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, help="run.out of a run of train.py")
+    parser.add_argument("run", type=home_path, help="run.out of a run of train.py")
     parser.add_argument("--data", help="images for the features (default: the run's eval.path)")
     parser.add_argument("--images", type=int, default=2000, help="at most, evenly spaced (default 2000)")
-    parser.add_argument("--out", type=Path, help="the HTML file (default: RUN_FOLDER/report.html)")
+    parser.add_argument("--out", type=home_path, help="the HTML file (default: RUN_FOLDER/report.html)")
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     try:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from byolt.configs import schema
+from byolt.files.paths import home_path
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.torch_backend import TorchBackend
@@ -85,7 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     which.add_argument("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
     parser.add_argument("--epoch", type=int, default=0, help="each epoch has its own parameters (default 0)")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="default: views|operations|compare.png")
+    parser.add_argument(
+        "--out", type=home_path, metavar="FILE.png", help="default: views|operations|compare.png"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--operations", action="store_true", help="each operation alone, on one image")
     mode.add_argument("--compare", action="store_true", help="data.backend and torch, and their difference")

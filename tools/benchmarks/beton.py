@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from byolt.configs.schema import AugmentConfig, ViewConfig
+from byolt.files.paths import home_path
 from byolt.pipelines import order
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.make import make
@@ -140,7 +141,7 @@ def bench_reading(path: Path, threads: int, repeats: int) -> dict[str, Rounds]:
 def main(argv: list[str] | None = None) -> int:
     """Prints both comparisons."""
     parser = argparse.ArgumentParser(prog="benchmarks/beton", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", type=Path, help="folder with JPEG files")
+    parser.add_argument("folder", type=home_path, help="folder with JPEG files")
     parser.add_argument("--images", type=int, default=2000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1, help="for reading (default 1)")

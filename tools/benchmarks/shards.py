@@ -23,6 +23,7 @@ from pathlib import Path
 
 import simplejpeg
 
+from byolt.files.paths import home_path
 from byolt.pipelines.formats.encoded import inspect
 
 MAKE_SHARDS = Path(__file__).resolve().parent.parent / "make_shards.py"
@@ -105,7 +106,7 @@ def make_shards(source: Path, scratch: Path, workers: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Prints images/s of both and the ratio."""
     parser = argparse.ArgumentParser(prog="benchmarks/shards", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folder", type=Path, help="folder with JPEG files")
+    parser.add_argument("folder", type=home_path, help="folder with JPEG files")
     parser.add_argument("--images", type=int, default=4000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
