@@ -2,16 +2,24 @@
 
 import io
 import json
+import random
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from test_loader import make_config
 
 from byolt.pipelines.convert import rules
+from byolt.pipelines.formats.decode import decode
+from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.manifest import Manifest
-from byolt.pipelines.sources import TarSource
+from byolt.pipelines.plain import plain_images
+from byolt.pipelines.resident import Resident
+from byolt.pipelines.sources import TarSource, open_source
 from byolt.pipelines.subset import listed_ids
 from byolt.tools import make_shards
 from byolt.tools.verify_shards import main as verify
@@ -205,6 +213,7 @@ def test_dots_that_may_mean_two_things_are_refused(tmp_path: Path) -> None:
         *[("b.left.jpg", image(2)), ("b.right.jpg", image(3)), ("b.cls", b"2")],
         *[("c.1.jpg", image(4)), ("c.2.jpg", image(5)), ("c.cls", b"3")],  # whose label is it?
         *[("d.rgb.jpg", image(6)), ("d.cls", b"0")],
+        *[("e.left.jpg", image(7)), ("e.right.jpg", image(8))],
     ]
     (tmp_path / "tars").mkdir()
     tar = write_tar(tmp_path / "tars/a.tar", content)
@@ -212,5 +221,94 @@ def test_dots_that_may_mean_two_things_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path / "tars", tmp_path / "dst"):
         assert labels(folder) == {image(0): "1", image(6): "0"}
         reasons = quarantine(folder)
-        assert {name[-1] for name in reasons} == {"b", "c"}
+        assert {name[-1] for name in reasons} == {"b", "c", "e"}
         assert all("rename such files without further dots" in reason for reason in reasons.values())
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+
+_LONG = random.Random(0).randbytes(2_000_000)
+_METADATA = {
+    "tEXt": b"Comment\0" + _LONG.hex().encode(),
+    "zTXt": b"Raw profile type exif\0\0" + zlib.compress(_LONG),
+    "iTXt": b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(_LONG),
+    "iCCP": b"profile\0\0" + zlib.compress(_LONG),
+    "eXIf": b"MM\0*" + _LONG,
+}
+
+
+@pytest.fixture
+def laden(tmp_path: Path) -> Path:
+    """20 PNGs with 2 MB of metadata each, before or behind the pixels."""
+    (tmp_path / "laden").mkdir()
+    for i in range(20):
+        data = image(i, "PNG")
+        kind = list(_METADATA)[i % 5]
+        at = 33 if kind == "iCCP" or i < 10 else len(data) - 12
+        (tmp_path / f"laden/{i:02d}.png").write_bytes(
+            data[:at] + chunk(kind.encode(), _METADATA[kind]) + data[at:]
+        )
+    return tmp_path / "laden"
+
+
+def pixels(i: int) -> np.ndarray:
+    return np.random.default_rng(i).integers(0, 256, (8, 9, 3), np.uint8)
+
+
+def test_metadata_of_megabytes_does_not_refuse_a_png(laden: Path, tmp_path: Path) -> None:
+    """On every path: converted, indexed and verified, decoded by each back end, resident, and in evaluation."""
+    source = FolderSource(laden)
+    for i in range(20):
+        assert np.array_equal(decode(source.read(i)), pixels(i))
+
+    assert (
+        run(laden, tmp_path / "dst")
+        == run(laden, tmp_path / "raw", "--format", "beton", "--raw-fraction", 1)
+        == 0
+    )
+    assert quarantine(tmp_path / "dst") == quarantine(tmp_path / "raw") == {}
+    bare = {rules.to_jpeg(image(i, "PNG")) for i in range(20)}
+    assert {data for name, data in members_of(tmp_path / "dst").items() if name.endswith(".jpg")} == bare
+    stored = open_source(tmp_path / "raw")
+    assert {decode(stored.read(i)).numpy().tobytes() for i in range(20)} == {
+        pixels(i).tobytes() for i in range(20)
+    }
+
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/a.tar", [(path.name, path.read_bytes()) for path in sorted(laden.iterdir())])
+    assert run(tmp_path / "tars", "--index") == verify([str(tmp_path / "tars")]) == 0
+
+    config = make_config()
+    for opened in (source, TarSource(tmp_path / "tars")):
+        assert Resident(opened, config.augment, torch.device("cpu"), torch.float32, 1).broken == {}
+        assert sum(len(labels) for _, labels in plain_images(opened, np.arange(20), config)) == 20
+
+
+def test_dali_decodes_such_pngs_to_the_same_pixels(laden: Path) -> None:
+    fn = pytest.importorskip("nvidia.dali.fn", reason="DALI is not installed")
+    from nvidia.dali import pipeline_def
+
+    source = FolderSource(laden)
+    encoded = [np.frombuffer(source.read(i), np.uint8) for i in range(20)]
+
+    @pipeline_def
+    def graph():  # type: ignore[no-untyped-def]
+        return fn.decoders.image(fn.external_source(lambda: encoded, batch=True), device="cpu")
+
+    pipeline = graph(batch_size=20, num_threads=1, device_id=None)
+    pipeline.build()
+    images = pipeline.run()[0]
+    assert all(np.array_equal(images.at(i), pixels(i)) for i in range(20))
+
+
+def test_limits_against_bombs_stay(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    Image.new("1", (20000, 10000)).save(tmp_path / "src/large.png")
+    (tmp_path / "src/sound.png").write_bytes(image(0, "PNG"))
+    Image.new("P", (8, 8)).save(tmp_path / "src/comment.gif", comment=b"x" * 100_000)
+    assert run(tmp_path / "src", tmp_path / "dst") == 0
+    assert quarantine(tmp_path / "dst") == {
+        "large.png": "10000 x 20000 is above the limit of 178,956,970 pixels"
+    }

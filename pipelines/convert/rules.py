@@ -23,7 +23,7 @@ import simplejpeg
 from PIL import Image, features
 
 from byolt.pipelines.formats.beton import LARGEST_SIDE
-from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, inspect, ppm_header
+from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, for_pil, inspect, ppm_header
 
 # PIL may have been built without the last two.
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
@@ -32,6 +32,7 @@ FORMATS = (
     *(name for name, feature in _OPTIONAL.items() if features.check(feature)),
 )
 MAX_SIDE = 65500  # pixels of a re-encoded image, JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
+_MAX_COMMENT = 65533  # bytes in a JPEG: a GIF may have more
 _GRAY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 
@@ -54,6 +55,8 @@ def to_jpeg(
 
     def encode(image: Image.Image) -> bytes:
         buffer = io.BytesIO()
+        if len(image.info.get("comment", b"")) > _MAX_COMMENT:
+            del image.info["comment"]
         image.save(buffer, "JPEG", quality=quality)
         return buffer.getvalue()
 
@@ -106,7 +109,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about palettes with alpha, odd metadata
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            with Image.open(io.BytesIO(for_pil(data)), formats=FORMATS) as image:
                 yield image
     except MemoryError:
         raise  # not the image's fault: the run must not continue without it

@@ -7,6 +7,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from byolt.pipelines.formats.encoded import for_pil
+
 
 class UndecodableError(Exception):
     """Some images of a batch do not decode: `reasons` maps their place in the batch to the reason."""
@@ -25,7 +27,7 @@ def decode(encoded: bytes) -> Tensor:
         ValueError: it does not decode.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with Image.open(io.BytesIO(for_pil(encoded))) as image:
             if image.mode.startswith("I;16"):  # PIL would clip 16-bit gray at 255
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return torch.from_numpy(np.array(image.convert("RGB")))

@@ -12,6 +12,7 @@ MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_METADATA = frozenset((b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"iCCP"))
 _PPM = b"P6"
 _PPM_HEADER = re.compile(rb"P6\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")  # width, height: see ppm_header
 _EOI = b"\xff\xd9"
@@ -61,6 +62,24 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     if pixels > max_pixels:
         raise ValueError(f"{header.height} x {header.width} is above the limit of {max_pixels:,} pixels")
     return header
+
+
+def for_pil(data: bytes) -> bytes:
+    """The image for PIL: a PNG without text, EXIF and color profile, since PIL refuses more than 1 MB of them.
+
+    Pixels do not depend on them. All other bytes stay.
+    """
+    if data[:8] != _PNG:
+        return data
+    kept = []
+    start, at = 0, 8
+    while at + 8 <= len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")  # with length, type and checksum
+        if data[at + 4 : at + 8] in _PNG_METADATA:
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return b"".join([*kept, data[start:]]) if kept else data
 
 
 def check(data: bytes, height: int, width: int) -> ImageHeader:
