@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
+from byolt.files.regular import open_regular
+
 
 def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     if interval[0] > interval[1]:
@@ -321,7 +323,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"overrides must be written section.key=value, not: {' '.join(malformed)}")
     failed = f"config file {path} is not a valid YAML mapping"
     try:
-        parts = [OmegaConf.load(path)]
+        with open(path, encoding="utf-8", opener=open_regular) as file:
+            parts = [OmegaConf.load(file)]
         for override in overrides:
             failed = f"override {override}"
             parts.append(_parse_override(override))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from byolt.files import failpoint
+from byolt.files.regular import open_regular
 
 TEMPORARY = ".byolt-tmp"  # suffix of unfinished files; it is ours alone, so leftovers may be deleted
 
@@ -42,7 +43,7 @@ def remove_leftovers(folder: Path, pattern: str = "*") -> None:
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file's content in hex."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=open_regular) as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()

@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import socket
-import stat
 from pathlib import Path
+
+from byolt.files.regular import open_regular
 
 
 class Lock:
@@ -79,17 +80,11 @@ class Lock:
         """Opens the lock file; never follows a symbolic link nor waits for a FIFO's other end."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+            return open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            is_link = error.errno == errno.ELOOP
-            reason = f"{self._path.name} is a symbolic link" if is_link else error.strerror
+            odd = {errno.ELOOP: "a symbolic link", errno.EINVAL: "not a regular file"}.get(error.errno or 0)
+            reason = f"{self._path.name} is {odd}" if odd else error.strerror
             raise ValueError(f"{self._folder} cannot be written: {reason}; choose another folder") from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise ValueError(
-                f"{self._folder} cannot be locked: {self._path} is not a regular file; remove it"
-            )
-        return descriptor
 
     def _lock(self, descriptor: int, holder: tuple[str, int] | None) -> bool:
         """Returns True if locked, False if the file system has no locks and the named holder is not running here."""

@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from byolt.files.regular import open_regular, read_regular
+
 _LIMIT = 2**63  # of integers: NumPy, matplotlib and a float hold smaller ones without overflow
 
 
@@ -13,7 +15,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
     It is not fsynced: a power cut may lose the newest rows, never the checkpoints.
     """
-    with path.open("ab+") as file:
+    with open(path, "ab+", opener=open_regular) as file:
         torn = file.tell() > 0 and file.seek(-1, 2) >= 0 and file.read(1) != b"\n"
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
@@ -32,7 +34,7 @@ def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in read_regular(path).decode(errors="replace").splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from byolt.files.atomic import writing
+from byolt.files.regular import open_regular, read_regular
 from byolt.pipelines.formats.index import SAMPLE, UNLABELED
 
 FORMAT = "byolt-shards"
@@ -64,7 +65,7 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(read_regular(path))
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path} is missing: {_REMEDY}; {_INDEX}") from None
         except (OSError, ValueError, RecursionError) as error:
@@ -170,7 +171,8 @@ def _is_file_name(name: object) -> bool:
 
 def _map_samples(path: Path, sha256: str) -> np.ndarray:
     try:
-        samples = np.load(path, mmap_mode="r", allow_pickle=False)
+        with open(path, opener=open_regular):
+            samples = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: {_REMEDY}") from None
     except Exception as error:  # numpy raises many kinds of errors on damaged bytes

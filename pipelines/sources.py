@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.synthetic import SyntheticSource
@@ -167,7 +168,7 @@ class TarSource:
         if number not in self._descriptors:
             with self._lock:
                 if number not in self._descriptors:
-                    descriptor = os.open(self.paths[number], os.O_RDONLY | os.O_CLOEXEC)
+                    descriptor = open_regular(self.paths[number])
                     found, stated = os.fstat(descriptor).st_size, self._shards[number].size
                     if found != stated:
                         os.close(descriptor)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from byolt.files import failpoint
 from byolt.files.atomic import remove_leftovers, replacing
+from byolt.files.regular import open_regular
 
 VERSION = 1
 _FORMAT = b"byolt-checkpoint "
@@ -103,7 +104,7 @@ def load(path: Path) -> dict[str, Any]:
             name of another step.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             header = file.read(_HEADER_BYTES)
             version = re.match(re.escape(_FORMAT) + rb"(\d{1,9}) ", header)
             if version and int(version[1]) != VERSION:

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from byolt.configs import schema
+from byolt.files.regular import open_regular
 from byolt.model.resnet import make_encoder
 from byolt.model.run import checkpoint
 
@@ -82,7 +83,7 @@ def _seal(state_dict: dict[str, Tensor], metadata: dict[str, str]) -> str:
 
 def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
     try:
-        with safe_open(path, "pt") as file:
+        with open(path, opener=open_regular), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         sha256 = metadata.pop("sha256", None)  # absent from files of others

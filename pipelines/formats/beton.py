@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files.regular import open_regular
 from byolt.pipelines.formats.encoded import ppm_header
 
 VERSION = 2
@@ -239,18 +240,18 @@ def split_path(text: str) -> tuple[list[str], dict[str, str]]:
 
 def _open(path: str) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return open_regular(path)
     except FileNotFoundError:
         raise ValueError(f"data path {path!r} does not exist: name a .beton file that does") from None
     except OSError as error:
-        raise ValueError(f"data path {path!r} cannot be opened: {error.strerror}") from None
+        raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
 
 
 def _layout(path: str, descriptor: int, image: str | None, label: str | None) -> _Layout:
     try:
         size = os.fstat(descriptor).st_size
         start = os.pread(descriptor, HEADER.itemsize, 0)
-    except OSError as error:  # a folder
+    except OSError as error:
         raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
 
     def refuse(bad: bool, problem: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from byolt.files.regular import read_regular
 from byolt.pipelines.formats.encoded import inspect
 
 LISTED = 5  # names that an error message lists
@@ -53,7 +54,7 @@ class FolderSource:
         return len(self._names)
 
     def read(self, i: int) -> bytes:
-        return (self.folder / self._names[i]).read_bytes()
+        return read_regular(self.folder / self._names[i])
 
     def describe(self, i: int) -> str:
         return f"{self._names[i]} (sample {i})"

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from byolt.files.regular import open_regular
+
 BLOCK = 512
 _ZEROS = bytes(BLOCK)
 _REGULAR = frozenset("0\0" + "7")
@@ -35,7 +37,7 @@ class Member(NamedTuple):
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
     """Opens a tar; the descriptor is for `walk` and `read_at`."""
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = open_regular(path)
     try:
         yield descriptor
     finally:

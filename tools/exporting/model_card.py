@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from byolt.configs import schema
+from byolt.files.regular import read_regular
 from byolt.files.rows import read_metrics
 from byolt.model.run.trained import Trained
 from byolt.tools.reporting.run import training_images
@@ -80,7 +81,7 @@ def _evaluated(trained: Trained) -> list[str]:
     lines = []
     for path in sorted(trained.path.parent.glob("evaluate-*.json")):
         try:
-            document = json.loads(path.read_text())
+            document = json.loads(read_regular(path))
             if document["encoder_sha256"] == trained.digest:
                 lines += [_result(document, result) for result in document["results"] if "top1" in result]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
