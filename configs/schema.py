@@ -9,7 +9,7 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TextIO, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -324,9 +324,11 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     failed = f"config file {path} is not a valid YAML mapping"
     try:
         with open(path, encoding="utf-8", opener=open_regular) as file:
+            _check_events(file, aliases=True)
+            file.seek(0)
             parts = [OmegaConf.load(file)]
         for override in overrides:
-            failed = f"override {override}"
+            failed = f"override {override[:200]}"
             parts.append(_parse_override(override))
         failed = f"config file {path} and its overrides do not resolve"
         raw = OmegaConf.to_container(OmegaConf.merge(*parts), resolve=True)
@@ -336,6 +338,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ValueError(f"config file {path} cannot be read: {error}") from None
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"{failed}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{failed}: it is nested too deeply") from None
     if not isinstance(raw, dict):
         raise ValueError(f"config file {path} has no settings")
     try:
@@ -353,6 +357,7 @@ def _parse_override(override: str) -> DictConfig:
     field = getattr(field, "model_fields", {}).get(name)
     types = (field.annotation, *get_args(field.annotation)) if field else ()
     if not {str, PathText} & set(types) or (value == "null" and type(None) in types):
+        _check_events(value, aliases=True)
         return OmegaConf.from_dotlist([override])
     if not value:
         raise ValueError("a path cannot be empty")
@@ -382,20 +387,27 @@ def from_yaml(text: str) -> Config:
         ValueError: one line that lists all mistakes. Text that would exhaust memory or libyaml's stack is refused
             unread: aliases, more than 200 lists and mappings, more than 64 kB.
     """
-    collections = 0
     try:
         if len(text) > 1 << 16:
             raise ValueError(f"it has {len(text):,} characters")
-        for event in parse(text):
-            collections += isinstance(event, CollectionStartEvent)
-            if isinstance(event, AliasEvent) or collections > 200:
-                raise ValueError("it has aliases (*name), or more than 200 lists and mappings")
+        _check_events(text, aliases=False)
         settings = OmegaConf.to_container(OmegaConf.create(text))
     except (YAMLError, OmegaConfBaseException, TypeError, ValueError) as error:
         raise ValueError(f"not a valid YAML mapping: {' '.join(str(error).split())}") from None
     except (AssertionError, RecursionError):  # from OmegaConf: a bare number, 1,000 levels
         raise ValueError("not a valid YAML mapping") from None
     return from_settings(settings)
+
+
+def _check_events(text: str | TextIO, *, aliases: bool) -> None:
+    """Refuses YAML that would exhaust memory or libyaml's stack, which ends the process."""
+    collections = 0
+    for event in parse(text):
+        collections += isinstance(event, CollectionStartEvent)
+        if collections > 200 or (isinstance(event, AliasEvent) and not aliases):
+            raise ValueError(
+                "it has more than 200 lists and mappings" + " or aliases (*name)" * (not aliases)
+            )
 
 
 def from_settings(settings: Any) -> Config:

@@ -266,3 +266,31 @@ def test_wrong_config_is_refused_before_torch_is_imported(minimal: Path) -> None
     assert "train.epoch: no such setting; did you mean epochs?" in done.stderr
     assert "Traceback" not in done.stderr
     assert time.monotonic() - start < 30  # it takes half a second; the bound detects a hang
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "a: " + "{a: " * 500 + "1" + "}" * 500, "- " * 100_000])
+def test_deeply_nested_yaml_is_refused_in_one_line(text: str, tmp_path: Path) -> None:
+    """libyaml parses by recursion: 100,000 levels ended the process by SIGSEGV."""
+    (tmp_path / "deep.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"deep\.yaml .* more than 200 lists and mappings$"):
+        load(tmp_path / "deep.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("augment.mean=" + "[" * 100_000, "more than 200 lists and mappings"),
+        ("augment.mean=" + "[" * 190 + "]" * 190, "it is nested too deeply"),
+        ("a." * 3000 + "b=1", "it is nested too deeply"),
+        ("run.out=" + "[" * 100_000, None),  # a path is not YAML
+    ],
+)
+def test_deeply_nested_override_is_refused_in_one_line(
+    override: str, reason: str | None, minimal: Path
+) -> None:
+    if reason is None:
+        assert load(minimal, [override]).run.out == override.partition("=")[2]
+        return
+    with pytest.raises(ValueError, match=f"^override {override[:9]}.*{reason}$") as caught:
+        load(minimal, [override])
+    assert len(str(caught.value)) < 300
