@@ -33,6 +33,8 @@ def _expand_home(path: str) -> str:
 PathText = Annotated[str, AfterValidator(_expand_home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
+_Count = Annotated[int, Field(ge=1, le=2**40)]
+_Width = Annotated[int, Field(ge=1, le=2**16)]
 PositiveInterval = Annotated[tuple[_Positive, _Positive], AfterValidator(_ordered)]
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 FractionInterval = Annotated[tuple[_Fraction, _Fraction], AfterValidator(_ordered)]
@@ -52,7 +54,7 @@ class DataConfig(Section):
     path: PathText
     """Training images: a folder made by tools/make_shards.py, a folder of images, FFCV .beton files separated by
     commas, or synthetic:COUNT:HxW."""
-    expected_images: Annotated[int, Field(gt=0)] | None = None
+    expected_images: _Count | None = None
     """Number of images that the recipe was written for. A data set of another size is used with a warning. Where the
     data set is missing, --print-config derives the number of steps from this setting."""
     backend: Literal["auto", "dali", "torch"] = "auto"
@@ -71,7 +73,7 @@ class DataConfig(Section):
     images/s and 1.0 decoded 8,291. No effect on a CPU or on images kept in memory."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """Micro-batches per rank prepared ahead of the training step; a step uses train.accumulation of them."""
-    max_corrupt: Annotated[int, Field(ge=0)] = 100
+    max_corrupt: Annotated[int, Field(ge=0, le=2**40)] = 100
     """Number of different undecodable images that a rank tolerates. It replaces each by the next valid image and lists
     it in corrupt.jsonl; one more stops the run."""
 
@@ -132,11 +134,11 @@ class ModelConfig(Section):
     stem: Stem = "imagenet"
     """First layers. imagenet: 7x7 convolution of stride 2, max-pool. cifar: 3x3 convolution of stride 1, no max-pool,
     for images of about 32 px."""
-    projector_hidden: Annotated[int, Field(ge=1)] = 4096
+    projector_hidden: _Width = 4096
     """Width of the projector's hidden layer (paper, section 3.3)."""
-    projector_size: Annotated[int, Field(ge=2)] = 256
+    projector_size: Annotated[int, Field(ge=2, le=2**14)] = 256
     """Dimension of projections and predictions (paper, section 3.3)."""
-    predictor_hidden: Annotated[int, Field(ge=1)] = 4096
+    predictor_hidden: _Width = 4096
     """Width of the predictor's hidden layer (paper, section 3.3)."""
     predictor: bool = True
     """false: the projection is the prediction, an ablation that collapses (paper, table 5b)."""
@@ -145,7 +147,7 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     base_lr: Annotated[float, Field(ge=0)]
     """Learning rate at a batch of 256; the peak is base_lr * batch_size / 256."""
-    warmup_epochs: Annotated[float, Field(ge=0)] = 10
+    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 10
     """Length of the linear warm-up from 0; then a cosine to 0 (paper, section 3.3)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Heavy-ball momentum of LARS (reference: 0.9)."""
@@ -167,7 +169,7 @@ class TrainConfig(Section):
     """Length of the run in passes over the data set: int(epochs * images / batch_size) steps, as in the reference."""
     batch_size: Annotated[int, Field(ge=2, le=2**24)]
     """Images per optimizer step over all ranks."""
-    accumulation: Annotated[int, Field(ge=1)] = 1
+    accumulation: Annotated[int, Field(ge=1, le=2**24)] = 1
     """Micro-batches per optimizer step. Batch norm's statistics are those of a micro-batch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
@@ -183,9 +185,9 @@ class TrainConfig(Section):
     deterministic algorithms only (cost not yet measured). Runs on a CPU are deterministic in either case."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: each rank's own GPU if there is one, else the CPU."""
-    stop_at_step: Annotated[int, Field(ge=1)] | None = None
+    stop_at_step: _Count | None = None
     """Ends the run after this many steps in total, with a checkpoint. The schedules still span all epochs."""
-    timeout_minutes: _Positive = 10
+    timeout_minutes: Annotated[float, Field(gt=0, le=1e6)] = 10
     """Longest time that a rank waits for the others before it fails."""
     on_collapse: Literal["ignore", "warn", "stop"] = "warn"
     """Reaction if the target's projections are almost equal for all samples (train.collapse_std)."""
@@ -199,11 +201,11 @@ class EvalConfig(Section):
     """Labeled images for kNN accuracy. The bank is data.path, which must be labeled too. null: no kNN."""
     every_epochs: Annotated[float, Field(gt=0, le=1e6)] = 10
     """Epochs between two measurements of kNN accuracy, which is also measured before the first step and at the end."""
-    k: Annotated[int, Field(ge=1)] = 200
+    k: _Count = 200
     """Number of neighbors that vote, clamped to the size of the bank."""
     temperature: _Positive = 0.1
     """A neighbor's vote has the weight exp(cosine / temperature)."""
-    max_images: Annotated[int, Field(ge=1)] = 50_000
+    max_images: _Count = 50_000
     """Largest number of images used of each split, evenly spaced."""
     online_probe: bool = True
     """Trains a linear classifier on the detached features of view 1 if data.path is labeled (reference:
@@ -215,11 +217,11 @@ class RunConfig(Section):
     """Folder for checkpoints, metrics, pictures and the exported encoder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the sample order and every augmentation."""
-    log_every: Annotated[int, Field(ge=1)] = 50
+    log_every: _Count = 50
     """Steps between two rows of metrics.jsonl and TensorBoard, and between two lines of output without a terminal."""
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 15
+    checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 15
     """Minutes between two checkpoints. One is also written on a signal and at the end."""
-    keep_checkpoints: Annotated[int, Field(ge=1)] = 3
+    keep_checkpoints: _Count = 3
     """Number of newest checkpoints that are kept."""
     on_write_error: Literal["stop", "continue"] = "stop"
     """Reaction to a checkpoint, a row of metrics.jsonl or a views.png that cannot be written, as on a full disk: stops

@@ -1,6 +1,7 @@
 """Every shipped config loads; every mistake is named, all in one message."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -294,3 +295,20 @@ def test_deeply_nested_override_is_refused_in_one_line(
     with pytest.raises(ValueError, match=f"^override {override[:9]}.*{reason}$") as caught:
         load(minimal, [override])
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("value", [10**12 * 2, 2**63, 10**400, -(2**63)])
+def test_every_whole_number_has_both_bounds(value: int, minimal: Path) -> None:
+    """A width of 10**12 was a traceback, of 2**63 C++ frames."""
+    keys = [
+        f"{section}.{name}"
+        for section, model in Config.model_fields.items()
+        for name, field in model.annotation.model_fields.items()  # type: ignore[union-attr]
+        if "int" in str(field.annotation)
+    ]
+    assert {"model.projector_hidden", "train.stop_at_step", "run.seed"} < set(keys)
+    keys = [key for key in keys if key != "run.seed" or not 0 <= value < 2**63]
+    with pytest.raises(ValueError, match=f": {len(keys)} mistakes") as caught:
+        load(minimal, [f"{key}={value}" for key in keys])
+    for key, line in zip(sorted(keys), sorted(str(caught.value).splitlines()[1:]), strict=True):
+        assert re.match(f"  {key}=-?[0-9]+ must be (at least|at most|above|below) ", line)
