@@ -16,9 +16,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from byolt.configs import derived, fixed, schema
-from byolt.files import failpoint
-from byolt.files.lock import Lock
+try:
+    from byolt.configs import command_line, derived, fixed, schema
+    from byolt.files import failpoint
+    from byolt.files.lock import Lock
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
+    )
 
 if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and signals handled before
     from byolt.model.distributed import World
@@ -47,15 +52,10 @@ class Stop:
 
 def main() -> int:
     """Exit codes: 0 finished, 1 failed, 2 a mistake in settings or data, 128 + N stopped by signal N."""
-    parser = argparse.ArgumentParser(description="Pre-trains an encoder with BYOL.")
-    add = parser.add_argument
-    add("--config", type=os.path.expanduser, required=True, help="YAML file; see configs/")
-    add(
-        "--resume",
-        type=os.path.expanduser,
-        metavar="auto|PATH",
-        help="continue from run.out's newest checkpoint, or from PATH",
-    )
+    parser = command_line.SettingsParser(description="Pre-trains an encoder with BYOL.")
+    add, home = parser.add_argument, os.path.expanduser
+    add("--config", type=home, required=True, help="YAML file; see configs/")
+    add("--resume", type=home, metavar="auto|PATH", help="continue from run.out's newest checkpoint, or PATH")
     add("--allow-change", action="append", default=[], metavar="KEY", help="resume with another value of KEY")
     add("--trace", type=int, metavar="STEPS", help="write a Chrome trace of STEPS steps to run.out")
     add("--print-config", action="store_true", help="print the resolved config and exit")
@@ -63,14 +63,15 @@ def main() -> int:
     args = parser.parse_intermixed_args()
     try:
         config = schema.load(args.config, args.overrides)
-        config.check_ranks(world_size())
+        world_size = command_line.world_size()
+        config.check_ranks(world_size)
         fixed.check_allowed(config, args.allow_change)
         if args.trace is not None and args.trace < 1:
             raise ValueError(f"--trace {args.trace} must be at least 1")
         if args.print_config:
             from byolt.pipelines.sources import open_source
 
-            print(derived.describe(config, world_size(), open_source))
+            print(derived.describe(config, world_size, open_source))
             return 0
         if args.resume not in (None, "auto") and not Path(args.resume).is_file():
             raise ValueError(f"--resume {args.resume}: no such file; name a checkpoint, or use auto")
@@ -81,16 +82,6 @@ def main() -> int:
             return train(config, args, Stop(), lock)
     except KeyboardInterrupt:
         return 130
-
-
-def world_size() -> int:
-    """Number of ranks; torchrun sets it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(
-            f"in the environment, WORLD_SIZE={text} is not a valid number of ranks: use torchrun"
-        )
-    return int(text)
 
 
 def fail(error: Exception) -> int:

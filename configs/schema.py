@@ -435,7 +435,7 @@ def _explain(mistake: Any) -> str:
     context = mistake.get("ctx", {})
     if mistake["type"] == "extra_forbidden":
         valid = _valid_keys(mistake["loc"][:-1])
-        near = valid if len(mistake["loc"]) > 1 else valid + _dotted_keys()
+        near = valid if len(mistake["loc"]) > 1 else valid + dotted_keys()
         close = difflib.get_close_matches(str(mistake["loc"][-1]), near, n=1, cutoff=0.4)
         hint = f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
         return f"{where}: no such setting; {hint}"
@@ -456,8 +456,8 @@ def _valid_keys(path: tuple[Any, ...]) -> list[str]:
     return list(section.model_fields)
 
 
-def _dotted_keys() -> list[str]:
-    """Every section.key, as suggestions for an unknown key at the top level."""
+def dotted_keys() -> list[str]:
+    """Every section.key, as suggestions for an unknown one."""
     return [f"{section}.{key}" for section in Config.model_fields for key in _valid_keys((section,))]
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from byolt.configs import schema
+from byolt.configs.command_line import SettingsParser
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
 from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
@@ -26,7 +27,7 @@ Runs = dict[tuple[str, int], tuple[Path, list[str]]]  # by ablation and seed: ru
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 invalid request, 130 interrupted, otherwise that of the run that failed."""
-    parser = argparse.ArgumentParser(
+    parser = SettingsParser(
         prog="ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="the recipe; see configs/")

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from byolt.configs import schema
+from byolt.configs.command_line import SettingsParser
 from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.run import provenance
@@ -127,7 +128,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 measured, 2 invalid request, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="bench", description=__doc__.split("\n", 1)[0])
+    parser = SettingsParser(prog="bench", description=__doc__.split("\n", 1)[0])
     parser.add_argument(
         "words",
         nargs="*",

@@ -12,7 +12,12 @@ import os
 import sys
 from concurrent import futures
 
-from byolt.files.paths import home_path
+try:
+    from byolt.files.paths import home_path
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
+    )
 from byolt.pipelines.convert.make import index, make
 from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions
 from byolt.pipelines.convert.shard_writer import UnusableInputError

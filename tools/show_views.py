@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from byolt.configs import schema
+from byolt.configs.command_line import SettingsParser
 from byolt.files.paths import home_path
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.sources import open_source
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 written, 2 invalid request."""
-    parser = argparse.ArgumentParser(prog="show_views", description=__doc__.split("\n", 1)[0])
+    parser = SettingsParser(prog="show_views", description=__doc__.split("\n", 1)[0])
     parser.add_argument("dataset", help="a data.path: shards, a folder of images, .beton, synthetic:…")
     parser.add_argument("--config", required=True, help="YAML file; see configs/")
     which = parser.add_mutually_exclusive_group()

@@ -1,0 +1,78 @@
+"""The command line of programs that take settings, and the number of ranks that the environment states.
+
+Imports no torch, so that a mistake is reported at once.
+"""
+
+import argparse
+import difflib
+import os
+import re
+import shlex
+import sys
+from typing import NoReturn
+
+from byolt.configs import schema
+
+_LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """A parser that answers `--batch_size 64` with `train.batch_size=64`."""
+
+    def error(self, message: str) -> NoReturn:
+        words = sys.argv[1:]
+        for word, following in zip(words, [*words[1:], "-"], strict=True):
+            option, _, value = word.partition("=")
+            known = any(name.startswith(option) for name in self._option_string_actions)  # or an abbreviation
+            if known or not option.startswith("--") or not message.startswith("unrecognized"):
+                continue
+            if close := difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.7):
+                message = f"{option}: no such option; did you mean {close[0]}?"
+            elif key := _nearest(option):
+                value = value or ("VALUE" if following.startswith("-") or "=" in following else following)
+                message = f"{option}: settings are written without dashes: {key}={value}"
+            break
+        super().error(message)
+
+
+def _nearest(option: str) -> str | None:
+    """The setting that an option like --batch-size or --train.batch_size stands for."""
+    dotted = schema.dotted_keys()
+    names = {key.replace(".", "_"): key for key in dotted}
+    names |= {key.partition(".")[2]: key for key in reversed(dotted)}  # data.path comes before eval.path
+    close = difflib.get_close_matches(re.sub(r"[-.]", "_", option.lstrip("-")), names, n=1, cutoff=0.4)
+    return names[close[0]] if close else None
+
+
+def world_size() -> int:
+    """Number of ranks; torchrun sets it.
+
+    Raises:
+        ValueError: torchrun's number is not valid, or srun or mpirun started several processes without ranks.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(
+            f"in the environment, WORLD_SIZE={text} is not a valid number of ranks: use torchrun"
+        )
+    name = next((name for name in _LAUNCHERS if name in os.environ), "")
+    tasks = os.environ.get(name, "1")
+    if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise ValueError(
+            f"in the environment, {name}={tasks}, but there is no RANK: the {tasks} processes would be runs of their "
+            f"own. Start the ranks with torchrun, or a single process with srun --ntasks=1:\n  {_torchrun(int(tasks))}"
+        )
+    return int(text)
+
+
+def _torchrun(tasks: int) -> str:
+    """The command that starts this program on as many ranks as there are tasks."""
+    text = os.environ.get("SLURM_STEP_NUM_NODES", os.environ.get("SLURM_NNODES", "1"))
+    nodes = int(text) if text.isdecimal() else 1
+    program = shlex.join(sys.argv)
+    if nodes <= 1:
+        return f"torchrun --nproc-per-node={tasks} {program}"
+    return (
+        f"srun --nodes={nodes} --ntasks={nodes} torchrun --nnodes={nodes} --nproc-per-node={-(-tasks // nodes)} "
+        f"--rdzv-backend=c10d --rdzv-endpoint=FIRST_NODE:29500 {program}"
+    )

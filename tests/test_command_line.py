@@ -1,0 +1,105 @@
+"""Mistakes on the command line and in the environment are answered with the right command, before torch is imported."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from byolt.configs import command_line
+from byolt.configs.command_line import SettingsParser, world_size
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = str(ROOT / "configs/quickstart.yaml")
+
+
+def train(*arguments: str, tmp_path: Path, python: tuple[str, ...] = (), **variables: str) -> tuple[int, str]:
+    """Runs train.py where torch cannot be imported; returns the exit code and the standard error."""
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
+    done = subprocess.run(
+        [sys.executable, *python, str(ROOT / "train.py"), *arguments],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **variables},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr and "torch was imported" not in done.stderr, done.stderr
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "answer"),
+    [
+        ("--batch_size 64", "--batch_size: settings are written without dashes: train.batch_size=64"),
+        ("--batch-size=64", "--batch-size: settings are written without dashes: train.batch_size=64"),
+        ("--train.epochs 3 --what", "--train.epochs: settings are written without dashes: train.epochs=3"),
+        ("--lr data.path=x", "--lr: settings are written without dashes: optimizer.base_lr=VALUE"),
+        ("--data=/x", "--data: settings are written without dashes: data.path=/x"),
+        ("--resum auto --resumme auto", "--resumme: no such option; did you mean --resume?"),
+        ("--zzzzzzzzz", "unrecognized arguments: --zzzzzzzzz"),
+        ("--resume", "argument --resume: expected one argument"),
+    ],
+)
+def test_a_setting_with_dashes(
+    given: str, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = SettingsParser()
+    parser.add_argument("--config")
+    parser.add_argument("--resume")
+    parser.add_argument("overrides", nargs="*")
+    monkeypatch.setattr(sys, "argv", ["train.py", *given.split()])
+    with pytest.raises(SystemExit) as exit:
+        parser.parse_intermixed_args()
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {answer}")
+
+
+@pytest.mark.parametrize(
+    ("variables", "command"),
+    [
+        ({"SLURM_NTASKS": "2"}, "torchrun --nproc-per-node=2 train.py 'data.path=a b'"),
+        ({"SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "4"}, "torchrun --nproc-per-node=4 train.py"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "16", "SLURM_NNODES": "2"},
+            "srun --nodes=2 --ntasks=2 torchrun --nnodes=2 --nproc-per-node=8 ",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "torchrun --nproc-per-node=2 train.py"),
+    ],
+)
+def test_tasks_without_ranks_are_refused(
+    variables: dict[str, str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NNODES", "SLURM_STEP_NUM_NODES", *command_line._LAUNCHERS):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", "data.path=a b"])
+    assert world_size() == 1
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="there is no RANK") as caught:
+        world_size()
+    assert command in str(caught.value)
+    monkeypatch.setenv("RANK", "0")  # srun's tasks are torchrun's
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert world_size() == 8
+
+
+def test_one_task_of_a_larger_job_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert world_size() == 1
+
+
+def test_train_refuses_tasks_without_ranks_before_torch(tmp_path: Path) -> None:
+    start = time.monotonic()
+    code, error = train("--config", QUICKSTART, tmp_path=tmp_path, SLURM_NTASKS="2")
+    assert code == 2 and f"torchrun --nproc-per-node=2 {ROOT / 'train.py'} --config" in error
+    assert time.monotonic() - start < 30  # it takes half a second; the bound detects a hang
+
+
+def test_a_forgotten_environment_is_one_line(tmp_path: Path) -> None:
+    code, error = train("--config", QUICKSTART, tmp_path=tmp_path, python=("-S",))  # without site-packages
+    assert code == 1 and error.count("\n") == 1
+    assert "error: No module named" in error and ". .venv/bin/activate" in error
