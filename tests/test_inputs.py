@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -312,3 +313,120 @@ def test_limits_against_bombs_stay(tmp_path: Path) -> None:
     assert quarantine(tmp_path / "dst") == {
         "large.png": "10000 x 20000 is above the limit of 178,956,970 pixels"
     }
+
+
+def class_tar(classes: list[str], count: int = 3) -> dict[str, bytes]:
+    """The tar of each class, with images as ImageNet names them."""
+    found = {}
+    for number, name in enumerate(classes):
+        buffer = io.BytesIO()
+        with tarfile.open(fileobj=buffer, mode="w") as out:
+            for i in range(count):
+                data = image(10 * number + i)
+                info = tarfile.TarInfo(f"{name}_{i}.JPEG")
+                info.size = len(data)
+                out.addfile(info, io.BytesIO(data))
+        found[f"{name}.tar"] = buffer.getvalue()
+    return found
+
+
+@pytest.mark.parametrize("form", ["tar", "tar.gz", "folder", "inside"])
+def test_tar_of_class_tars(tmp_path: Path, form: str) -> None:
+    """ImageNet's ILSVRC2012_img_train.tar, or the folder that it unpacks to."""
+    classes = ["n01440764", "n01443537", "n02119789"]
+    source = tmp_path / "train"
+    source.mkdir()
+    for name, data in class_tar(classes).items():
+        (source / name).write_bytes(data)
+    if form != "folder":
+        source = tmp_path / f"a.{form}"
+        with tarfile.open(source, f"w:{form[4:] if form != 'inside' else ''}") as out:  # type: ignore[call-overload]
+            out.add(tmp_path / "train", "train" if form == "inside" else "./")
+    before = set(tmp_path.rglob("*"))
+    assert run(source, tmp_path / "dst", *(["--inside", "train"] if form == "inside" else [])) == 0
+    assert Manifest.load(tmp_path / "dst").classes == classes
+    assert labels(tmp_path / "dst") == {image(10 * c + i): classes[c] for c in range(3) for i in range(3)}
+    assert quarantine(tmp_path / "dst") == {}
+    assert {path for path in tmp_path.rglob("*") if tmp_path / "dst" not in (path, *path.parents)} == before
+    notes = [data for name, data in members_of(tmp_path / "dst").items() if name.endswith(".json")]
+    assert {"file": "n01440764/n01440764_0.JPEG"} in map(json.loads, notes)
+
+
+def test_cut_class_tar_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tars = class_tar(["cat", "dog"])
+    tars["cat.tar"] = tars["cat.tar"][:1024]
+    tar = write_tar(tmp_path / "a.tar", list(tars.items()))
+    assert run(tar, tmp_path / "dst") == 2
+    assert re.search(r"a\.tar/cat\.tar: offset \d+: cut", capsys.readouterr().err)
+
+
+def test_numbered_tars_without_labels_are_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "src").mkdir()
+    for number in range(3):
+        content = [(f"{i:04d}.jpg", image(i)) for i in range(4 * number, 4 * number + 4)]
+        write_tar(tmp_path / f"src/{number:05d}.tar", content)
+    (tmp_path / "src/00000_stats.json").write_text("{}")
+    assert run(tmp_path / "src", tmp_path / "dst") == 0
+    assert "read as WebDataset: 12 samples, no labels" in capsys.readouterr().err
+    assert labels(tmp_path / "dst") == {image(i): "-1" for i in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("heading", "line"),
+    [
+        (
+            "ImageId,PredictionString\n",
+            "{stem},{label} 85 1 499 272 {label} 5 6 7 8 ",
+        ),  # LOC_val_solution.csv
+        ("", "{stem}.JPEG {label}"),
+        ("filename\tclass\n", "val/{stem}.JPEG\t{label}"),
+        ("", '"{stem}.JPEG","{label}",train'),
+    ],
+)
+@pytest.mark.parametrize("names", [["n01440764", "n02119789"], ["7", "3"], ["cat, tabby", "dog"]])
+def test_flat_folder_with_a_list_of_labels(tmp_path: Path, heading: str, line: str, names: list[str]) -> None:
+    if "85" in line:  # a class name of ImageNet's list is one word
+        names = [name.split(",")[0] for name in names]
+    (tmp_path / "val").mkdir()
+    stems = [f"ILSVRC2012_val_{i:08d}" for i in range(8)]
+    for i, stem in enumerate(stems):
+        (tmp_path / f"val/{stem}.JPEG").write_bytes(image(i))
+    path = tmp_path / "labels.txt"
+    path.write_text(
+        heading + "".join(line.format(stem=s, label=names[i % 2]) + "\n" for i, s in enumerate(stems[:7]))
+    )
+    source = tmp_path / ("val" if "val/" not in line else "")
+    if source == tmp_path:
+        source = tmp_path / "a.tar"
+        with tarfile.open(source, "w") as out:
+            out.add(tmp_path / "val", "val")
+    assert run(source, tmp_path / "dst", "--labels", path) == 0
+    assert labels(tmp_path / "dst") == {image(i): names[i % 2] for i in range(7)}
+    assert Manifest.load(tmp_path / "dst").classes == (None if names[0] == "7" else sorted(names))
+    ((name, reason),) = quarantine(tmp_path / "dst").items()
+    assert name.endswith("val_00000007.JPEG") and reason == f"has no label in {path}"
+
+
+def test_mistakes_in_a_list_of_labels_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a/0.jpg", "b/0.jpg", "b/1.jpg"):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "src" / name).write_bytes(image(0))
+    write_tar(tmp_path / "web.tar", web_dataset(4))
+    for text, message in [
+        ("490\n361\n", "line 1: '490' is not a name and a label"),
+        ("0.jpg 1\n", "line 1: several files are named '0.jpg': add their folders"),
+        ("1.jpg 1\nb/1.jpg 2\n", "line 2: 'b/1.jpg' has another label above"),
+        ("x.jpg 1\n", "names none of the 3 files, for example a/0.jpg"),
+        ("", "names none of the 3 files"),
+    ]:
+        (tmp_path / "labels").write_text(text)
+        assert run(tmp_path / "src", tmp_path / "dst", "--labels", tmp_path / "labels") == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert run(tmp_path / "web.tar", tmp_path / "dst", "--labels", tmp_path / "labels") == 2
+    assert "which has labels of its own" in capsys.readouterr().err
+    (tmp_path / "labels").write_text("1.jpg 1\nx.jpg 1\ny.jpg 2\n")
+    assert run(tmp_path / "src", tmp_path / "dst", "--labels", tmp_path / "labels") == 0
+    assert "labels has 2 names that are not of a file, for example x.jpg" in capsys.readouterr().err

@@ -41,8 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option(
         "src",
         type=home_path,
-        help="folder (class sub-folders or flat), tar or zip of images; data set; .beton files separated by commas; "
-        "with --index: the folder",
+        help="folder (class sub-folders or flat), tar or zip of images; tar or folder of class tars; WebDataset tar or "
+        "folder of them; data set; .beton files separated by commas; with --index: the folder",
     )
     option("dst", type=home_path, nargs="?", help="folder to make")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
@@ -50,6 +50,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--raw-fraction", type=float, default=0.0, metavar="P", help="share of raw images in a .beton")
     option("--engine", choices=["own", "ffcv"], default="own", help="ffcv: the library re-encodes all images")
     option("--inside", default="", metavar="FOLDER", help="take only this folder of SRC, for example train")
+    option(
+        "--labels",
+        type=home_path,
+        metavar="FILE",
+        help="take labels from its lines: name,label or name label",
+    )
     option("--max-size", type=int, default=0, metavar="PX", help="shrink larger images to this longer side")
     option("--quality", type=int, default=95, metavar="Q", help="of re-encoded JPEGs, 1 to 100 (default 95)")
     option("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="refuse images with more pixels")
@@ -62,6 +68,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.index != (args.dst is None):
         parser.error("--index takes one folder" if args.index else "DST is missing")
+    if args.index and args.labels:
+        parser.error("--labels is for a conversion: --index keeps the labels of the tars")
     if args.format != "beton" and (args.raw_fraction or args.engine != "own"):
         parser.error("--raw-fraction and --engine are for --format beton")
     for name, (low, high) in _BOUNDS.items():

@@ -1,7 +1,8 @@
 """Image files as the inputs of a conversion: a folder, a tar (also compressed) or a zip, listed and read in place.
 
 No member of an archive is written to disk. A compressed tar has no random access: it is decompressed once, to a
-temporary tar. WebDataset tars are recognized by the names of their members.
+temporary tar. WebDataset tars are recognized by the names of their members. A tar within a tar, or in a folder of tars,
+is a class, as in ImageNet's own archive.
 """
 
 import bz2
@@ -10,6 +11,7 @@ import hashlib
 import io
 import lzma
 import os
+import re
 import shutil
 import stat
 import zipfile
@@ -19,11 +21,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from byolt.files.atomic import writing
-from byolt.pipelines.convert.from_tars import InputTar, are_samples, is_image, list_samples
+from byolt.pipelines.convert.from_shards import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.encoded import MAX_BYTES
 from byolt.pipelines.formats.folder import is_hidden, label_names, list_folder
+from byolt.pipelines.formats.labels import class_names, label_number, listed_labels, numbers_of
 
 _MAX_ZIPPED = 256 << 20  # bytes of one member of a zip: a few kilobytes may claim to unpack to more
 _EMPTY_ZIP = b"PK\5\6" + bytes(18)
@@ -34,55 +37,73 @@ _COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
 }
 
 
-_Place = tuple[int | zipfile.ZipInfo, int, int]  # place, length and modified of an InputImage
+_Place = tuple[int | zipfile.ZipInfo, int, int, str]  # place, length, modified and archive of an InputImage
 _Member = tuple[str, str, int | zipfile.ZipInfo, int, str]  # name, kind, place, length, target of a hard link
 
 
-def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
+def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = None) -> Inputs:
     """Lists the files of `source` below its folder `inside` ("" for all).
 
     Args:
         source: Folder, tar, compressed tar (.xz, .gz, .bz2) or zip; decided by content.
         inside: Folder within the source that holds the class folders or the images.
         scratch: Folder for the copy of a compressed tar.
+        listed: A list of labels, see `labels.listed_labels`; None for those that class folders give.
 
     Raises:
-        ValueError: The source is none of these, is damaged, is empty, or has its images a level further down; or
-            `inside` leads out of it.
+        ValueError: The source is none of these, is damaged, is empty, or has its images a level further down;
+            `inside` leads out of it; the list cannot be used.
         OSError: It cannot be read, or the disk is full.
     """
     if ".." in inside.split("/"):
         raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
     inside, path, limit = _tidy(inside), source, MAX_BYTES
     hidden: list[str] = []
-    tars: list[InputTar] = []  # WebDataset tars, if SRC is one or consists of them
+    tars: list[InputTar] = []
     if source.is_dir():
         path = source / inside
         places, refused = _walk_folder(path, hidden)
-        tars = _webdataset_tars(path, places)
+        tars = _tars_in(places, True)
     elif not source.is_file():
         raise ValueError(f"SRC {source} is neither a folder nor a regular file")
     else:
-        is_zip = _starts_as_zip(source)
-        if is_zip:
-            members, limit = _zip_members(source), _MAX_ZIPPED
+        prefix, modified = f"{inside}/" if inside else "", source.stat().st_mtime_ns
+        if _starts_as_zip(source):
+            limit = _MAX_ZIPPED
+            places, refused = _walk_archive(_zip_members(source), modified, prefix, hidden)
         else:
             path = _decompressed(source, scratch)
-            members = _tar_members(path, source)
-        prefix, modified = f"{inside}/" if inside else "", source.stat().st_mtime_ns
-        places, refused = _walk_archive(members, modified, prefix, hidden)
-        if not is_zip and are_samples(places):
-            tars = [InputTar("", "", modified)]
+            whole = InputTar("", "", 0, path.stat().st_size, modified)
+            places, refused = _walk_archive(_tar_members(path, source, whole), modified, prefix, hidden)
+            if are_samples(places):
+                return _samples(source, path, [whole], inside, listed)
+            tars = _tars_in(places, False)
     if tars:
-        return list_samples(source, path, tars, "" if source.is_dir() else inside)
+        first = _walk_archive(_tar_members(path, source, tars[0]), 0, "", [])[0]
+        if are_samples(first) or _are_numbered([part.name for part in tars]):
+            return _samples(source, path, tars, "", listed)
+        places, more = _class_tars(source, path, tars, hidden)
+        refused += more
     where = f"{source}, folder {inside}" if inside else f"{source}"
-    try:
-        names, labels, classes, stray = label_names(sorted(places))
-    except ValueError as error:
-        raise ValueError(f"SRC {where}: {error} with --inside") from None
-    if not names:
+    if not places:
         raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
-    refused += [RefusedFile(name, "is beside the class folders") for name in stray]
+    notes = []
+    if listed:
+        texts, strangers = listed_labels(listed, sorted(places))
+        refused += [RefusedFile(name, f"has no label in {listed}") for name in places.keys() - texts.keys()]
+        names, classes = sorted(texts), class_names(texts.values())
+        numbers = numbers_of(classes)
+        labels = [label_number(texts[name], numbers) for name in names]
+        if strangers:
+            notes.append(
+                f"{listed} has {len(strangers)} names that are not of a file, for example {strangers[0]}"
+            )
+    else:
+        try:
+            names, labels, classes, stray = label_names(sorted(places))
+        except ValueError as error:
+            raise ValueError(f"SRC {where}: {error} with --inside") from None
+        refused += [RefusedFile(name, "is beside the class folders") for name in stray]
     images = []
     for name, label in zip(names, labels, strict=True):
         image = InputImage(name, label, *places[name])
@@ -90,21 +111,55 @@ def list_files(source: Path, inside: str, scratch: Path) -> Inputs:
             images.append(image)
         else:
             refused.append(RefusedFile(name, f"{image.length:,} bytes: more than the limit of {limit:,}"))
-    notes: tuple[str, ...] = ()
     if hidden:
-        notes = (f"left out: {len(hidden)} hidden or system files and folders, for example {min(hidden)}",)
-    return Inputs(path, images, classes, sorted(refused), notes=notes)
+        notes.append(f"left out: {len(hidden)} hidden or system files and folders, for example {min(hidden)}")
+    fingerprint = hashlib.sha256(repr(classes).encode()).hexdigest() if listed else ""
+    return Inputs(path, images, classes, sorted(refused), notes=tuple(notes), fingerprint=fingerprint)
 
 
-def _webdataset_tars(folder: Path, places: dict[str, _Place]) -> list[InputTar]:
-    """The tars directly in a folder without images, if the first is a WebDataset."""
-    names = sorted(name for name in places if name.endswith(".tar") and "/" not in name)
-    if not names or any(map(is_image, places)):
+def _samples(source: Path, path: Path, tars: list[InputTar], inside: str, listed: Path | None) -> Inputs:
+    if listed:
+        raise ValueError(f"--labels {listed}: SRC {source} is a WebDataset, which has labels of its own")
+    return list_samples(source, path, tars, inside)
+
+
+def _tars_in(places: dict[str, _Place], is_folder: bool) -> list[InputTar]:
+    """The tars at the top of a folder or tar without images."""
+    if any(map(is_image, places)):
         return []
-    first = _walk_archive(_tar_members(folder / names[0], folder / names[0]), 0, "", [])[0]
-    if not are_samples(first):
-        return []
-    return [InputTar(name, name, places[name][2]) for name in names]
+    tars = []
+    for name in sorted(places):
+        place, length, modified, _ = places[name]
+        if name.endswith(".tar") and "/" not in name and isinstance(place, int):
+            tars.append(InputTar(name if is_folder else "", name, place, place + length, modified))
+    return tars
+
+
+def _are_numbered(names: list[str]) -> bool:
+    """Whether the names of tars differ by consecutive numbers: they are shards, not classes."""
+    parts = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
+    numbers = sorted(int(part[2]) for part in parts if part)
+    return (
+        len({part and part[1] for part in parts}) == 1
+        and len(numbers) == len(names) > 1
+        and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+    )
+
+
+def _class_tars(
+    source: Path, path: Path, tars: list[InputTar], hidden: list[str]
+) -> tuple[dict[str, _Place], list[RefusedFile]]:
+    """The files in tars, each tar a class folder; a lone tar stands for SRC."""
+    places: dict[str, _Place] = {}
+    refused: list[RefusedFile] = []
+    for part in tars:
+        inner, odd = _walk_archive(_tar_members(path, source, part), part.modified, "", hidden, part.archive)
+        folder = f"{part.name[: -len('.tar')]}/"
+        if len(tars) == 1 or all(name.startswith(folder) for name in inner):
+            folder = ""
+        places |= {folder + name: place for name, place in inner.items()}
+        refused += [RefusedFile(folder + name, reason) for name, reason in odd]
+    return places, refused
 
 
 def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], list[RefusedFile]]:
@@ -121,14 +176,14 @@ def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], li
             refused.append(RefusedFile(name, reason))
             continue
         if stat.S_ISREG(found.st_mode):
-            places[name] = (0, found.st_size, found.st_mtime_ns)
+            places[name] = (0, found.st_size, found.st_mtime_ns, "")
         else:
             refused.append(RefusedFile(name, "not a regular file, or a folder that cannot be read"))
     return places, refused
 
 
 def _walk_archive(
-    members: Iterable[_Member], modified: int, prefix: str, hidden: list[str]
+    members: Iterable[_Member], modified: int, prefix: str, hidden: list[str], archive: str = ""
 ) -> tuple[dict[str, _Place], list[RefusedFile]]:
     """Sorts the members of an archive below `prefix` into files and refused ones; of equal names the last counts."""
     places: dict[str, _Place] = {}
@@ -143,7 +198,7 @@ def _walk_archive(
         elif raw_name.startswith("/") or ".." in raw_name.split("/"):
             refused.append(RefusedFile(raw_name, "unsafe name"))
         elif kind == "file":
-            places[name] = (place, length, modified)
+            places[name] = (place, length, modified, archive)
         elif kind == "hard link" and _tidy(target) in places:
             places[name] = places[_tidy(target)]
         else:
@@ -155,9 +210,10 @@ def _walk_archive(
     return places, refused
 
 
-def _tar_members(path: Path, source: Path) -> Iterator[_Member]:
-    with tar.opened(path) as descriptor:
-        for member in tar.walk(source, descriptor):
+def _tar_members(path: Path, source: Path, part: InputTar) -> Iterator[_Member]:
+    """The members of a tar at `path`; errors name it as a part of `source`."""
+    with tar.opened(path / part.archive) as descriptor:
+        for member in tar.walk(source / part.name, descriptor, part.start, part.end):
             yield member.name, member.kind, member.offset, member.length, member.link
 
 

@@ -40,7 +40,8 @@ from byolt.pipelines.convert.shard_writer import (
     strict_error,
 )
 from byolt.pipelines.convert.workers import spread
-from byolt.pipelines.formats.index import DOTTED, Scan, class_names, numbers_of, scan_tar
+from byolt.pipelines.formats.index import DOTTED, Scan, scan_tar
+from byolt.pipelines.formats.labels import class_names, numbers_of
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard, join
 
 
@@ -67,6 +68,10 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
     if options.engine == "ffcv":
         ffcv_engine.require()
     if is_data_set(src):
+        if options.labels:
+            raise ValueError(
+                f"--labels {options.labels}: SRC {src} is a data set, which has labels of its own"
+            )
         if options.inside:
             raise ValueError(f"--inside {options.inside}: SRC {src} is a data set, which has no folders")
     elif not src.exists():
@@ -78,7 +83,11 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         if note := lock.take():
             say(note)
         try:
-            inputs = list_data_set(src) if is_data_set(src) else list_files(src, options.inside, work)
+            inputs = (
+                list_data_set(src)
+                if is_data_set(src)
+                else list_files(src, options.inside, work, options.labels)
+            )
             settings = recorded_settings(inputs, options)
             if options.strict and inputs.refused:
                 raise strict_error(inputs.refused)

@@ -28,6 +28,7 @@ class ConversionOptions:
     raw_fraction: float = 0.0
     engine: str = "own"  # or "ffcv"
     inside: str = ""
+    labels: Path | None = None
     max_size: int = 0  # pixels of the longer side; 0 for no limit
     quality: int = 95
     max_pixels: int = MAX_PIXELS

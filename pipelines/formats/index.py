@@ -18,13 +18,13 @@ import numpy as np
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.encoded import MAX_BYTES, inspect
+from byolt.pipelines.formats.labels import UNLABELED, label_number, numbers_of
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
 # Kinds that training does not read, and that make_shards converts; see `convert.rules`.
 CONVERTIBLE_EXTENSIONS = frozenset(
     ("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "pbm", "pgm", "pnm", "ppm", "tif", "tiff", "webp")
 )
-UNLABELED = -1
 DOTTED = "{:,} keys with dots: the extension begins at the last dot"
 SAMPLE = np.dtype(
     [
@@ -196,40 +196,6 @@ def tar_samples(path: Path, descriptor: int, members: Iterable[tar.Member]) -> I
             except ValueError as error:
                 yield TarSample(key, at, reason=str(error))
             seen.add(key)
-
-
-def class_names(labels: Iterable[str | None]) -> list[str] | None:
-    """The sorted names that the .cls files of a data set hold; None if most of them hold integers."""
-    stated = [text for text in labels if text not in (None, "", "-1")]
-    if 2 * sum(map(_is_integer, stated)) >= len(stated):
-        return None
-    return sorted(set(stated))
-
-
-def numbers_of(classes: list[str] | None) -> dict[str, int] | None:
-    """The number of each class name, for `label_number`."""
-    return None if classes is None else {name: number for number, name in enumerate(classes)}
-
-
-def label_number(text: str | None, numbers: dict[str, int] | None) -> int:
-    """The label that a .cls states: UNLABELED for None or "-1", the number of a name, or an integer.
-
-    Raises:
-        ValueError: It is not an integer, or not one of the names.
-    """
-    if text is None or text == "-1":
-        return UNLABELED
-    if numbers is None:
-        if not _is_integer(text):
-            raise ValueError(f"its label is {text!r}, not an integer")
-        return int(text)
-    if text not in numbers:
-        raise ValueError(f"its label is {text!r}, not a class name")
-    return numbers[text]
-
-
-def _is_integer(text: str) -> bool:
-    return text.isascii() and text.isdigit() and int(text) <= np.iinfo(np.int32).max
 
 
 def _keyed(members: Iterable[tar.Member]) -> Iterator[tuple[str, str, tar.Member]]:

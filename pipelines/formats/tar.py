@@ -52,31 +52,32 @@ def read_at(path: Path, descriptor: int, length: int, offset: int) -> bytes:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def walk(path: Path, descriptor: int) -> Iterator[Member]:
+def walk(path: Path, descriptor: int, start: int = 0, end: int | None = None) -> Iterator[Member]:
     """Yields the members of an uncompressed tar (ustar, GNU or PAX) in order.
 
     Args:
         path: The tar, for error messages.
         descriptor: The same, open for reading.
+        start: Offset of its first header, and `end`, that of the byte behind it: of a tar within a tar.
 
     Raises:
         ValueError: The tar is cut inside a header or data, or at a member boundary (no end-of-archive block), a
             header's checksum is wrong, or data follow the end of the archive.
         OSError: It cannot be read; names the tar.
     """
-    size = os.fstat(descriptor).st_size
-    at = 0
+    size = os.fstat(descriptor).st_size if end is None else end
+    at = start
     long_name: str | None = None
     long_link: str | None = None
     long_size: int | None = None
     while True:
-        header = read_at(path, descriptor, BLOCK, at)
+        header = read_at(path, descriptor, max(0, min(BLOCK, size - at)), at)
         if not header:
             raise _problem(path, at, "cut at a member boundary: the end-of-archive block is missing")
         if len(header) < BLOCK:
             raise _problem(path, at, f"cut inside a header: {len(header)} of {BLOCK} bytes")
         if header == _ZEROS:
-            _check_only_zeros(path, descriptor, at)
+            _check_only_zeros(path, descriptor, at, size)
             return
         if not _checksum_holds(header):
             raise _problem(path, at, "header checksum is wrong: damaged, or not an uncompressed tar")
@@ -178,9 +179,9 @@ def _pax_records(path: Path, at: int, data: bytes) -> dict[str, str]:
     return records
 
 
-def _check_only_zeros(path: Path, descriptor: int, at: int) -> None:
+def _check_only_zeros(path: Path, descriptor: int, at: int, end: int) -> None:
     """Refuses data after the end of the archive (concatenated tars), which readers would lose."""
-    while chunk := read_at(path, descriptor, 1 << 20, at):
+    while chunk := read_at(path, descriptor, max(0, min(1 << 20, end - at)), at):
         if chunk.count(0) != len(chunk):
             raise _problem(path, at, "data after the end of the archive (concatenated tars?)")
         at += len(chunk)
