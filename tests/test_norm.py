@@ -444,9 +444,9 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     ("backbone", "stem", "size"),
     [
         ("bottlenecks", "cifar", 8),
-        ("resnet8", "imagenet", 32),
+        pytest.param("resnet8", "imagenet", 32, marks=pytest.mark.slow),
         pytest.param("resnet18", "cifar", 8, marks=pytest.mark.slow),
-        pytest.param("resnet50", "imagenet", 32, marks=pytest.mark.slow),
+        *([("resnet50", "imagenet", 32)] if ON_GPU else []),  # the interpreter takes more than 20 minutes
     ],
 )
 def test_both_views_in_one_batch_are_two_passes(kernels: Any, backbone: str, stem: str, size: int) -> None:
