@@ -30,7 +30,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and sig
     from byolt.model.run.run import Run
     from byolt.model.run.trace import Trace
     from byolt.pipelines.loader import Loader
-    from byolt.pipelines.sources import Source
 
 # ── settings ───────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -68,13 +67,15 @@ def main() -> int:
         fixed.check_allowed(config, args.allow_change)
         if args.trace is not None and args.trace < 1:
             raise ValueError(f"--trace {args.trace} must be at least 1")
-        if args.print_config:
-            from byolt.pipelines.sources import open_source
+        from byolt.pipelines.sources import check_paths, open_source
 
+        if args.print_config:
             print(derived.describe(config, world_size, open_source))
             return 0
         if args.resume not in (None, "auto") and not Path(args.resume).is_file():
             raise ValueError(f"--resume {args.resume}: no such file; name a checkpoint, or use auto")
+        if world_size == 1:  # several ranks first connect, so that a mistake of one ends all
+            check_paths({"data.path": config.data.path, "eval.path": config.eval.path})
     except (ValueError, OSError) as error:
         return fail(error)
     try:
@@ -142,6 +143,7 @@ def prepare(
     from byolt.pipelines.loader import Loader
     from byolt.pipelines.order import steps_per_epoch
     from byolt.pipelines.plain import plain_images
+    from byolt.pipelines.sources import open_split
     from byolt.pipelines.subset import spaced
 
     # ── world ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -210,16 +212,6 @@ def prepare(
     return run, loader
 
 
-def open_split(key: str, path: str) -> "Source":
-    """Opens a data set; errors name the setting."""
-    from byolt.pipelines.sources import open_source
-
-    try:
-        return open_source(path)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
-
-
 # ── loop ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -285,8 +277,9 @@ def report(run: "Run") -> int:
     if run.stopping:
         number = run.signal() or signal.SIGTERM  # another rank got the signal: torchrun sends SIGTERM
         code = 128 + number
-        name = signal.Signals(number).name
-        run.meter.say(f"stopped by {name} at step {run.step}; continue with --resume auto")
+        run.meter.say(
+            f"stopped by {signal.Signals(number).name} at step {run.step}; continue with --resume auto"
+        )
     elif run.world.is_main and run.knn_trained is not None:
         untrained = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
         print(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")

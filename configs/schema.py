@@ -6,8 +6,6 @@ imports neither torch nor numpy, so it refuses a wrong config in well under a se
 
 import difflib
 import math
-import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args
 
@@ -16,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
+from byolt.files.paths import expand_home
 from byolt.files.regular import open_regular
 
 
@@ -25,12 +24,7 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
-def _expand_home(path: str) -> str:
-    """Replaces a ~ at the beginning of a path, or of each of several paths separated by commas."""
-    return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), path)
-
-
-PathText = Annotated[str, AfterValidator(_expand_home)]
+PathText = Annotated[str, AfterValidator(expand_home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1, le=2**40)]

@@ -1,9 +1,67 @@
-"""Paths as people type them."""
+"""Paths as people type them: ~ for the home folder, braces and wildcards for several files."""
 
+import glob
 import os
+import re
+from itertools import islice
 from pathlib import Path
+
+_MOST = 100_000  # names of one pattern; ImageNet has 1,000 shards at most
 
 
 def home_path(text: str) -> Path:
     """The path with a leading ~ expanded, which shells leave as it is in --out=~/x; a type for argparse."""
     return Path(os.path.expanduser(text))  # Path.expanduser refuses a ~ without such a user
+
+
+def expand_home(path: str) -> str:
+    """Expands a ~ at the beginning of a path, or of each of several paths separated by commas."""
+    return re.sub(r"(^|,\s*)(~[^/,]*)", lambda found: found[1] + os.path.expanduser(found[2]), path)
+
+
+def expand_pattern(text: str) -> list[str]:
+    """The files of a pattern: {00..09} and {a,b} as in bash, then the matches of *, ? and [...], sorted.
+
+    A path that exists is itself, whatever its name.
+
+    Raises:
+        ValueError: the pattern matches no file, or its braces have more than 100,000 names.
+    """
+    if os.path.exists(text):
+        return [text]
+    found: list[str] = []
+    for name in _braces(text):
+        special = not os.path.exists(name) and re.search(r"[*?[]", name)
+        matches = sorted(glob.glob(name)) if special else [name]
+        if not matches:
+            raise ValueError(f"data path {text!r}: {name!r} matches no file{searched(name)}")
+        found += matches
+    return found
+
+
+def searched(path: str) -> str:
+    """ " in FOLDER" for a relative path, which a message says is missing there."""
+    return "" if os.path.isabs(path) else f" in {os.getcwd()}"
+
+
+def _braces(text: str) -> list[str]:
+    """ "a{08..10}" -> ["a08", "a09", "a10"], as bash expands it."""
+    done, left = [], [text]
+    while left:
+        name = left.pop()
+        match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", name)
+        if not match:
+            done.append(name)
+            continue
+        first, last, words = match.groups()
+        if words is None:
+            step = 1 if int(first) <= int(last) else -1
+            width = max(len(first), len(last)) if "0" in (first[0], last[0]) else 0
+            numbers = range(int(first), int(last) + step, step)
+            parts = [f"{number:0{width}d}" for number in islice(numbers, _MOST + 1)]
+        else:
+            parts = words.split(",")
+        left += [name[: match.start()] + part + name[match.end() :] for part in reversed(parts)]
+        if len(left) + len(done) > _MOST:
+            raise ValueError(f"data path {text!r}: the braces have more than {_MOST:,} names")
+    return done

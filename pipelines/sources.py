@@ -6,18 +6,21 @@ First on a batch's path: the loader reads the samples that `order` names, with `
 """
 
 import errno
+import glob
 import hashlib
 import os
 import re
 import resource
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from byolt.files.paths import expand_home, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
@@ -57,36 +60,107 @@ class Source(Protocol):
 def open_source(path: str | os.PathLike[str]) -> Source:
     """Opens a folder of shards, a folder of images, .beton files or "synthetic:NUM:HxW".
 
-    Several .beton files, separated by commas, are one data set in that order. "?image=FIELD&label=FIELD" after them
-    names the fields to read instead of the first of their type.
+    Several .beton files, separated by commas or named by a pattern (part-{00..09}.beton, *.beton), are one data set in
+    that order. "?image=FIELD&label=FIELD" after them names the fields to read instead of the first of their type.
 
     Raises:
         ValueError: `path` is none of these, or the data set is damaged; names the path and the remedy.
     """
-    text = os.fspath(path)
+    return locate(path)()
+
+
+def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
+    """Finds the data set that `open_source` opens, but reads no file, so that a wrong path is refused at once.
+
+    Raises:
+        ValueError: there is no data set; names the path and the remedy.
+    """
+    text = expand_home(os.fspath(path))
     if text.startswith("synthetic:"):
         match = re.fullmatch(r"synthetic:(\d+):(\d+)x(\d+)", text)
         if not match:
             raise ValueError(f"data path {text!r}: write synthetic images as synthetic:NUM:HxW")
-        return SyntheticSource(*map(int, match.groups()))
-    folder = Path(text)
+        return partial(SyntheticSource, *map(int, match.groups()))
+    remote = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe):", text)
+    if remote and not os.path.exists(text):
+        copy = _COPIES.get(remote[1] or remote[2], "your tool for this kind of storage")
+        raise ValueError(
+            f"data path {text!r}: only local files are read. Copy the data set first, with {copy}"
+        )
     files, fields = split_path(text)
     if any(file.endswith(".beton") for file in files):
-        return BetonSource(files, **fields)
+        return partial(BetonSource, files, **fields)
+    folder = Path(text if files == [text.strip()] else _folder_of(text, files))
     if not folder.exists():
-        raise ValueError(f"data path {text!r} does not exist: make it with tools/make_shards.py SRC {text}")
+        raise ValueError(
+            f"data path {text!r} does not exist{searched(text)}: make it with tools/make_shards.py SRC {text}"
+        )
     if not folder.is_dir():
         raise ValueError(f"data path {text!r} is a file: name the folder of a data set, or of images")
     if (folder / MANIFEST).exists():
-        is_beton = Manifest.load(folder).shards[0].name.endswith(".beton")
-        return BetonFolder(folder) if is_beton else TarSource(folder)
+        return partial(_open_shards, folder)
     if any(folder.glob("*.tar")):
         raise ValueError(
-            f"data path {text!r} has tars but no {MANIFEST}: run tools/make_shards.py --index {text}"
+            f"data path {text!r} has tars but no {MANIFEST}: run tools/make_shards.py --index {folder}"
         )
     if any(folder.glob("*.beton")):
-        raise ValueError(f"data path {text!r} has .beton files: name the files, separated by commas")
-    return FolderSource(folder)
+        raise ValueError(
+            f"data path {text!r} has .beton files: name the files, separated by commas or as {folder}/*.beton"
+        )
+    return partial(FolderSource, folder)
+
+
+def open_split(key: str, path: str) -> Source:
+    """Opens a data set; errors name its setting, the key."""
+    try:
+        return open_source(path)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def check_paths(paths: dict[str, str | None]) -> None:
+    """Refuses a path at which there is no data set, see `locate`; the message names its setting or option, the key."""
+    for key, path in paths.items():
+        try:
+            if path is not None:
+                locate(path)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+
+
+_COPIES = {
+    "s3": "aws s3 cp --recursive",
+    "gs": "gcloud storage cp --recursive",
+    "http": "wget",
+    "https": "wget",
+    "hf": "hf download",
+    "file": "nothing: write the path without file://",
+    "pipe": "that command, its output written to a file",
+}
+
+
+def _folder_of(text: str, files: list[str]) -> str:
+    """The one folder that a pattern matches, or that of the tars that it matches."""
+    if len(files) == 1 and os.path.isdir(files[0]):
+        return files[0]
+    folder = os.path.dirname(files[0]) or "."
+    present = glob.glob(f"{glob.escape(folder)}/*.tar")
+    if all(file.endswith(".tar") for file in files) and present:
+        if {*map(os.path.realpath, files)} == {*map(os.path.realpath, present)}:
+            return folder
+        raise ValueError(
+            f"data path {text!r} names {len(files)} files, but {folder} has {len(present)} tars: tars are read as one "
+            f"data set: name the folder, {folder}, or move the others elsewhere and run tools/make_shards.py --index"
+        )
+    missing = [file for file in files if not os.path.exists(file)]
+    if missing:
+        raise ValueError(f"data path {text!r}: {missing[0]!r} does not exist{searched(missing[0])}")
+    raise ValueError(f"data path {text!r} names {len(files)} files or folders: name one folder")
+
+
+def _open_shards(folder: Path) -> Source:
+    is_beton = Manifest.load(folder).shards[0].name.endswith(".beton")
+    return BetonFolder(folder) if is_beton else TarSource(folder)
 
 
 class ParallelReader:

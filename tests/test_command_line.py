@@ -103,3 +103,13 @@ def test_a_forgotten_environment_is_one_line(tmp_path: Path) -> None:
     code, error = train("--config", QUICKSTART, tmp_path=tmp_path, python=("-S",))  # without site-packages
     assert code == 1 and error.count("\n") == 1
     assert "error: No module named" in error and ". .venv/bin/activate" in error
+
+
+@pytest.mark.parametrize("key", ["data.path", "eval.path"])
+def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> None:
+    code, error = train(
+        "--config", QUICKSTART, "data.path=synthetic:9:8x8", f"{key}=photos", tmp_path=tmp_path
+    )
+    assert (code, error.split(":")[:2]) == (2, ["error", f" {key}"])
+    assert f"data path 'photos' does not exist in {tmp_path}" in error
+    assert not (tmp_path / "runs").exists()

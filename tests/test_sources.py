@@ -186,6 +186,58 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
             open_source(path)
 
 
+def test_a_missing_relative_path_names_the_folder_that_was_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in ("photos", "a.beton", "photos, more"):
+        with pytest.raises(ValueError, match=rf"does not exist in {tmp_path}"):
+            open_source(path)
+
+
+def test_patterns_of_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name, options in (("tars", []), ("betons", ["--format", "beton"])):
+        arguments = [str(images), str(tmp_path / name), "--split", "a=.5,b=.5", "--workers", "1", *options]
+        assert make_shards(arguments) == 0
+    beton = open_source(f"{tmp_path}/betons/{{a,b}}/*.beton")
+    assert sorted(beton.describe(i) for i in (0, len(beton) - 1)) == sorted(
+        f"{tmp_path}/betons/{part}/{part}-000000.beton sample {number}"
+        for part, number in (("a", 0), ("b", len(open_source("~/betons/b")) - 1))
+    )
+    assert len(open_source("~/betons/{a,b}/?-{000000..000000}.beton?image=image")) == len(beton) == 12
+    whole = open_source(tmp_path / "tars/a")
+    assert open_source("~/tars/a/*.tar").fingerprint == whole.fingerprint
+    assert open_source("~/tars/a/a-{000000..000000}.tar").fingerprint == whole.fingerprint
+    (tmp_path / "tars/a/other.tar").touch()
+    for path, message in (
+        (
+            "~/tars/a/{a-000000,a-000001}.tar",
+            r"names 2 files, but .*/tars/a has 2 tars: tars are read as one",
+        ),
+        ("~/tars/{a,b}", "names 2 files or folders: name one folder"),
+        ("~/tars/{a,c}", r"tars/c' does not exist"),
+        ("~/tars/*.tar", "matches no file"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("path", "remedy"),
+    [
+        ("s3://bucket/set", "aws s3 cp --recursive"),
+        ("https://host/shard-{00..09}.tar", "wget"),
+        ("hf://datasets/a/b", "hf download"),
+        ("pipe:curl -s https://host/a.tar", "its output written to a file"),
+        ("gopher://host/*.tar", "your tool for this kind of storage"),
+    ],
+)
+def test_remote_paths_get_the_true_answer(path: str, remedy: str) -> None:
+    with pytest.raises(ValueError, match=rf"only local files are read\. Copy .*{remedy}"):
+        open_source(path)
+
+
 def test_folders_that_link_to_each_other_end(tmp_path: Path) -> None:
     """Eight folders, each with a link to every other: without a memory there would be 8! ways through them."""
     for i in range(8):

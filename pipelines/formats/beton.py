@@ -10,12 +10,14 @@ import bisect
 import hashlib
 import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files.paths import expand_pattern, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.encoded import ppm_header
 
@@ -226,7 +228,8 @@ def split_path(text: str) -> tuple[list[str], dict[str, str]]:
     """ "a.beton,b.beton?image=img&label=cls" -> ["a.beton", "b.beton"], {"image": "img", "label": "cls"}.
 
     Raises:
-        ValueError: The part after the question mark is not image=FIELD, label=FIELD or both.
+        ValueError: The part after the question mark is not image=FIELD, label=FIELD or both, or a pattern of files
+            matches none.
     """
     names, mark, query = (text, "", "") if os.path.exists(text) else text.partition(".beton?")
     names += mark[:-1]
@@ -235,14 +238,19 @@ def split_path(text: str) -> tuple[list[str], dict[str, str]]:
         raise ValueError(
             f"data path {text!r}: after the question mark write image=FIELD, label=FIELD, or both joined by &"
         )
-    return [names] if os.path.exists(names) else [part.strip() for part in names.split(",")], fields
+    if os.path.exists(names):
+        return [names], fields
+    parts = re.split(r",(?![^{}]*\})", names)  # commas outside braces
+    return [file for part in parts for file in expand_pattern(part.strip())], fields
 
 
 def _open(path: str) -> int:
     try:
         return open_regular(path)
     except FileNotFoundError:
-        raise ValueError(f"data path {path!r} does not exist: name a .beton file that does") from None
+        raise ValueError(
+            f"data path {path!r} does not exist{searched(path)}: name a .beton file that does"
+        ) from None
     except OSError as error:
         raise ValueError(f"data path {path!r} cannot be read: {error.strerror}") from None
 
