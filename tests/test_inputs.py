@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import re
 import tarfile
@@ -430,3 +431,20 @@ def test_mistakes_in_a_list_of_labels_are_one_line(
     (tmp_path / "labels").write_text("1.jpg 1\nx.jpg 1\ny.jpg 2\n")
     assert run(tmp_path / "src", tmp_path / "dst", "--labels", tmp_path / "labels") == 0
     assert "labels has 2 names that are not of a file, for example x.jpg" in capsys.readouterr().err
+
+
+def test_read_only_tars_are_indexed_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/a.tar", web_dataset(8))
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "tars" and access(path, mode))
+    assert run(tmp_path / "tars", "--index") == 2
+    assert "is read-only: --manifest FOLDER writes" in capsys.readouterr().err
+    for _ in range(2):  # the second time beside links that are there
+        assert run(tmp_path / "tars", "--index", "--manifest", tmp_path / "here/index") == 0
+        assert [path.name for path in (tmp_path / "tars").iterdir()] == ["a.tar"]
+        assert labels(tmp_path / "here/index") == {image(i): str(i % 4) for i in range(8)}
+        assert verify([str(tmp_path / "here/index")]) == 0
+        (tmp_path / "here/index/manifest.json").unlink()

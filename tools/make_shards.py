@@ -46,6 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     option("dst", type=home_path, nargs="?", help="folder to make")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
+    option(
+        "--manifest",
+        type=home_path,
+        metavar="FOLDER",
+        help="with --index, for read-only tars: write it there",
+    )
     option("--format", choices=list(SUFFIXES), default="webdataset", help="default: webdataset")
     option("--raw-fraction", type=float, default=0.0, metavar="P", help="share of raw images in a .beton")
     option("--engine", choices=["own", "ffcv"], default="own", help="ffcv: the library re-encodes all images")
@@ -68,6 +74,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.index != (args.dst is None):
         parser.error("--index takes one folder" if args.index else "DST is missing")
+    if args.manifest and not args.index:
+        parser.error("--manifest is for --index")
     if args.index and args.labels:
         parser.error("--labels is for a conversion: --index keeps the labels of the tars")
     if args.format != "beton" and (args.raw_fraction or args.engine != "own"):
@@ -82,9 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed on the way, 2 a mistake in the request, 130 interrupted."""
     args = parse(argv)
     options = vars(args)
+    manifest = options.pop("manifest")
     try:
         if options.pop("index"):
-            print(index(args.src, args.workers, args.strict))
+            print(index(args.src, args.workers, args.strict, manifest))
         else:
             print(make(ConversionOptions(**options), _say))
         return 0

@@ -5,6 +5,7 @@ conversion continues with the shards that have no note yet.
 """
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -184,17 +185,28 @@ def _write_quarantine(folder: Path, refused: list[RefusedFile]) -> None:
             file.write(json.dumps(row._asdict()).encode() + b"\n")
 
 
-def index(folder: Path, workers: int, strict: bool) -> str:
-    """Writes manifest and quarantine list beside the WebDataset tars of a folder; returns a summary.
+def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> str:
+    """Writes manifest and quarantine list of the WebDataset tars of a folder; returns a summary.
+
+    Args:
+        folder: The tars.
+        workers: The largest number of processes.
+        strict: Whether a sample that cannot be used is an error.
+        out: Folder for the two lists and links to the tars; None for `folder` itself.
 
     Raises:
-        ValueError: Nothing to index, a damaged tar, or a manifest is there already.
+        ValueError: Nothing to index, a damaged tar, a manifest is there already, or `folder` is read-only.
         UnusableInputError: With `strict`, a sample that cannot be used.
     """
     if not folder.is_dir():
         raise ValueError(f"--index {folder}: not a folder")
-    if (folder / MANIFEST).exists():
-        raise ValueError(f"--index {folder}: {MANIFEST} exists already: remove it to index again")
+    out = out or folder
+    if (out / MANIFEST).exists():
+        raise ValueError(f"--index {folder}: {out / MANIFEST} exists already: remove it to index again")
+    if out == folder and not os.access(folder, os.W_OK):
+        raise ValueError(
+            f"--index {folder}: is read-only: --manifest FOLDER writes the manifest there, with links to the tars"
+        )
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"--index {folder}: holds no .tar (decompress .tar.gz: it has no random access)")
@@ -224,11 +236,21 @@ def index(folder: Path, workers: int, strict: bool) -> str:
     if not len(records):
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
         raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
-    _write_quarantine(folder, refused)
+    if out != folder:
+        _link(paths, out)
+    _write_quarantine(out, refused)
     settings = {"indexed": True, **({NAMED_LABELS: True} if classes else {})}
-    Manifest(shards, records, classes, settings).save(folder)
+    Manifest(shards, records, classes, settings).save(out)
     labeled = int((records["label"] >= 0).sum())
-    return f"{folder}: {len(records):,} samples in {len(paths)} shards, {labeled:,} labeled, {counts}"
+    return f"{out}: {len(records):,} samples in {len(paths)} shards, {labeled:,} labeled, {counts}"
+
+
+def _link(paths: list[Path], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        link = folder / path.name
+        if not (link.exists() and link.samefile(path)):
+            link.symlink_to(path.resolve())
 
 
 def _scan(path: Path) -> tuple[int, str, Scan]:
