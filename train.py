@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 try:
     from byolt.configs import command_line, derived, fixed, schema
     from byolt.files import failpoint
+    from byolt.files.console import say
     from byolt.files.lock import Lock
 except ModuleNotFoundError as error:
     sys.exit(
@@ -70,7 +71,7 @@ def main() -> int:
         from byolt.pipelines.sources import check_paths, open_source
 
         if args.print_config:
-            print(derived.describe(config, world_size, open_source))
+            say(derived.describe(config, world_size, open_source))
             return 0
         if args.resume not in (None, "auto") and not Path(args.resume).is_file():
             raise ValueError(f"--resume {args.resume}: no such file; name a checkpoint, or use auto")
@@ -88,7 +89,7 @@ def main() -> int:
 def fail(error: Exception) -> int:
     """Reports a user's mistake in one message without a traceback."""
     rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
-    print(f"error: {rank}{error}", file=sys.stderr)
+    say(f"error: {rank}{error}", file=sys.stderr)
     return 2
 
 
@@ -120,7 +121,7 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
         foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
         if not mistake and not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
             traceback.print_exc()
-        print(f"error: {failure.explain(error, run.step if run else None, world)}", file=sys.stderr)
+        say(f"error: {failure.explain(error, run.step if run else None, world)}", file=sys.stderr)
         return 2 if mistake else 1
     distributed.shutdown(world)
     return code
@@ -175,7 +176,7 @@ def prepare(
 
     # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────
     if (note := distributed.on_main(lock.take, world)) and world.is_main:
-        print(f"warning: {note}", file=sys.stderr)
+        say(f"warning: {note}", file=sys.stderr)
     out = Path(config.run.out)
     out.mkdir(parents=True, exist_ok=True)  # on machines that do not share it
     rounding = provenance.rounding_of(config, world, precision, type(backend).__name__)
@@ -282,10 +283,10 @@ def report(run: "Run") -> int:
         )
     elif run.world.is_main and run.knn_trained is not None:
         untrained = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
-        print(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")
+        say(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")
     sha256 = digest.agreed(run.state(), run.world)
     if run.world.is_main:
-        print(f"digest: step {run.step} sha256 {sha256}", flush=True)
+        say(f"digest: step {run.step} sha256 {sha256}")
     return code
 
 

@@ -6,6 +6,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from byolt.files.console import printable
+
 
 class Meter:
     """Shows how much of a known amount of work is done, and when it will be; a context manager around the work."""
@@ -49,7 +51,7 @@ class Meter:
 
     def say(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
-        self._console.print(text, soft_wrap=True, markup=False)
+        self._console.print(printable(text), soft_wrap=True, markup=False)
 
 
 def _clock(seconds: float) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
 from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
@@ -49,21 +50,21 @@ def main(argv: list[str] | None = None) -> int:
         batch_size = recipe.train.batch_size
         runs = plan(args, common, names or fitting(batch_size), args.seeds or [recipe.run.seed], batch_size)
     except (ValueError, OSError) as error:
-        print(f"ablate: {error}", file=sys.stderr)
+        say(f"ablate: {error}", file=sys.stderr)
         return 2
     try:
         finished, _ = finished_runs(args.config, common, args.out, batch_size)
         for (name, seed), (_, overrides) in runs.items():
             if (name, seed) in finished:
                 continue
-            print(f"── {name}, seed {seed}: {' '.join(overrides)}", flush=True)
+            say(f"── {name}, seed {seed}: {' '.join(overrides)}")
             code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
             if code:
-                print(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
+                say(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
                 return code
         report(args, common, runs, batch_size)
     except KeyboardInterrupt:
-        print("ablate: interrupted; the same command continues", file=sys.stderr)
+        say("ablate: interrupted; the same command continues", file=sys.stderr)
         return 130
     return 0
 
@@ -113,7 +114,7 @@ def report(args: argparse.Namespace, common: list[str], runs: Runs, batch_size: 
         seeds.setdefault(name, []).append(seed)
     save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds})
     if left_out := sorted(set(others) - {out.name for out, _ in runs.values()}):
-        print(f"not in the table, because their settings differ: {', '.join(left_out)}")
+        say(f"not in the table, because their settings differ: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

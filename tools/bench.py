@@ -26,6 +26,7 @@ import torch
 
 from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.run import provenance
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")
     except (OSError, ValueError, UndecodableError, CorruptBudgetError) as error:
-        print(f"bench: {error}", file=sys.stderr)
+        say(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("bench: interrupted; nothing was written", file=sys.stderr)

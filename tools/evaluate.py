@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.quality import linear
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _main(args)
     except KeyboardInterrupt:
-        print("evaluate: interrupted, nothing was written", file=sys.stderr)
+        say("evaluate: interrupted, nothing was written", file=sys.stderr)
         return 130
 
 
@@ -65,7 +66,7 @@ def _main(args: argparse.Namespace) -> int:
         world = distributed.init(args.device)
         distributed.on_main(lambda: result.check_writable(args.out), world)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        say(f"evaluate: {error}", file=sys.stderr)
         return 2
     try:
         run(args, trained, train, test, world)
@@ -76,7 +77,7 @@ def _main(args: argparse.Namespace) -> int:
         foreseen = (ValueError, FloatingPointError, OSError)
         if not isinstance(failed, foreseen) and not distributed.is_lost_peer(failed):
             traceback.print_exc()
-        print(f"evaluate: {failure.explain(failed, None, world)}", file=sys.stderr)
+        say(f"evaluate: {failure.explain(failed, None, world)}", file=sys.stderr)
         return 2 if isinstance(failed, ValueError) else 1
     distributed.shutdown(world)  # not after a failure: NCCL would wait for the ranks that failed
     return 0

@@ -11,6 +11,7 @@ stem: export such an encoder --to torchvision.
 import argparse
 import sys
 
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.run.trained import load_trained
@@ -29,15 +30,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         checks = export(load_trained(args.checkpoint), args.to, args.out)
     except (CheckpointError, ValueError, OSError) as error:
-        print(f"export: {error}", file=sys.stderr)
+        say(f"export: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        print(f"export: {error}; nothing was written", file=sys.stderr)
+        say(f"export: {error}; nothing was written", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("export: interrupted, nothing was written", file=sys.stderr)
+        say("export: interrupted, nothing was written", file=sys.stderr)
         return 130
-    print("\n".join([*checks, f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}"]))
+    say("\n".join([*checks, f"{args.out}: {', '.join(sorted(path.name for path in args.out.iterdir()))}"]))
     return 0
 
 

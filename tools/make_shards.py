@@ -13,6 +13,7 @@ import sys
 from concurrent import futures
 
 try:
+    from byolt.files.console import say
     from byolt.files.paths import home_path
 except ModuleNotFoundError as error:
     sys.exit(
@@ -93,9 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     manifest = options.pop("manifest")
     try:
         if options.pop("index"):
-            print(index(args.src, args.workers, args.strict, manifest))
+            say(index(args.src, args.workers, args.strict, manifest))
         else:
-            print(make(ConversionOptions(**options), _say))
+            say(make(ConversionOptions(**options), _say))
         return 0
     except ValueError as error:
         return _fail(str(error), 2)
@@ -111,11 +112,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(note: str) -> None:
-    print(f"make_shards: note: {note}", file=sys.stderr)
+    say(f"make_shards: note: {note}", file=sys.stderr)
 
 
 def _fail(text: str, code: int = 1) -> int:
-    print(f"make_shards: {text}", file=sys.stderr)
+    say(f"make_shards: {text}", file=sys.stderr)
     return code
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from byolt.files.console import say
 from byolt.files.paths import home_path
 
 SPLITS = ("train", "val")
@@ -168,12 +169,12 @@ def main(arguments: list[str] | None = None) -> int:
             args.folder, {"train": args.per_class, "val": args.val_per_class}, args.size, args.seed
         )
     except OSError as error:
-        print(f"quickstart_images: {error}", file=sys.stderr)
+        say(f"quickstart_images: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"quickstart_images: interrupted, nothing left at {args.folder}", file=sys.stderr)
+        say(f"quickstart_images: interrupted, nothing left at {args.folder}", file=sys.stderr)
         return 130
-    print(f"{count} images of {len(CLASSES)} classes in {args.folder}")
+    say(f"{count} images of {len(CLASSES)} classes in {args.folder}")
     return 0
 
 

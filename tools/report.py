@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 from byolt.files.atomic import replacing
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import open_source
 from byolt.tools.reporting.page import GENERATOR
@@ -44,12 +45,12 @@ def main(argv: list[str] | None = None) -> int:
             temporary.write_text(html, encoding="utf-8", errors="replace")  # file names need not be UTF-8
         size = out.stat().st_size
     except (ValueError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        say(f"report: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("report: interrupted, nothing was written", file=sys.stderr)
+        say("report: interrupted, nothing was written", file=sys.stderr)
         return 130
-    print(f"{out}: {size / 1e6:.1f} MB")
+    say(f"{out}: {size / 1e6:.1f} MB")
     return 0
 
 

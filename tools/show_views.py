@@ -18,6 +18,7 @@ import torch
 
 from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.sources import open_source
@@ -67,13 +68,13 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         name = reason.partition(": ")[2].partition(",")[0]
         page, lines = comparison(config, samples, backend, name, notes)
-        print("\n".join(lines))
+        say("\n".join(lines))
     elif args.operations:
         page = operation_strips(config, samples, backend, notes)
     else:
         page = contact_sheet(config, samples, backend, notes)
     page.save(out)
-    print(f"{out}: {page.width} x {page.height} pixels")
+    say(f"{out}: {page.width} x {page.height} pixels")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except (OSError, ValueError) as error:
-        print(f"show_views: {error}", file=sys.stderr)
+        say(f"show_views: {error}", file=sys.stderr)
         return 2
     return 0
 

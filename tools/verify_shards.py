@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent import futures
 
+from byolt.files.console import say
 from byolt.pipelines.convert.verify import verify
 
 
@@ -37,17 +38,17 @@ def main(argv: list[str] | None = None) -> int:
     for path in strangers:
         _say(f"note: {path} is not part of the data set: nothing reads it")
     for problem in problems[: args.limit]:
-        print(problem, file=sys.stderr)
+        say(problem, file=sys.stderr)
     if problems:
         return _say(f"{args.dataset}: {len(problems)} problems in {samples:,} samples", 1)
     seconds = time.perf_counter() - start
     how = f"{'not ' * args.no_decode}decoded, {seconds:.1f} s, {samples / seconds:,.0f} images/s"
-    print(f"{args.dataset}: {samples:,} samples are whole ({how})")
+    say(f"{args.dataset}: {samples:,} samples are whole ({how})")
     return 0
 
 
 def _say(text: str, code: int = 0) -> int:
-    print(f"verify_shards: {text}", file=sys.stderr)
+    say(f"verify_shards: {text}", file=sys.stderr)
     return code
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from byolt.configs.schema import Config
+from byolt.files.console import say
 from byolt.model.distributed import World, all_reduce_mean
 from byolt.model.optim import LARS
 from byolt.model.quality.linear import make_head
@@ -109,7 +110,7 @@ def make_probe(
         classes = num_classes(labels)
     except ValueError as error:
         if world.is_main:
-            print(f"warning: no online probe: {error}", file=sys.stderr)
+            say(f"warning: no online probe: {error}", file=sys.stderr)
         return None
     if classes < 2:
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from byolt.configs import fixed
 from byolt.configs.schema import Config
+from byolt.files.console import say
 from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.quality.probe import OnlineProbe
@@ -108,7 +109,7 @@ def _choose(out: Path, resume: str | None) -> tuple[Path | None, dict[str, Any]]
             )
         return Path(resume), chosen
     for sentence in damaged:
-        print(f"warning: {sentence}; skipped", file=sys.stderr)
+        say(f"warning: {sentence}; skipped", file=sys.stderr)
     if damaged and newest is None:
         raise ValueError(
             f"run.out={out} holds only damaged checkpoints: restore one, or choose another run.out"

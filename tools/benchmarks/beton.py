@@ -25,6 +25,7 @@ import torch
 from PIL import Image
 
 from byolt.configs.schema import AugmentConfig, ViewConfig
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines import order
 from byolt.pipelines.convert import ffcv_engine
@@ -153,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
         if not files or args.images < BATCH or min(args.repeats, args.threads) < 1:
             raise ValueError(f"{args.folder}: no JPEG files, or a number is too small")
     except ValueError as error:
-        print(f"benchmarks/beton: {error}", file=sys.stderr)
+        say(f"benchmarks/beton: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any] = {"images": args.images, "repeats": args.repeats, "threads": args.threads}
     with tempfile.TemporaryDirectory() as name:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import simplejpeg
 
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.formats.encoded import inspect
 
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     files = find_jpegs(args.folder)
     if not files or min(args.images, args.repeats, args.workers) < 1:
-        print(f"benchmarks/shards: {args.folder}: no JPEG files, or a number is below 1", file=sys.stderr)
+        say(f"benchmarks/shards: {args.folder}: no JPEG files, or a number is below 1", file=sys.stderr)
         return 2
     plain, ours = Rounds(), Rounds()
     with tempfile.TemporaryDirectory() as name:

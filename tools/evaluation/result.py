@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from byolt.files.atomic import replacing
+from byolt.files.console import say
 from byolt.model.quality import scores
 from byolt.model.run.trained import Trained
 from byolt.pipelines.sources import Source
@@ -87,9 +88,8 @@ def report(
         save_confusion(picture, _confusions(outcomes[0], labels, setup.classes), names, caption)
     except Exception as error:  # the numbers are written already
         picture.unlink(missing_ok=True)  # an earlier one shows other numbers
-        print(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)
-    where = f"{path}, {picture.name}".encode(errors="replace").decode()  # a folder's name need not be UTF-8
-    console.print(where, markup=False, soft_wrap=True)
+        say(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)
+    say(f"{path}, {picture.name}")
 
 
 def _about(path: str, source: Source, used: int) -> dict[str, Any]:

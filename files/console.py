@@ -1,0 +1,17 @@
+"""Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
+
+import re
+from typing import TextIO
+
+# Control characters but newline and tab; marks that reorder text; bytes that are not UTF-8, as Python keeps them.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: object) -> str:
+    """The text with escapes, such as \\x1b, in the place of characters that a terminal would obey."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Prints a printable line to stdout, or to `file`."""
+    print(printable(text), file=file, flush=True)
