@@ -1,7 +1,11 @@
 """Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
 
 import re
+from collections.abc import Iterable
 from typing import TextIO
+
+_SHOWN = 5  # items of a list
+_LENGTH = 100  # characters of one of them
 
 # Control characters but newline and tab; marks that reorder text; bytes that are not UTF-8, as Python keeps them.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -15,3 +19,15 @@ def printable(text: object) -> str:
 def say(text: object, file: TextIO | None = None) -> None:
     """Prints a printable line to stdout, or to `file`."""
     print(printable(text), file=file, flush=True)
+
+
+def shown(items: Iterable[object], separator: str = ", ") -> str:
+    """The first five items, each cut to 100 characters on one line, and the number of the others: fits a screen."""
+    texts = [str(item).replace("\n", "\\n") for item in items]
+    first = [
+        text if len(text) <= _LENGTH else f"{text[: _LENGTH // 2 - 2]}...{text[1 - _LENGTH // 2 :]}"
+        for text in texts[:_SHOWN]
+    ]
+    if len(texts) > _SHOWN:
+        first.append(f"and {len(texts) - _SHOWN:,} more")
+    return separator.join(first)

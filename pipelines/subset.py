@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files.console import shown
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
-from byolt.pipelines.formats.folder import LISTED, FolderSource, label_names, list_folder
+from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
 from byolt.pipelines.formats.index import tar_samples
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.order import global_batch
@@ -115,7 +116,7 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
         if two:
             raise ValueError(
                 f"list of samples {path}: {len(two)} entries are the id of one sample and the name of another: "
-                f"{', '.join(two[:LISTED])}; write names of files, with their endings"
+                f"{shown(two)}; write names of files, with their endings"
             )
     elif known is None:
         raise ValueError(
@@ -126,7 +127,7 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
         if wrong:
             raise ValueError(
                 f"list of samples {path}: {len(wrong)} of {len(entries)} entries name no sample, or several: "
-                f"{', '.join(wrong[:LISTED])}; write sample ids below {len(source)}, or names of original files"
+                f"{shown(wrong)}; write sample ids below {len(source)}, or names of original files"
             )
         found = [known[entry] for entry in entries]
     ids = np.unique(np.array(found, np.int64))

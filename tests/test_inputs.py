@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from test_loader import make_config
 
+from byolt.files.console import shown
 from byolt.pipelines.convert import rules
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.formats.folder import FolderSource
@@ -448,3 +449,37 @@ def test_read_only_tars_are_indexed_elsewhere(
         assert labels(tmp_path / "here/index") == {image(i): str(i % 4) for i in range(8)}
         assert verify([str(tmp_path / "here/index")]) == 0
         (tmp_path / "here/index/manifest.json").unlink()
+
+
+def test_lists_in_messages_fit_a_screen() -> None:
+    assert shown([]) == ""
+    assert shown(["a", 2, Path("c")]) == "a, 2, c"
+    assert shown(map(str, range(5)), "; ") == "0; 1; 2; 3; 4"
+    assert shown(f"n{i}" for i in range(26_000)) == "n0, n1, n2, n3, n4, and 25,995 more"
+    long = shown(["x" * 60 + "y" * 60, "a\nb"])
+    assert long == "x" * 48 + "..." + "y" * 49 + r", a\nb"
+
+
+def test_a_thousand_names_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "flat").mkdir()
+    for i in range(1000):
+        (tmp_path / f"flat/{i:04d}.txt").write_text("no image")
+        (tmp_path / f"deep/{i:04d}/b/c").mkdir(parents=True)
+        (tmp_path / f"deep/{i:04d}/b/c/0.jpg").write_bytes(image(0))
+    with pytest.raises(
+        ValueError, match=r"1000 files are not usable \(0000\.txt: .*; and 995 more\)"
+    ) as caught:
+        FolderSource(tmp_path / "flat")
+    assert len(str(caught.value)) < 1000
+    many = [member for i in range(1000) for member in [(f"a{i}.jpg", image(i)), (f"a{i}.k{i}", b"")]]
+    many += [("z.jpg", image(0)), ("z.cls", b"1"), *[("z.png", b"")] * 1000]
+    assert run(write_tar(tmp_path / "a.tar", many), tmp_path / "dst") == 0
+    assert run(tmp_path / "deep", tmp_path / "no") == 2
+    error = capsys.readouterr().err
+    assert "(0000, 0001, 0002, 0003, 0004, and 995 more)" in error
+    assert (
+        "left out: members .k0, members .k1, members .k10, members .k100, members .k101, and 995 more"
+        in error
+    )
+    assert max(map(len, error.splitlines())) < 400
+    assert len(quarantine(tmp_path / "dst")["z"]) < 200

@@ -212,7 +212,7 @@ def test_tars_beside_the_data_set_are_mentioned(dataset: Path, capsys: pytest.Ca
     (dataset / "more.tar").write_bytes(b"")
     assert verify([str(dataset)]) == 0
     captured = capsys.readouterr()
-    assert f"note: {dataset}/more.tar is not part of the data set" in captured.err
+    assert f"note: not part of the data set, so that nothing reads it: {dataset}/more.tar" in captured.err
     assert "8 samples are whole" in captured.out
 
 

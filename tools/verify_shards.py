@@ -12,7 +12,7 @@ import sys
 import time
 from concurrent import futures
 
-from byolt.files.console import say
+from byolt.files.console import say, shown
 from byolt.pipelines.convert.verify import verify
 
 
@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         return _say(str(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
-    for path in strangers:
-        _say(f"note: {path} is not part of the data set: nothing reads it")
+    if strangers:
+        _say(f"note: not part of the data set, so that nothing reads it: {shown(strangers)}")
     for problem in problems[: args.limit]:
         say(problem, file=sys.stderr)
     if problems:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from byolt.files.console import shown
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
@@ -74,7 +75,7 @@ def list_data_set(source: Path) -> Inputs:
         found.classes,
         refused,
         is_data_set=True,
-        notes=(f"left out: {', '.join(left_out)}",) if left_out else (),
+        notes=(f"left out: {shown(left_out)}",) if left_out else (),
         fingerprint=found.fingerprint,
         proven=bool(made_with.get("decode")),
     )
@@ -264,5 +265,5 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
     left_out = [f"{imageless} names without an image"] if imageless else []
     left_out += [f"members .{extension}" for extension in sorted(others)]
     if left_out:
-        said.append(f"left out: {', '.join(left_out)}")
+        said.append(f"left out: {shown(left_out)}")
     return Inputs(path, listed, classes, refused, notes=tuple(said), fingerprint=digest.hexdigest())

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from byolt.files.console import shown
 from byolt.pipelines.convert.inputs import InputImage, Inputs
 from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.order import global_batch
@@ -145,4 +146,4 @@ def recorded_settings(inputs: Inputs, options: ConversionOptions) -> dict[str, A
 def differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     """Names the settings in which the two disagree, with both values; "" if there are none."""
     keys = [key for key in new if old.get(key) != new[key]]
-    return ", ".join(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in keys)
+    return shown(f"{key} was {old.get(key)!r}, now {new[key]!r}" for key in keys)

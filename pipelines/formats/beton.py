@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files.console import shown
 from byolt.files.paths import expand_pattern, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.encoded import ppm_header
@@ -303,7 +304,7 @@ def _members(
                 f"{path}: field {name!r} has the custom type {kind}, whose size the file does not state: "
                 "write it again without that field"
             )
-    found = ", ".join(f"{name!r} ({TYPES[kind][0]})" for name, kind in zip(names, types, strict=True))
+    found = shown(f"{name!r} ({TYPES[kind][0]})" for name, kind in zip(names, types, strict=True))
 
     def place(wanted: int, name: str | None) -> int | None:
         for k, kind in enumerate(types):

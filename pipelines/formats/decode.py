@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from byolt.files.console import shown
 from byolt.pipelines.formats.encoded import for_pil
 
 
@@ -14,7 +15,7 @@ class UndecodableError(Exception):
     """Some images of a batch do not decode: `reasons` maps their place in the batch to the reason."""
 
     def __init__(self, reasons: dict[int, str]) -> None:
-        super().__init__("; ".join(f"image {i} of the batch: {reason}" for i, reason in reasons.items()))
+        super().__init__(shown((f"image {i} of the batch: {reason}" for i, reason in reasons.items()), "; "))
         self.reasons = reasons
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from byolt.files.console import shown
 from byolt.files.regular import read_regular
 from byolt.pipelines.formats.encoded import inspect
 
-LISTED = 5  # names that an error message lists
 # Synology's thumbnails; macOS's metadata; fsck's
 _SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX", "lost+found"))
 
@@ -41,9 +41,8 @@ class FolderSource:
             sizes.append((header.height, header.width))
             digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
         if problems:
-            first = "; ".join(problems[:LISTED])
             raise ValueError(
-                f"data path {self.folder}: {len(problems)} files are not usable ({first}): "
+                f"data path {self.folder}: {len(problems)} files are not usable ({shown(problems, '; ')}): "
                 f"tools/make_shards.py {self.folder} DST leaves them out and lists them in a quarantine file"
             )
         self.labels = np.array(labels, np.int64)
@@ -99,7 +98,7 @@ def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | Non
         tops = sorted({name.split("/", 1)[0] for name in classed})
         raise ValueError(
             f"{deep} of {len(classed)} images are a level below the class folders "
-            f"({', '.join(tops[:LISTED])}): name one of them"
+            f"({shown(tops)}): name one of them"
         )
     if len(names) - len(classed) > len(classed):
         raise ValueError(

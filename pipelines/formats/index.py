@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from byolt.files.console import shown
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.encoded import MAX_BYTES, inspect
@@ -242,7 +243,7 @@ def _sample(path: Path, descriptor: int, key: str, parts: list[_Part]) -> TarSam
                 )
         return TarSample(key, parts[0][1].header)
     if len(images) > 1 or len(labels) > 1:
-        found = ", ".join(sorted(extension for extension, _ in parts))
+        found = shown(sorted(extension for extension, _ in parts))
         raise ValueError(f"it needs one image and at most one label, it has: {found}")
     for _, member in images + labels:
         if member.name.startswith("/") or ".." in member.name.split("/"):
