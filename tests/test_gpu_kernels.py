@@ -254,6 +254,37 @@ def test_parts_of_a_batch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None
     assert np.array_equal(run(images, *params, augment=augment), whole)
 
 
+class Counted:
+    """In place of a kernel: counts its launches and programs."""
+
+    def __init__(self) -> None:
+        self.grids: list[int] = []
+
+    def __getitem__(self, grid: tuple[int]) -> "Counted":
+        self.grids.append(*grid)
+        return self
+
+    def __call__(self, *args: object, **options: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("size", "count", "parts"), [(32, 512, 1), (96, 256, 1), (224, 256, 5)])
+def test_launches_of_a_batch(size: int, count: int, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both views of a whole batch of small images are made in one sequence of four launches."""
+    kernels = {name: Counted() for name in ("_resize", "_color", "_blur_rows", "_blur_columns")}
+    for name, kernel in kernels.items():
+        monkeypatch.setattr(gpu, name, kernel)
+    box = np.array([[0, 0, 40, 50]] * count)
+    view1, view2 = ViewConfig(blur=1.0, solarize=0.0), ViewConfig(blur=0.1, solarize=0.2)
+    augment = AugmentConfig(size=size, view1=view1, view2=view2)
+    params = [draw(view, 0, 0, np.arange(count), 0, box[:, 2], box[:, 3]) for view in (view1, view2)]
+    outs = [torch.empty(count, size, size, 3, dtype=torch.bfloat16, device=DEVICE) for _ in params]
+    gpu.make_views(Pixels(np.zeros(count, np.int64), box), params, augment, outs)
+    assert [len(kernel.grids) for kernel in kernels.values()] == [parts] * 4
+    assert kernels["_blur_rows"].grids == kernels["_blur_columns"].grids
+    assert sum(kernels["_color"].grids) == 2 * count * -(-size * size // 1024)
+
+
 @both_profiles
 def test_part_of_an_image_gives_what_the_whole_gives(profile: Profile) -> None:
     (image,), augment = pictures(1, 90, 80), augment_of(32, profile)
