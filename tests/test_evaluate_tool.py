@@ -317,6 +317,27 @@ def test_labels_that_are_ids_are_refused(
     assert "the largest label is 1,000,000,000,002" in capsys.readouterr().err
 
 
+def test_only_labels_that_occur_are_classes(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A matrix of 100,000 x 100,000 counts has 80 GB."""
+
+    def open_with_odd_labels(path: str) -> Source:
+        source = open_source(path)
+        source.labels, source.classes = np.array([3, 7, 99_999])[source.labels], None
+        return source
+
+    plain = _measure(run, tmp_path / "plain", "--protocol", "knn", *FAST["knn"])
+    monkeypatch.setattr(inputs, "open_source", open_with_odd_labels)
+    odd = _measure(run, tmp_path / "odd", "--protocol", "knn", *FAST["knn"])
+    assert odd["classes"] == 3 and odd["results"] == plain["results"]
+    train, test = open_with_odd_labels(str(run / "train")), open_with_odd_labels(str(run / "val"))
+    test.classes = ["a", "b", "c", "d"]  # 3 has a name
+    inputs.number_classes(train, test)
+    assert test.classes == train.classes == ["a", "b", "c", "d", "7", "99999"]
+    assert set(train.labels) == set(test.labels) == {3, 4, 5}
+
+
 def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     damaged = tmp_path / "checkpoint-000000018.pt"
     data = bytearray((run / damaged.name).read_bytes())

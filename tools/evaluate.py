@@ -63,6 +63,7 @@ def _main(args: argparse.Namespace) -> int:
         test = inputs.open_labeled("--data", args.data, args.max_images)
         train = inputs.open_labeled("--train", args.train, args.max_images)
         inputs.check_splits(args.train, train, args.data, test)
+        inputs.number_classes(train, test)
         world = distributed.init(args.device)
         distributed.on_main(lambda: result.check_writable(args.out), world)
     except (CheckpointError, ValueError, OSError) as error:

@@ -5,6 +5,7 @@ import itertools
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from byolt.model.quality import scores
@@ -89,6 +90,20 @@ def check_splits(train_path: str, train: Source, test_path: str, test: Source) -
             f"--train {train_path} and --data {test_path} hold the same images, so the encoder would be tested on its "
             "training data: name another data set (tools/make_shards.py --split train=.9,val=.1 makes two)"
         )
+
+
+def number_classes(train: Source, test: Source) -> None:
+    """Renumbers labels beyond the named classes in their order, so that only those that occur count as classes.
+
+    A single label of 99,999 would make a confusion matrix of 80 GB.
+    """
+    names = test.classes or train.classes or []
+    beyond = np.unique(np.concatenate([train.labels, test.labels]))
+    beyond = beyond[beyond >= len(names)]
+    for source in (train, test):
+        place = len(names) + np.searchsorted(beyond, source.labels)
+        source.labels = np.where(source.labels < len(names), source.labels, place)
+        source.classes = [*names, *map(str, beyond.tolist())]
 
 
 def untrained(trained: Trained, seed: int) -> Trained:
