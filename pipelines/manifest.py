@@ -76,6 +76,8 @@ class Manifest:
             raise ValueError(
                 f"{path} has version {raw.get('version')!r}, this code reads {VERSION}: {_REMEDY}"
             )
+        sha256 = raw.pop("sha256", None)  # absent from older manifests
+        _refuse(path, sha256 and sha256 != _sha256(raw), "its content does not match its sha256")
         try:
             shards = [Shard(s["name"], s["size"], s["sha256"], s["samples"]) for s in raw["shards"]]
             classes, settings = raw["classes"], raw["settings"]
@@ -117,6 +119,7 @@ class Manifest:
             "classes": self.classes,
             "shards": [shard._asdict() for shard in self.shards],
         }
+        content["sha256"] = _sha256(content)
         with writing(folder / MANIFEST) as file:
             file.write(json.dumps(content, indent=1).encode() + b"\n")
 
@@ -151,6 +154,10 @@ class Manifest:
         labels = len(self.classes) if self.classes is not None else np.iinfo(np.int32).max
         inside = samples["label"].min() >= UNLABELED and samples["label"].max() < labels
         refuse(not inside, f"a label is outside the {labels} classes")
+
+
+def _sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _refuse(path: Path, bad: object, problem: str) -> None:

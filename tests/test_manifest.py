@@ -41,6 +41,7 @@ def _edit(key: str, value: object) -> Callable[[Path], object]:
         content = json.loads((folder / MANIFEST).read_text())
         target = content["shards"][0] if key in content["shards"][0] else content
         target[key] = value
+        del content["sha256"]  # which would refuse it first
         (folder / MANIFEST).write_text(json.dumps(content))
 
     return damage
@@ -105,9 +106,36 @@ def test_edited_manifest_is_refused_by_name(key: str, value: object, folder: Pat
     content = json.loads((folder / "manifest.json").read_text())
     target = content["shards"][0] if key in content["shards"][0] else content
     target[key] = value
+    del content["sha256"]  # which would refuse it first
     (folder / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"manifest\.json"):
         Manifest.load(folder)
+
+
+def test_a_flipped_bit_of_the_manifest_is_refused_by_name(folder: Path) -> None:
+    path = folder / MANIFEST
+    whole = path.read_bytes()
+    sound = Manifest.load(folder)
+    refused = 0
+    for where in range(0, len(whole), 3):
+        flipped = bytes([whole[where] ^ 1 << where % 8])
+        path.write_bytes(whole[:where] + flipped + whole[where + 1 :])
+        try:
+            manifest = Manifest.load(folder)
+        except ValueError as error:
+            refused += str(error).startswith(str(path)) or SAMPLES in str(error)
+        else:  # a space, or a letter of the key "sha256"
+            refused += (manifest.shards, manifest.classes, manifest.settings) == (
+                sound.shards, sound.classes, sound.settings
+            )  # fmt: skip
+    assert refused == len(range(0, len(whole), 3))
+
+
+def test_older_manifest_without_a_checksum_is_read(folder: Path) -> None:
+    content = json.loads((folder / MANIFEST).read_text())
+    del content["sha256"]
+    (folder / MANIFEST).write_text(json.dumps(content))
+    assert Manifest.load(folder).shards
 
 
 def test_deep_nesting_and_foreign_arrays_are_refused_by_name(folder: Path) -> None:
