@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart quickstart-data test test-slow test-faults test-ffcv lint clean
+.PHONY: quickstart quickstart-data test test-slow test-faults test-ffcv gpu-report lint clean
 
 quickstart: .venv/main.done quickstart-data  ## watch BYOL learn on this machine
 	$(BIN)/python train.py --config configs/quickstart.yaml --resume auto
@@ -29,22 +29,34 @@ test-ffcv: .venv/test.done  ## with ffcv itself, which is built into .venv/ffcv 
 	PYTHONPATH=.venv/ffcv $(BIN)/python -c 'import ffcv.loader'
 	PYTHONPATH=.venv/ffcv $(BIN)/pytest tests/test_ffcv.py
 
+gpu-report: .venv/test.done  ## five minutes on a GPU: tests, speed and memory, written to benchmarks/<card>
+	$(BIN)/python tools/gpu_report.py
+
 lint: .venv/dev.done  ## format, lint, types, and that imports run one way
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config setup.cfg
 
-# main, test and dev are what is installed: the package alone, with its test extra, with its dev extra.
-.venv/main.done: EXTRAS = dali
-.venv/test.done: EXTRAS = dali,test
-.venv/dev.done: EXTRAS = dali,dev
+# main, test and dev are what is installed: the package alone, with its test extra, with its dev extra. DALI is the
+# build for torch's CUDA. Either build runs without a GPU; they share files, so the other one is removed first.
+.venv/main.done: EXTRA =
+.venv/test.done: EXTRA = ,test
+.venv/dev.done: EXTRA = ,dev
 .venv/%.done: setup.cfg constraints.txt | $(BIN)/python
-	@echo "installing byolt[$(EXTRAS)] into .venv: about 6 GB the first time, which takes minutes"
+	@echo "installing byolt and its libraries into .venv: about 6 GB the first time, which takes minutes"
 	@seconds=0; (while sleep 1; do seconds=$$((seconds + 1)); \
 	  [ $$((seconds % 15)) -ne 0 ] || echo "  $$seconds s, $$(du -sh .venv | cut -f1) installed"; done) & \
-	trap "kill $$!" EXIT; \
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	trap "kill $$!" EXIT; set -e; \
+	install="$(BIN)/pip install --quiet --constraint constraints.txt"; \
+	$$install torch; \
+	case "$$($(BIN)/python -c 'import torch; print(torch.version.cuda)')" in \
+	  12.*) dali=dali other=13;; \
+	  *) dali=dali-cuda130 other=12;; \
+	esac; \
+	$(BIN)/pip uninstall --quiet --quiet --yes nvidia-dali-cuda$${other}0 \
+	  $$(printf "nvidia-%s-cu$$other " nvimgcodec libnvcomp nvjpeg2k nvtiff); \
+	$$install --editable ".[$$dali$(EXTRA)]"
 	@touch $@
 
 $(BIN)/python:

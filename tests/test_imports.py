@@ -23,6 +23,7 @@ ALLOWED = {
     "triton": {
         *(f"pipelines/kernels/gpu{part}.py" for part in ("", "_pixels", "_byol", "_torchvision")),
         *(f"model/kernels/{operation}_triton.py" for operation in ("lars", "norm")),
+        "tools/benchmarks/traffic.py",
     },
     "amp_C": {"model/kernels/lars_apex.py"},
     "apex": {"model/kernels/lars_apex.py"},

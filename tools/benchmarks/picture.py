@@ -1,6 +1,6 @@
-"""The picture of a benchmark: time of each stage, speed of all stages together, and other pipelines."""
+"""Bar charts: the costs of `tools/bench.py` and the figures of `tools/gpu_report.py`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ def save_picture(
         ours, *_ = compared.values()
         labels = [f"{value:.2f}   {value / ours:.1f} x" for value in compared.values()]
         panels.append((f"{heading}: CPU ms per image", compared, labels))
+    save_bars(path, title, panels)
+
+
+def save_bars(path: Path, title: str, panels: Sequence[tuple[str, Mapping[str, float], list[str]]]) -> None:
+    """Draws horizontal bars; each panel is a heading, the values by name, and their labels."""
     heights = [len(values) for _, values, _ in panels]
     with rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(8, 0.32 * sum(heights) + 0.75 * len(panels) + 0.5))

@@ -31,12 +31,17 @@ LONGEST = 3.0  # seconds after which a turn ends early; one step can take that l
 
 def measure(config: Config, source: Source, world: World, batches: int, torchvision: bool) -> dict[str, Cost]:
     """Costs of STAGES, "loader", "step", "both" and, if requested, "torchvision"; arguments as `measure_together`."""
+    precision, dtype = choose_precision(config, world)
+    stages = measure_stages(config, source, world.device, dtype, batches)
+    return stages | measure_together(config, source, world, precision, dtype, batches, torchvision)
+
+
+def choose_precision(config: Config, world: World) -> tuple[str, torch.dtype]:
+    """The step's precision, which train.precision or the device decides, and the views' dtype."""
     on_gpu, precision = world.device.type == "cuda", config.train.precision
     if precision == "auto":
         precision = "bf16" if on_gpu else "fp32"
-    dtype = PRECISIONS[precision] if on_gpu else torch.float32
-    stages = measure_stages(config, source, world.device, dtype, batches)
-    return stages | measure_together(config, source, world, precision, dtype, batches, torchvision)
+    return precision, PRECISIONS[precision] if on_gpu else torch.float32
 
 
 def measure_together(
