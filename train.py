@@ -99,6 +99,7 @@ def fail(error: Exception) -> int:
 def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Lock) -> int:
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")
+    from byolt.files.limits import limit_behind
     from byolt.model import distributed
     from byolt.model.run import failure, guard, trace
     from byolt.model.run.checkpoint import CheckpointError
@@ -119,7 +120,8 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
     except Exception as error:
         mistake = run is None and isinstance(error, (ValueError, OSError, CheckpointError))
         foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
-        if not mistake and not isinstance(error, foreseen) and not distributed.is_lost_peer(error):
+        foreseen_here = mistake or isinstance(error, foreseen) or limit_behind(error)
+        if not foreseen_here and not distributed.is_lost_peer(error):
             traceback.print_exc()
         say(f"error: {failure.explain(error, run.step if run else None, world)}", file=sys.stderr)
         return 2 if mistake else 1

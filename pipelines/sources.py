@@ -27,6 +27,7 @@ from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.synthetic import SyntheticSource
 from byolt.pipelines.manifest import MANIFEST, Manifest
 
+_LEAST_DESCRIPTORS = 64  # of the rest of a process that trains
 _SPARE_DESCRIPTORS = 256  # for the rest of the process
 
 
@@ -303,6 +304,11 @@ def _checked_manifest(folder: Path) -> Manifest:
     # ImageNet is 550 shards of 256 MB; the usual soft limit of open files is 1,024.
     needed = len(manifest.shards) + _SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < len(manifest.shards) + _LEAST_DESCRIPTORS:
+        raise ValueError(
+            f"{folder} has {len(manifest.shards)} shards, each an open file, and RLIMIT_NOFILE is {hard}: raise it "
+            "(ulimit -Hn), or make fewer shards (make_shards.py --shard-size)"
+        )
     if soft != resource.RLIM_INFINITY and soft < needed:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
+from byolt.files.limits import limit_behind
 from byolt.model import distributed
 from byolt.model.distributed import World
 
@@ -29,9 +30,10 @@ def explain(error: Exception, step: int | None, world: World) -> str:
         "rank R, step S: reason", after 11 seconds at most.
     """
     here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
-    mine = f"{here}: {error or type(error).__name__}"
+    reason = f"{str(error) or type(error).__name__}{limit_behind(error)}"
+    mine = f"{here}: {reason}"
     if world.size == 1:
-        return mine if step is not None else str(error)
+        return mine if step is not None else reason
     if is_first := not distributed.is_lost_peer(error):
         distributed.record(error)
     said = [mine if is_first else f"{here}: rank 0, which keeps the store, does not answer"]
