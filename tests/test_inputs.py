@@ -369,7 +369,9 @@ def test_numbered_tars_without_labels_are_shards(tmp_path: Path, capsys: pytest.
         write_tar(tmp_path / f"src/{number:05d}.tar", content)
     (tmp_path / "src/00000_stats.json").write_text("{}")
     assert run(tmp_path / "src", tmp_path / "dst") == 0
-    assert "read as WebDataset: 12 samples, no labels" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "read as WebDataset: 12 samples, no labels" in error
+    assert "left out, beside the tars: 00000_stats.json\n" in error
     assert labels(tmp_path / "dst") == {image(i): "-1" for i in range(12)}
 
 
@@ -429,9 +431,13 @@ def test_mistakes_in_a_list_of_labels_are_one_line(
         assert message in error and error.count("\n") == 1
     assert run(tmp_path / "web.tar", tmp_path / "dst", "--labels", tmp_path / "labels") == 2
     assert "which has labels of its own" in capsys.readouterr().err
-    (tmp_path / "labels").write_text("1.jpg 1\nx.jpg 1\ny.jpg 2\n")
+    (tmp_path / "labels").write_text("name label\n1.jpg 1\na/0.jpg cat\nx.jpg 1\ny.jpg 2\n")
     assert run(tmp_path / "src", tmp_path / "dst", "--labels", tmp_path / "labels") == 0
-    assert "labels has 2 names that are not of a file, for example x.jpg" in capsys.readouterr().err
+    assert "labels has 2 names that are not of a file: x.jpg, y.jpg" in capsys.readouterr().err
+    assert quarantine(tmp_path / "dst") == {
+        "a/0.jpg": "its label is 'cat', not an integer",
+        "b/0.jpg": f"has no label in {tmp_path}/labels",
+    }
 
 
 def test_read_only_tars_are_indexed_elsewhere(
@@ -483,3 +489,17 @@ def test_a_thousand_names_are_cut(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     assert max(map(len, error.splitlines())) < 400
     assert len(quarantine(tmp_path / "dst")["z"]) < 200
+
+
+def test_tars_a_level_too_deep_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train", "val"):
+        (tmp_path / "web" / name).mkdir(parents=True)
+        write_tar(tmp_path / f"web/{name}/a.tar", web_dataset(4))
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        write_tar(tmp_path / f"tars/{name}.tar", [(f"c{i}/{i}.jpg", image(i)) for i in range(4)])
+    assert run(tmp_path / "web", tmp_path / "dst") == 2
+    assert "has its tars in folders (train, val): name one with --inside" in capsys.readouterr().err
+    assert run(tmp_path / "web", tmp_path / "dst", "--inside", "val") == 0
+    assert labels(tmp_path / "dst") == {image(i): str(i) for i in range(4)}
+    assert run(tmp_path / "tars", tmp_path / "out") == 2
+    assert "(train, val): name one of them as SRC" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from byolt.files.atomic import writing
+from byolt.files.console import shown
 from byolt.pipelines.convert.from_shards import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
@@ -78,34 +79,35 @@ def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = N
             if are_samples(places):
                 return _samples(source, path, [whole], inside, listed)
             tars = _tars_in(places, False)
+    notes = []
     if tars:
+        if beside := sorted(places.keys() - {part.name for part in tars}):
+            notes.append(f"left out, beside the tars: {shown(beside)}")
         first = _walk_archive(_tar_members(path, source, tars[0]), 0, "", [])[0]
         if are_samples(first) or _are_numbered([part.name for part in tars]):
-            return _samples(source, path, tars, "", listed)
+            found = _samples(source, path, tars, "", listed)
+            return found._replace(notes=(*found.notes, *notes))
         places, more = _class_tars(source, path, tars, hidden)
         refused += more
     where = f"{source}, folder {inside}" if inside else f"{source}"
     if not places:
         raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
-    notes = []
+    folders = sorted({name.rpartition("/")[0] for name in places if name.endswith(".tar")})
+    if folders and not tars and not any(map(is_image, places)):
+        raise ValueError(f"SRC {where} has its tars in folders ({shown(folders)}): name one with --inside")
     if listed:
-        texts, strangers = listed_labels(listed, sorted(places))
-        refused += [RefusedFile(name, f"has no label in {listed}") for name in places.keys() - texts.keys()]
-        names, classes = sorted(texts), class_names(texts.values())
-        numbers = numbers_of(classes)
-        labels = [label_number(texts[name], numbers) for name in names]
-        if strangers:
-            notes.append(
-                f"{listed} has {len(strangers)} names that are not of a file, for example {strangers[0]}"
-            )
+        labels, classes, more, strangers = _listed(listed, sorted(places))
+        refused += more
+        notes += strangers
     else:
         try:
-            names, labels, classes, stray = label_names(sorted(places))
+            names, numbers, classes, stray = label_names(sorted(places))
         except ValueError as error:
-            raise ValueError(f"SRC {where}: {error} with --inside") from None
+            raise ValueError(f"SRC {where}: {error} {'as SRC' if tars else 'with --inside'}") from None
+        labels = dict(zip(names, numbers, strict=True))
         refused += [RefusedFile(name, "is beside the class folders") for name in stray]
     images = []
-    for name, label in zip(names, labels, strict=True):
+    for name, label in labels.items():
         image = InputImage(name, label, *places[name])
         if image.length <= limit:
             images.append(image)
@@ -115,6 +117,27 @@ def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = N
         notes.append(f"left out: {len(hidden)} hidden or system files and folders, for example {min(hidden)}")
     fingerprint = hashlib.sha256(repr(classes).encode()).hexdigest() if listed else ""
     return Inputs(path, images, classes, sorted(refused), notes=tuple(notes), fingerprint=fingerprint)
+
+
+def _listed(
+    path: Path, names: list[str]
+) -> tuple[dict[str, int], list[str] | None, list[RefusedFile], list[str]]:
+    """The label of each file by a list, the class names, the files without a label, and a note about the list."""
+    texts, strangers = listed_labels(path, names)
+    classes = class_names(texts.values())
+    numbers = numbers_of(classes)
+    labels, refused = {}, []
+    for name in names:
+        try:
+            if name not in texts:
+                raise ValueError(f"has no label in {path}")
+            labels[name] = label_number(texts[name], numbers)
+        except ValueError as error:
+            refused.append(RefusedFile(name, str(error)))
+    notes = (
+        [f"{path} has {len(strangers)} names that are not of a file: {shown(strangers)}"] if strangers else []
+    )
+    return labels, classes, refused, notes
 
 
 def _samples(source: Path, path: Path, tars: list[InputTar], inside: str, listed: Path | None) -> Inputs:

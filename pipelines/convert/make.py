@@ -68,7 +68,8 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
             raise ValueError(f"DST {folder} is SRC {src}, or inside of it: name another folder")
     if options.engine == "ffcv":
         ffcv_engine.require()
-    if is_data_set(src):
+    data_set = is_data_set(src)
+    if data_set:
         if options.labels:
             raise ValueError(
                 f"--labels {options.labels}: SRC {src} is a data set, which has labels of its own"
@@ -84,11 +85,7 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         if note := lock.take():
             say(note)
         try:
-            inputs = (
-                list_data_set(src)
-                if is_data_set(src)
-                else list_files(src, options.inside, work, options.labels)
-            )
+            inputs = list_data_set(src) if data_set else list_files(src, options.inside, work, options.labels)
             settings = recorded_settings(inputs, options)
             if options.strict and inputs.refused:
                 raise strict_error(inputs.refused)
