@@ -17,7 +17,13 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)  # (24, 4)
 CROP_TRIES = 10  # of torchvision's RandomResizedCrop, which then falls back to a centered window
-_SLOTS = 16  # random numbers per view; torchvision's other nine tries use further ones
+# The random numbers of a view, in order; their places must not change, or every run would. A new operation takes number
+# 15, and further ones begin after those of torchvision's other nine tries, so that the others keep theirs.
+SLOTS = (
+    "area", "ratio", "top", "left", "flip", "jitter", "order", "brightness", "contrast", "saturation", "hue", "gray",
+    "blur", "sigma", "solarize",
+)  # fmt: skip
+_TRIES = 16  # the first number of those tries: area and ratio of each
 
 Uniform = npt.NDArray[np.float64]
 Sides = npt.NDArray[np.int64]
@@ -93,36 +99,39 @@ def draw(
         Parameters of N views.
     """
     byol = profile == "byol"
-    slots = uniform(seed, epoch, ids, view_index, _SLOTS if byol else _SLOTS + 2 * (CROP_TRIES - 1))
+    numbers = uniform(seed, epoch, ids, view_index, _TRIES if byol else _TRIES + 2 * (CROP_TRIES - 1))
+    u = dict(zip(SLOTS, numbers, strict=False))
     sides = heights.astype(np.int64), widths.astype(np.int64)
-    crop = _one_try(view, slots[:4], *sides) if byol else _ten_tries(view, slots, *sides)
+    crop = _byol_crop(view, numbers, *sides) if byol else _torchvision_crop(view, numbers, *sides)
     top, left, height, width = (side.astype(np.int32) for side in crop)
-    u, neutral = iter(slots[4:]), 0 if byol else 1
+    neutral = 0 if byol else 1  # of the brightness: an offset or a factor
     return ViewParams(
         top=top,
         left=left,
         height=height,
         width=width,
-        flip=next(u) < view.flip,
-        jitter=next(u) < view.jitter,
-        order=JITTER_ORDERS[(next(u) * len(JITTER_ORDERS)).astype(np.int64)],
-        brightness=_between(next(u), neutral - view.brightness, neutral + view.brightness).astype(np.float32),
-        contrast=_between(next(u), 1 - view.contrast, 1 + view.contrast).astype(np.float32),
-        saturation=_between(next(u), 1 - view.saturation, 1 + view.saturation).astype(np.float32),
-        hue=_between(next(u), -view.hue, view.hue).astype(np.float32),
-        gray=next(u) < view.gray,
-        blur=next(u) < view.blur,
-        sigma=_between(next(u), *view.blur_sigma).astype(np.float32),
-        solarize=next(u) < view.solarize,
+        flip=u["flip"] < view.flip,
+        jitter=u["jitter"] < view.jitter,
+        order=JITTER_ORDERS[(u["order"] * len(JITTER_ORDERS)).astype(np.int64)],
+        brightness=_between(u["brightness"], neutral - view.brightness, neutral + view.brightness).astype(
+            np.float32
+        ),
+        contrast=_between(u["contrast"], 1 - view.contrast, 1 + view.contrast).astype(np.float32),
+        saturation=_between(u["saturation"], 1 - view.saturation, 1 + view.saturation).astype(np.float32),
+        hue=_between(u["hue"], -view.hue, view.hue).astype(np.float32),
+        gray=u["gray"] < view.gray,
+        blur=u["blur"] < view.blur,
+        sigma=_between(u["sigma"], *view.blur_sigma).astype(np.float32),
+        solarize=u["solarize"] < view.solarize,
     )
 
 
-def _one_try(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
+def _byol_crop(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
     """The reference's window: sides rounded, clamped to the image (at least one pixel), placed uniformly.
 
     Args:
         view: area U(crop_area), ratio exp(U(log crop_ratio)).
-        u: (4, N) random numbers: area, ratio, place.
+        u: (SLOTS, N) random numbers.
         heights: (N,) of the images.
         widths: (N,)
 
@@ -134,13 +143,15 @@ def _one_try(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> lis
     return [u[2] * (heights - height + 1), u[3] * (widths - width + 1), height, width]
 
 
-def _ten_tries(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
+def _torchvision_crop(
+    view: ViewConfig, u: Uniform, heights: Sides, widths: Sides
+) -> list[npt.NDArray[np.float64]]:
     """torchvision's window (transforms.v2.RandomResizedCrop): the first of ten that fits into the image.
 
     If none fits, the largest centered window whose ratio is the allowed one nearest to the image's own. Arguments and
-    result as in `_one_try`, but u is (_SLOTS + 18, N): area and ratio of the other nine tries come last.
+    result as in `_byol_crop`, but u is (_TRIES + 18, N): area and ratio of the other nine tries come last.
     """
-    tries = np.concatenate([u[:2], u[_SLOTS:]])
+    tries = np.concatenate([u[:2], u[_TRIES:]])
     height, width = _sides(view, tries[::2], tries[1::2], heights, widths)  # (10, N)
     fits = (height > 0) & (height <= heights) & (width > 0) & (width <= widths)
     first, row = fits.argmax(0), np.arange(len(heights))

@@ -83,6 +83,11 @@ def test_everything_is_imported_without_ffcv() -> None:
     assert result.returncode == 0, result.stderr
 
 
+def test_a_folder_holds_at_most_twelve_source_files() -> None:
+    folders = [path.parent for path in FILES if path.name != "__init__.py"]
+    assert max(folders.count(folder) for folder in set(folders)) <= 12
+
+
 def test_relative_imports_are_not_used() -> None:
     relative = [
         p
