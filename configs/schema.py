@@ -212,7 +212,8 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the sample order and every augmentation."""
     log_every: _Count = 50
-    """Steps between two rows of metrics.jsonl and TensorBoard, and between two lines of output without a terminal."""
+    """Steps between two rows of metrics.jsonl and TensorBoard, which are also lines of output. Steps 1, 2, 5 and 10,
+    where they come before the first of these, have rows too."""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 15
     """Minutes between two checkpoints. One is also written on a signal and at the end."""
     keep_checkpoints: _Count = 3

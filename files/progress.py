@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar below a line of text on a terminal, lines of text elsewhere."""
+"""Progress on stderr: on a terminal a bar below the lines of text, elsewhere the lines alone."""
 
 import time
 
@@ -21,12 +21,14 @@ class Meter:
             total: pieces in all.
             done: pieces that an earlier start has done; they do not count for the time left.
             enabled: False silences it.
-            line_every: seconds between two lines of text where there is no terminal; lines in between are dropped.
+            line_every: seconds between two lines of text where there is no terminal; lines in between are dropped. On a
+                terminal each text then replaces the one before; with 0 all texts stay above the bar.
         """
         self._unit, self._total, self._first, self._line_every = unit, total, done, line_every
         self._start = self._last_line = time.perf_counter()
         self._console = Console(stderr=True, highlight=False, quiet=not enabled)
-        self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn())
+        bar = BarColumn(bar_width=None)  # takes the width that is left
+        self._bar = Progress(bar, MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(), expand=True)
         self._task = self._bar.add_task("", total=total, completed=done)
         self._live = Live(self._bar, console=self._console) if self._console.is_terminal and enabled else None
 
@@ -40,9 +42,11 @@ class Meter:
             self._live.stop()
 
     def update(self, done: int, text: str = "") -> None:
-        """Moves the bar to `done` pieces; a text replaces the line above the bar, or is printed as a line."""
+        """Moves the bar to `done` pieces and shows a text as a line; see `line_every`."""
         self._bar.update(self._task, completed=done)
-        if text and self._live:
+        if text and self._live and not self._line_every:
+            self.say(f"{self._unit} {done}  {text}")
+        elif text and self._live:
             self._live.update(Group(text, self._bar))
         elif text and (now := time.perf_counter()) - self._last_line >= self._line_every:
             self._last_line = now

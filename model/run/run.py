@@ -23,6 +23,8 @@ from byolt.model.run.pictures import save_view_pairs
 from byolt.model.run.resume import Start
 from byolt.model.step import StepResult, TrainStep
 
+_EARLY_ROWS = (1, 2, 5, 10)  # steps with a row before run.log_every, so that a slow run shows signs of life
+
 
 @dataclass
 class Run:
@@ -47,6 +49,7 @@ class Run:
         self.out = Path(self.config.run.out)
         self.meter = Meter("step", self.last_step, self.step, enabled=self.world.is_main)
         self.on_gpu = self.world.device.type == "cuda"
+        self._first_step, self._duration_said = start.step, False
         self.stopping = False  # a rank got a signal; the same on every rank
         self.metrics = MetricLog(self.out, self.step) if self.world.is_main else None
         self._window = Window(self.world, self.config.train.batch_size, self.step)
@@ -87,7 +90,8 @@ class Run:
 
     def is_logged(self, step: int) -> bool:
         """Whether a row of numbers follows after `step` steps."""
-        return step % self.config.run.log_every == 0 or step == self.last_step
+        every = self.config.run.log_every
+        return step % every == 0 or step == self.last_step or (step in _EARLY_ROWS and step < every)
 
     def count(self, result: StepResult, right: Tensor | None, ids: Tensor) -> None:
         """Counts a step; refuses one that is not finite.
@@ -133,15 +137,25 @@ class Run:
         }
         self.meter.update(
             self.step,
-            f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {lr:.4g}  tau {tau:.5f}  "
-            f"{row['images_per_second']:.0f} images/s  data wait {row['data_wait_percent']:.1f} %",
+            f"epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  lr {lr:.3g}  "
+            f"{row['images_per_second']:.0f} images/s  wait {row['data_wait_percent']:.1f} %",  # fits 80 columns
         )
+        self._say_duration(row["images_per_second"])
         self._write(row)
         if warning := guard.collapse_warning(row["projection_std"], self.config):
             if self.config.train.on_collapse == "stop":
                 self.save()
                 raise guard.CollapseError(f"{warning}; stopped after a checkpoint (train.on_collapse=stop)")
             self.meter.say(f"warning: step {self.step}: {warning}")
+
+    def _say_duration(self, images_per_second: float) -> None:
+        """Says once how long the steps of this start take; not by its first step alone, which is the slowest."""
+        if not self._duration_said and self._first_step + 1 < self.step < self.last_step:
+            self._duration_said = True
+            steps = self.last_step - self._first_step
+            minutes = math.ceil(steps * self.config.train.batch_size / images_per_second / 60)
+            duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+            self.meter.say(f"at this speed {steps} steps take {duration}")
 
     def _write(self, values: dict[str, float]) -> None:
         if self.metrics:
