@@ -31,3 +31,11 @@ def shown(items: Iterable[object], separator: str = ", ") -> str:
     if len(texts) > _SHOWN:
         first.append(f"and {len(texts) - _SHOWN:,} more")
     return separator.join(first)
+
+
+def difference(key: str, names: list[str], other_key: str, other_names: list[str]) -> str:
+    """How two different lists of names differ, for example "only in --train: cat, dog"."""
+    sides = ((key, names, {*other_names}), (other_key, other_names, {*names}))
+    only = [(side, [name for name in mine if name not in others]) for side, mine, others in sides]
+    said = [f"only in {side}: {shown(found)}" for side, found in only if found]
+    return "; ".join(said) or "the same names in another order, or repeated"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from byolt import train
-from byolt.files.console import printable
+from byolt.files.console import difference, printable
 from byolt.files.progress import Meter
 from byolt.tools import ablate, evaluate, export, make_shards, report, show_views, verify_shards
 
@@ -48,3 +48,13 @@ def test_train_and_its_progress_escape_names(
     Meter("step", 1).say(HOSTILE)
     told = capsys.readouterr().err
     assert told.count(SHOWN) == 2 and not set(told) & set("\x1b\x07\r")
+
+
+def test_only_the_difference_is_listed() -> None:
+    names = [f"n{i:08d}" for i in range(1000)]
+    assert difference("data.path", names, "eval.path", names[:-1]) == "only in data.path: n00000999"
+    said = difference("data.path", names, "eval.path", ["n", *names[20:]])
+    assert said.startswith("only in data.path: n00000000, ") and said.endswith(
+        "and 15 more; only in eval.path: n"
+    )
+    assert difference("a", ["x", "y"], "b", ["y", "x"]) == "the same names in another order, or repeated"

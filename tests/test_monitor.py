@@ -3,6 +3,7 @@
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,3 +48,24 @@ def test_batches_have_two_images_on_however_many_ranks(ranks: int, expected: int
 def test_batches_are_whole(images: int, ranks: int, expected: list[int]) -> None:
     """Of a last batch of one image batch norm has no variance, and of few it would count as much as 256."""
     assert calibration(images, ranks - 1, ranks) == expected
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes", "message"),
+    [
+        (
+            [3] * 30,
+            None,
+            "all 30 images are of one class, so kNN top-1 would be 100 % for any encoder: set eval.path=null",
+        ),
+        (list(range(30)), [f"n{i}" for i in range(1, 31)], "only in eval.path: n0; only in data.path: n30$"),
+    ],
+)
+def test_sets_that_knn_cannot_compare(labels: list[int], classes: list[str] | None, message: str) -> None:
+    bank, queries = open_source("synthetic:30:8x8"), open_source("synthetic:40:8x8")
+    bank.labels, bank.classes = np.array(labels), classes
+    queries.classes = [f"n{i}" for i in range(30)]
+    world = World(0, 0, 1, torch.device("cpu"), "none")
+    with pytest.raises(ValueError, match=message) as caught:
+        KnnMonitor(schema.load(CONFIG), bank, queries, world, plain_images, spaced)
+    assert len(str(caught.value)) < 300

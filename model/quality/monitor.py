@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from byolt.configs.schema import Config
+from byolt.files.console import difference
 from byolt.model.distributed import World
 from byolt.model.quality import features, knn, scores
 
@@ -55,11 +56,16 @@ class KnnMonitor:
                     f"{key} holds unlabeled images, and kNN needs labels in both data sets: set eval.path=null, and "
                     "evaluate the encoder with tools/evaluate.py --train LABELED --data LABELED"
                 )
+        if bank.labels.min() == bank.labels.max():
+            raise ValueError(
+                f"data.path={config.data.path}: all {len(bank)} images are of one class, so kNN top-1 would be 100 % "
+                "for any encoder: set eval.path=null, or sort the images into two class folders or more"
+            )
         self._num_classes = scores.num_classes(bank.labels, queries.labels)
         if bank.classes and queries.classes and bank.classes != queries.classes:
             raise ValueError(
                 f"eval.path={config.eval.path} has other classes than data.path={config.data.path}: "
-                f"{queries.classes} and {bank.classes}"
+                f"{difference('eval.path', queries.classes, 'data.path', bank.classes)}"
             )
         self._config, self._bank, self._queries, self._world = config, bank, queries, world
         self._images, self._spaced = images, spaced

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
+from byolt.files.console import shown
 from byolt.files.limits import limit_behind
 from byolt.model import distributed
 from byolt.model.distributed import World
@@ -67,6 +68,6 @@ def _ask(here: str, mine: str, world: World) -> str:
     except RuntimeError:
         return f"{here}: lost rank 0; see its output"
     return (
-        f"{here}: rank {', '.join(silent) or 'another'} did not come to this step: killed, stopped, or waiting longer "
+        f"{here}: rank {shown(silent) or 'another'} did not come to this step: killed, stopped, or waiting longer "
         "than train.timeout_minutes"
     )

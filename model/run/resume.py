@@ -10,7 +10,7 @@ from torch import Tensor
 
 from byolt.configs import fixed
 from byolt.configs.schema import Config
-from byolt.files.console import say
+from byolt.files.console import say, shown
 from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.quality.probe import OnlineProbe
@@ -134,7 +134,7 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
     if not wrong and not all(isinstance(x, str | int) for item in state["rounding"].items() for x in item):
         wrong = ["rounding"]
     if wrong:
-        names = ", ".join(sorted(map(str, wrong)))
+        names = shown(sorted(map(str, wrong)))
         raise CheckpointError(
             f"checkpoint {path} is malformed: missing, unexpected or wrongly typed keys: {names}"
         )

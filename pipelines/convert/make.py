@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import sha256_of, writing
+from byolt.files.console import shown
 from byolt.files.lock import Lock
 from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
@@ -228,7 +229,7 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
     if dotted := sum(part.dotted for part in found):
         counts += f", {DOTTED.format(dotted)}"
     if kinds := sum((Counter(part.kinds) for part in found), Counter()):
-        listed = ", ".join(f"{number} .{kind}" for kind, number in sorted(kinds.items()))
+        listed = shown(f"{number} .{kind}" for kind, number in sorted(kinds.items()))
         counts += f", to be converted with tools/make_shards.py {folder} DST: {listed}"
     if not len(records):
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from byolt.files.console import difference
 from byolt.model.quality import scores
 from byolt.model.resnet import make_encoder
 from byolt.model.run.trained import Trained
@@ -77,7 +78,8 @@ def check_splits(train_path: str, train: Source, test_path: str, test: Source) -
     """
     if train.classes and test.classes and train.classes != test.classes:
         raise ValueError(
-            f"--train {train_path} has other classes than --data {test_path}: {train.classes} and {test.classes}"
+            f"--train {train_path} has other classes than --data {test_path}: "
+            f"{difference('--train', train.classes, '--data', test.classes)}"
         )
     scores.num_classes(train.labels, test.labels)
     if train.labels.min() == train.labels.max():

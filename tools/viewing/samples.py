@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from byolt.configs.schema import Config
+from byolt.files.console import shown
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import UndecodableError
@@ -91,7 +92,7 @@ def make_views(
         first, second = backend(samples.encoded, *(params or samples.params))
     except UndecodableError as error:
         lines = [f"{samples.places[place]}: {reason}" for place, reason in error.reasons.items()]
-        raise ValueError(f"{'; '.join(lines)}: show others with --ids") from None
+        raise ValueError(f"{shown(lines, '; ')}: show others with --ids") from None
     return first.cpu(), second.cpu()
 
 
