@@ -15,11 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 
-def train(*arguments: str, tmp_path: Path, python: tuple[str, ...] = (), **variables: str) -> tuple[int, str]:
-    """Runs train.py where torch cannot be imported; returns the exit code and the standard error."""
+def start(
+    program: str, *arguments: str, tmp_path: Path, python: tuple[str, ...] = (), **variables: str
+) -> tuple[int, str]:
+    """Runs a program where torch cannot be imported; returns the exit code and the standard error."""
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
     done = subprocess.run(
-        [sys.executable, *python, str(ROOT / "train.py"), *arguments],
+        [sys.executable, *python, str(ROOT / program), *arguments],
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", **variables},
         cwd=tmp_path,
         capture_output=True,
@@ -93,23 +95,54 @@ def test_one_task_of_a_larger_job_is_a_run(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_train_refuses_tasks_without_ranks_before_torch(tmp_path: Path) -> None:
-    start = time.monotonic()
-    code, error = train("--config", QUICKSTART, tmp_path=tmp_path, SLURM_NTASKS="2")
+    began = time.monotonic()
+    code, error = start("train.py", "--config", QUICKSTART, tmp_path=tmp_path, SLURM_NTASKS="2")
     assert code == 2 and f"torchrun --nproc-per-node=2 {ROOT / 'train.py'} --config" in error
-    assert time.monotonic() - start < 30  # it takes half a second; the bound detects a hang
+    assert time.monotonic() - began < 30  # it takes half a second; the bound detects a hang
 
 
 def test_a_forgotten_environment_is_one_line(tmp_path: Path) -> None:
-    code, error = train("--config", QUICKSTART, tmp_path=tmp_path, python=("-S",))  # without site-packages
+    code, error = start(
+        "train.py", "--config", QUICKSTART, tmp_path=tmp_path, python=("-S",)
+    )  # without site-packages
     assert code == 1 and error.count("\n") == 1
     assert "error: No module named" in error and ". .venv/bin/activate" in error
 
 
 @pytest.mark.parametrize("key", ["data.path", "eval.path"])
 def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> None:
-    code, error = train(
-        "--config", QUICKSTART, "data.path=synthetic:9:8x8", f"{key}=photos", tmp_path=tmp_path
+    code, error = start(
+        "train.py", "--config", QUICKSTART, "data.path=synthetic:9:8x8", f"{key}=photos", tmp_path=tmp_path
     )
     assert (code, error.split(":")[:2]) == (2, ["error", f" {key}"])
     assert f"data path 'photos' does not exist in {tmp_path}" in error
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "answer"),
+    [
+        ("evaluate.py x.pt", "the following arguments are required: --protocol"),
+        (
+            "evaluate.py x.pt --protocol knn",
+            "x.pt cannot be read: no such file; give a checkpoint-*.pt or encoder.safetensors",
+        ),
+        (
+            "evaluate.py torch.py --protocol knn --data photos",
+            "--data: data path 'photos' does not exist in ",
+        ),
+        ("evaluate.py torch.py --protocol knn --lr 1", "--lr is an option of --protocol linear and finetune"),
+        ("report.py nowhere", "nowhere is not a folder; give the run.out of a run"),
+        ("report.py .", ". holds neither metrics.jsonl nor a checkpoint; give the run.out of a run"),
+    ],
+)
+def test_mistakes_of_the_tools_are_told_before_torch(command: str, answer: str, tmp_path: Path) -> None:
+    code, error = start(f"tools/{command.split()[0]}", *command.split()[1:], tmp_path=tmp_path)
+    assert code == 2 and answer in error.splitlines()[-1]
+
+
+@pytest.mark.parametrize("tool", ["evaluate.py", "report.py", "make_shards.py"])
+def test_a_tool_without_its_environment_is_one_line(tool: str, tmp_path: Path) -> None:
+    code, error = start(f"tools/{tool}", tmp_path=tmp_path, python=("-S",), PYTHONPATH="")
+    assert code == 1 and error.count("\n") == 1
+    assert "error: No module named 'byolt'" in error and ". .venv/bin/activate" in error

@@ -24,7 +24,7 @@ from byolt.model.run.trained import load_trained, weights_digest
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools import evaluate
-from byolt.tools.evaluation import finetuning, frozen, inputs, protocols
+from byolt.tools.evaluation import finetuning, frozen, inputs, program, protocols
 from byolt.tools.evaluation.confusion import save_confusion
 from byolt.tools.evaluation.frozen import Setup
 from byolt.tools.exporting import model_card
@@ -292,7 +292,7 @@ def test_ctrl_c_is_one_line(
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "load_trained", interrupted)
+    monkeypatch.setattr(program, "load_trained", interrupted)
     assert evaluate.main([str(run / "encoder.safetensors"), "--protocol", "knn"]) == 130
     assert capsys.readouterr().err == "evaluate: interrupted, nothing was written\n"
 
@@ -524,7 +524,7 @@ def test_export_finds_every_result_of_its_weights(run: Path, tmp_path: Path) -> 
 def test_a_folder_that_takes_no_file_is_refused_before_the_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(evaluate, "run", None)
+    monkeypatch.setattr(program, "run", None)
     (tmp_path / "file").write_text("")
     assert _main(run, tmp_path / "file" / "below", "--protocol", "knn") == 2
     assert "cannot be written (Not a directory): give another folder by --out" in capsys.readouterr().err
@@ -550,7 +550,7 @@ def test_a_lost_rank_is_told_in_one_line(
     def fail(*_: Any) -> None:
         raise RuntimeError("[../gloo/transport/tcp/pair.cc:553] Connection closed by peer; gloo/")
 
-    monkeypatch.setattr(evaluate, "run", fail)
+    monkeypatch.setattr(program, "run", fail)
     assert _main(run, tmp_path, "--protocol", "knn") == 1
     assert capsys.readouterr().err.count("\n") == 1
     monkeypatch.setattr(
@@ -563,14 +563,14 @@ def test_a_lost_rank_is_told_in_one_line(
 def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
-    whole = evaluate.measure
+    whole = program.measure
 
     def measure(args: Any, setup: Setup) -> Any:
         if rank == 1:
             raise FloatingPointError("a feature is not finite")
         return whole(args, setup)
 
-    evaluate.measure = measure
+    program.measure = measure
     sys.stderr = (Path(out) / f"{rank}.err").open("w")
     code = _main(Path(run), Path(out) / "out", "--protocol", "knn")
     sys.stderr.close()

@@ -303,7 +303,8 @@ def test_ctrl_c_is_one_line(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "read_run", interrupted)
+    _rows(folder, ROWS)
+    monkeypatch.setattr("byolt.tools.reporting.run.read_run", interrupted)
     assert report.main([str(folder)]) == 130
     assert capsys.readouterr().err == "report: interrupted, nothing was written\n"
     monkeypatch.setattr(export, "load_trained", interrupted)

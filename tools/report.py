@@ -10,13 +10,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from byolt.files.atomic import replacing
+try:
+    from byolt.files.atomic import replacing
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
+    )
 from byolt.files.console import say
 from byolt.files.paths import home_path
-from byolt.pipelines.sources import open_source
-from byolt.tools.reporting.page import GENERATOR
-from byolt.tools.reporting.run import read_run
-from byolt.tools.reporting.sections import render_report
+from byolt.pipelines.sources import check_paths, open_source
+
+_OF_RUNS = {".jsonl", ".pt", ".safetensors"}  # endings of what train.py writes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,9 +37,19 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.images < 2:
             raise ValueError(f"--images {args.images} must be at least 2, which a spectrum needs")
-        run = read_run(args.run)
+        if not args.run.is_dir():
+            raise ValueError(f"{args.run} is not a folder; give the run.out of a run")
+        if not any(path.suffix in _OF_RUNS for path in args.run.iterdir()):
+            raise ValueError(
+                f"{args.run} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run"
+            )
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder does not exist; make it first")
+        check_paths({"--data": args.data})
+        from byolt.tools.reporting.run import read_run  # these import torch, which takes seconds
+        from byolt.tools.reporting.sections import render_report
+
+        run = read_run(args.run)
         if out.exists() and not _is_report(out):
             raise ValueError(f"{out} exists and is not a report: remove it, or give another file by --out")
         if args.data:
@@ -56,6 +70,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _is_report(path: Path) -> bool:
     """Whether the file is an earlier report, which may be replaced: a page of ours begins with our name."""
+    from byolt.tools.reporting.page import GENERATOR
+
     if not path.is_file():
         return False
     with path.open("rb") as file:

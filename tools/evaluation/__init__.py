@@ -1,1 +1,1 @@
-"""Parts of `tools/evaluate.py`: the protocols, and what they share. Begin with `protocols.py`."""
+"""Parts of `tools/evaluate.py`: the protocols, and what they share. Begin with `program.py`."""
