@@ -67,6 +67,9 @@ class DataConfig(Section):
     images/s and 1.0 decoded 8,291. No effect on a CPU or on images kept in memory."""
     prefetch: Annotated[int, Field(ge=1, le=64)] = 2
     """Micro-batches per rank prepared ahead of the training step; a step uses train.accumulation of them."""
+    max_pixels: Annotated[int, Field(ge=1, le=2**27)] = 2**26
+    """Largest height x width of an image that is decoded; its pixels take 3 bytes each. Larger images count as
+    undecodable. ImageNet's largest image has 61 million pixels."""
     max_corrupt: Annotated[int, Field(ge=0, le=2**40)] = 100
     """Number of different undecodable images that a rank tolerates. It replaces each by the next valid image and lists
     it in corrupt.jsonl; one more stops the run."""

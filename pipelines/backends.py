@@ -76,7 +76,7 @@ def make_resident(
     """
     if config.data.backend == "torch" or not is_wanted(config.data, source):
         return None
-    resident = Resident(source, config.augment, device, dtype, config.data.threads)
+    resident = Resident(source, config.augment, device, dtype, config.data.threads, config.data.max_pixels)
     kept = f"all {len(source)} images decoded in the {_place(device)}'s memory, and views made there"
     return resident, f"data.resident={config.data.resident}: {kept}"
 

@@ -214,7 +214,8 @@ class Loader:
         if number in self._corrupt:
             return False
         try:
-            check(data, int(self._source.heights[number]), int(self._source.widths[number]))
+            size = int(self._source.heights[number]), int(self._source.widths[number])
+            check(data, *size, max_pixels=self._config.data.max_pixels)
         except ValueError as error:
             self._count_corrupt(number, str(error))
             return False

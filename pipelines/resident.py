@@ -14,7 +14,7 @@ from torch import Tensor
 
 from byolt.configs.schema import AugmentConfig, DataConfig
 from byolt.pipelines.formats.decode import decode
-from byolt.pipelines.formats.encoded import check
+from byolt.pipelines.formats.encoded import MAX_PIXELS, check
 from byolt.pipelines.kernels.inputs import Pixels
 from byolt.pipelines.kernels.memory import Memory
 from byolt.pipelines.sources import Source
@@ -40,7 +40,13 @@ class Resident:
     """
 
     def __init__(
-        self, source: Source, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
+        self,
+        source: Source,
+        augment: AugmentConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        threads: int,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         """Decodes the whole data set.
 
@@ -50,6 +56,7 @@ class Resident:
             device: Keeps the pixels and makes the views.
             dtype: Of the views: float32, float16 or bfloat16.
             threads: Threads that decode now and make views later.
+            max_pixels: Largest height x width of an image; larger ones are broken.
 
         Raises:
             ValueError: No image decodes, or the pixels do not fit into memory.
@@ -57,6 +64,7 @@ class Resident:
         self._augment, self._device, self._dtype = augment, device, dtype
         self._pool = ThreadPoolExecutor(threads)
         self._memory = Memory()
+        self._max_pixels = max_pixels
         self.broken: dict[int, str] = {}
         sizes = source.heights * source.widths * 3
         self._starts = np.cumsum(sizes) - sizes
@@ -81,7 +89,8 @@ class Resident:
     def _load(self, source: Source, number: int) -> None:
         try:
             data = source.read(number)
-            check(data, *self._boxes[number, 2:].tolist())
+            height, width = self._boxes[number, 2:].tolist()
+            check(data, height, width, self._max_pixels)
             image = decode(data).numpy()
         except ValueError as error:
             self.broken[number] = str(error)

@@ -120,6 +120,28 @@ def test_bad_bytes_are_replaced_counted_and_listed(backend: str, tmp_path: Path)
     assert all(row["reason"] and row["where"] for row in rows)
 
 
+@pytest.mark.parametrize("resident", ["never", "always"])
+def test_images_above_max_pixels_are_replaced_undecoded(resident: str, tmp_path: Path) -> None:
+    large = io.BytesIO()
+    Image.new("RGB", (30, 40)).save(large, "PNG")
+    source = Damaged({4: lambda _: large.getvalue()})
+    source.heights = source.heights.copy()
+    source.heights[4] = 40
+    backend = "torch" if resident == "never" else "auto"
+    config = make_config(
+        data={"backend": backend, "resident": resident, "max_pixels": 1199}, train={"batch_size": N}
+    )
+    log = tmp_path / "corrupt.jsonl"
+    (step,) = take(config, 1, source, corrupt_log=log)
+    assert 4 not in step[0].id
+    [row] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert (row["id"], row["reason"]) == (4, "40 x 30 is above the limit of 1,199 pixels")
+    config = make_config(
+        data={"backend": backend, "resident": resident, "max_pixels": 1200}, train={"batch_size": N}
+    )
+    assert 4 in take(config, 1, source)[0][0].id
+
+
 def bad_images() -> dict[str, bytes]:
     """Bytes that are not an image, by name."""
     image = Image.effect_noise((30, 20), 60)

@@ -82,13 +82,13 @@ def for_pil(data: bytes) -> bytes:
     return b"".join([*kept, data[start:]]) if kept else data
 
 
-def check(data: bytes, height: int, width: int) -> ImageHeader:
+def check(data: bytes, height: int, width: int, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Inspects an image whose size is known from an index.
 
     Raises:
         ValueError: See `inspect`, or the image has another size; the message is the reason.
     """
-    header = inspect(data)
+    header = inspect(data, max_pixels)
     if (header.height, header.width) != (height, width):
         raise ValueError(f"is {header.height} x {header.width} pixels, and {height} x {width} by the index")
     return header
