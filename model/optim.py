@@ -7,7 +7,7 @@ updates and the finite gate; "apex" uses the kernels of NVIDIA's amp_C. The host
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -16,33 +16,24 @@ from byolt.configs.schema import UpdateBackend
 
 if TYPE_CHECKING:
     from byolt.model.kernels.lars import FusedUpdate
+    from byolt.model.kernels.lars_apex import Apex
 
 BACKENDS: tuple[str, ...] = get_args(UpdateBackend)
 
 
-class Operations(Protocol):
-    """The operations on lists of tensors of which LARS consists."""
+class Foreach:
+    """The operations on lists of tensors of which LARS consists, by torch's multi-tensor functions."""
 
     def copy(self, xs: list[Tensor]) -> list[Tensor]:
         """Returns new tensors."""
-
-    def add_(self, xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
-        """x += alpha y for every pair."""
-
-    def norms(self, xs: list[Tensor]) -> Tensor:
-        """Returns the Euclidean norms, (len(xs),)."""
-
-
-class Foreach:
-    """`Operations` by torch's multi-tensor functions, on any device and memory layout."""
-
-    def copy(self, xs: list[Tensor]) -> list[Tensor]:
         return list(torch._foreach_mul(xs, 1.0))
 
     def add_(self, xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
+        """x += alpha y for every pair."""
         torch._foreach_add_(xs, ys, alpha=alpha)
 
     def norms(self, xs: list[Tensor]) -> Tensor:
+        """Returns the Euclidean norms, (len(xs),)."""
         return torch.stack(torch._foreach_norm(xs))
 
 
@@ -73,7 +64,7 @@ class LARS(torch.optim.Optimizer):
     found_inf: Tensor | None = None
     backend = "auto"
     _fused: "FusedUpdate | None" = None
-    _operations: Operations = Foreach()
+    _operations: "Foreach | Apex" = Foreach()
 
     def __init__(
         self,

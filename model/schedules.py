@@ -2,8 +2,6 @@
 
 import math
 
-from byolt.configs.schema import Config
-
 
 def learning_rate(
     step: int, *, base_lr: float, batch_size: int, warmup_steps: int, total_steps: int
@@ -69,16 +67,3 @@ def _check_step(step: int, total_steps: int) -> None:
         raise ValueError(f"total_steps={total_steps} must be at least 1")
     if not 0 <= step <= total_steps:
         raise ValueError(f"step={step} must be in 0 .. total_steps={total_steps}")
-
-
-def of_run(step: int, config: Config, warmup_steps: int, total_steps: int) -> tuple[float, float]:
-    """Learning rate and tau of the update after `step` steps, by the run's settings."""
-    settings = config.optimizer
-    lr = learning_rate(
-        step,
-        base_lr=settings.base_lr,
-        batch_size=config.train.batch_size,
-        warmup_steps=warmup_steps,
-        total_steps=total_steps,
-    )
-    return lr, tau(step, base_tau=settings.base_tau, total_steps=total_steps, schedule=settings.tau_schedule)

@@ -11,7 +11,7 @@ from test_train import TINY, images  # noqa: F401 (a fixture)
 
 from byolt.configs import schema
 from byolt.tools import ablate
-from byolt.tools.ablation import curves, recipes, results
+from byolt.tools.ablation import recipes, results
 from byolt.tools.reporting.figures import MARKS
 
 RECIPE = Path(__file__).parent.parent / "configs/r18_cifar10.yaml"
@@ -183,11 +183,11 @@ def test_comparison_draws_each_run_where_it_has_the_key(
 ) -> None:
     figures: list[Any] = []
 
-    def save(figure: Any, path: Path, plain: Any = curves.save_png) -> None:
+    def save(figure: Any, path: Path, plain: Any = results.save_png) -> None:
         figures.append(figure)
         plain(figure, path)
 
-    monkeypatch.setattr(curves, "save_png", save)
+    monkeypatch.setattr(results, "save_png", save)
     first = [
         {"step": 0, "knn_top1": 20.0},
         {"step": 1, "loss": 3.5},
@@ -196,7 +196,7 @@ def test_comparison_draws_each_run_where_it_has_the_key(
     second = [{"step": step, "loss": 4.0 - step / 10} for step in range(1, 12)]
     third = [{"step": 2, "loss": 2.5}]
     runs = {"baseline": [first, second], "tau_0": [third]}
-    curves.save_curves(tmp_path / "a.png", runs, {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)"})
+    results.save_curves(tmp_path / "a.png", runs, {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)"})
     loss, knn = figures[0].axes
     assert (loss.get_ylabel(), knn.get_ylabel()) == ("BYOL loss", "kNN top-1 (%)")
     drawn = [[line.get_xydata().tolist() for line in axis.lines] for axis in (loss, knn)]

@@ -21,6 +21,7 @@ import torch
 from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
 from byolt.model.byol import Online
+from byolt.files.rows import read_rows
 from byolt.model.run import provenance
 from byolt.tools.make_shards import main as make_shards
 
@@ -264,7 +265,7 @@ def test_resumed_run_says_why_it_is_no_longer_the_same_to_the_bit(
     warnings = [line for line in process.text.splitlines() if line.startswith("warning: ")]
     warning = f"warning: the run continues, but no longer to the bit: {'; '.join(changed)}"
     assert warnings == ([warning] if changed else [])
-    assert [start["changed"] for start in provenance.read_starts(halved.out)] == [[], changed]
+    assert [start["changed"] for start in read_rows(halved.out / provenance.FILE)] == [[], changed]
     assert halved.newest()[1]["rounding"]["OMP_NUM_THREADS"] == threads
 
 

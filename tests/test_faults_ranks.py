@@ -125,7 +125,7 @@ def test_killed_rank_is_restarted_by_torchrun(run: Run, whole: str) -> None:
 def test_killed_rank_is_named(halved: Run, whole: str) -> None:
     ranks = halved.start_ranks(2, "--resume", "auto", BYOLT_FAIL="step:6:SIGKILL:1")
     assert all_end(ranks) == [1, -signal.SIGKILL]
-    assert "error: rank 0, step 6: rank 1 did not come to this step: killed" in ranks[0].text
+    assert "error: rank 0, step 6: rank 1 did not reach this step: it was killed" in ranks[0].text
     assert finish(halved) == whole
 
 
@@ -141,7 +141,7 @@ def test_stopped_rank_is_named_within_the_timeout(run: Run) -> None:
     assert ranks[1].wait() == -signal.SIGKILL
     for rank in (0, 2):
         last = ranks[rank].text.splitlines()[-1]
-        assert last.startswith(f"error: rank {rank}, step 3: rank 1 did not come to this step: "), ranks[
+        assert last.startswith(f"error: rank {rank}, step 3: rank 1 did not reach this step: "), ranks[
             rank
         ].text
     assert waited < 60

@@ -1,9 +1,6 @@
 """kNN, feature extraction and batch-norm calibration with known answers."""
 
 import math
-import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from byolt.model import distributed
 from byolt.model.quality.features import calibrate_batch_norm, extract_features
-from byolt.model.quality.knn import knn_accuracy, knn_of_run, knn_votes
+from byolt.model.quality.knn import knn_accuracy, knn_votes
 from byolt.model.quality.scores import (
     confusion_matrix,
     mean_per_class,
@@ -169,27 +165,6 @@ def test_a_rank_without_images_has_no_features() -> None:
     features, labels = extract_features(encoder, [])
     assert features.shape == (0, 4) and features.dtype == torch.float32
     assert labels.shape == (0,) and labels.dtype == torch.int64
-
-
-def _knn_worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = distributed.init("cpu", timeout=20)
-    encoder = _encoder()
-    encoder.num_features = 4
-    images = [(torch.ones(1, 3, 8, 8), torch.tensor([1]))]
-    accuracy = knn_of_run(encoder, images, images if rank == 0 else [], 2, 1, 0.1, world)
-    (Path(folder) / str(rank)).write_text(str(accuracy))
-    distributed.shutdown(world)
-
-
-@pytest.mark.slow
-def test_one_image_on_two_ranks_is_no_deadlock(tmp_path: Path) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_knn_worker, (port, str(tmp_path)), nprocs=2)
-    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["100.0", "100.0"]
 
 
 def test_labels_that_are_ids_are_no_classes() -> None:

@@ -1,13 +1,19 @@
-"""The images with which an untrained encoder is calibrated."""
+"""The kNN monitor: images for calibration, ranks without images."""
 
+import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor, nn
 
 from byolt.configs import schema
+from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.quality.monitor import KnnMonitor
 from byolt.pipelines.plain import plain_images
@@ -28,9 +34,11 @@ def calibration(images: int, rank: int, ranks: int) -> list[int]:
             "byolt.model.quality.features.calibrate_batch_norm",
             lambda _, batches: sizes.extend(len(labels) for _, labels in batches),
         ),
-        patch("byolt.model.quality.knn.knn_of_run", return_value=1.0),
+        patch.object(
+            KnnMonitor, "_features", return_value=(torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64))
+        ),
     ):
-        assert monitor(torch.nn.Linear(1, 1), calibrate=True) == 1
+        assert monitor(torch.nn.Linear(1, 1), calibrate=True) == 100
     return sizes
 
 
@@ -69,3 +77,46 @@ def test_sets_that_knn_cannot_compare(labels: list[int], classes: list[str] | No
     with pytest.raises(ValueError, match=message) as caught:
         KnnMonitor(schema.load(CONFIG), bank, queries, world, plain_images, spaced)
     assert len(str(caught.value)) < 300
+
+
+class _Labels:
+    """Equal images with these labels."""
+
+    classes = None
+
+    def __init__(self, *labels: int) -> None:
+        self.labels = np.array(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def _worker(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = distributed.init("cpu", timeout=20)
+    encoder: Any = nn.Flatten()
+    encoder.weight, encoder.num_features = nn.Parameter(torch.ones(1)), 3
+
+    def images(
+        split: _Labels, ids: np.ndarray, config: schema.Config, size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for i in ids:
+            yield torch.ones(1, 3, 1, 1), torch.from_numpy(split.labels[i : i + 1])
+
+    config = schema.load(CONFIG, ["eval.max_images=1"])  # the first of each data set, on rank 0
+    monitor = KnnMonitor(config, _Labels(1, 0), _Labels(1, 1), world, images, spaced)
+    (Path(folder) / str(rank)).write_text(str(monitor(encoder, calibrate=False)))
+    encoder.forward = lambda images: images.flatten(1) * torch.nan
+    (Path(folder) / f"nan{rank}").write_text(str(monitor(encoder, calibrate=False)))
+    distributed.shutdown(world)
+
+
+@pytest.mark.slow
+def test_one_image_on_two_ranks_is_no_deadlock(tmp_path: Path) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["100.0", "100.0"]
+    assert [(tmp_path / f"nan{rank}").read_text() for rank in range(2)] == ["nan", "nan"]

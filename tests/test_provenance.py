@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from byolt.files.rows import read_rows
 from byolt.model.run import provenance
 
 
@@ -13,13 +14,13 @@ def test_a_start_is_a_line_and_a_new_run_begins_anew(tmp_path: Path, monkeypatch
     monkeypatch.setattr(sys, "executable", "/some/where/python")
     monkeypatch.setattr(sys, "argv", ["train.py", "run.out=a b"])
     cpu = torch.device("cpu")
-    assert provenance.read_starts(tmp_path) == []
+    assert read_rows(tmp_path / provenance.FILE) == []
     for step in (0, 7):
         provenance.record_start(tmp_path, step, cpu, {"ranks": 2})
-    rows = provenance.read_starts(tmp_path)
+    rows = read_rows(tmp_path / provenance.FILE)
     assert [(row["step"], row["ranks"]) for row in rows] == [(0, 2), (7, 2)]
     assert rows[0]["command"] == "python train.py 'run.out=a b'"
     assert rows[0]["versions"]["torch"] == torch.__version__
     assert "cores" in rows[0]["hardware"]
     provenance.record_start(tmp_path, 0, cpu, {})
-    assert [row["step"] for row in provenance.read_starts(tmp_path)] == [0]
+    assert [row["step"] for row in read_rows(tmp_path / provenance.FILE)] == [0]

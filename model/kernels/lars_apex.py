@@ -17,7 +17,7 @@ _REMEDY = (
 
 
 class Apex:
-    """`byolt.model.optim.Operations` by amp_C's kernels.
+    """The operations of `byolt.model.optim.Foreach` by amp_C's kernels.
 
     The kernels ignore strides, so a tensor of another memory layout than its partner's is copied first. They set a flag
     if a number is not finite and write it all the same; LARS has its own gate and does not read the flag.

@@ -1,15 +1,10 @@
 """Classifies by the nearest neighbors of frozen features."""
 
 import math
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-
-from byolt.model import distributed
-from byolt.model.distributed import World
-from byolt.model.quality.features import extract_features
 
 
 def knn_votes(
@@ -80,38 +75,6 @@ def knn_accuracy(
         raise ValueError("there are no queries; kNN accuracy needs at least one labeled sample to test")
     predicted = knn_votes(bank, bank_labels, queries, num_classes, k, temperature).argmax(dim=1)
     return (predicted == query_labels).double().mean().item()
-
-
-def knn_of_run(
-    encoder: nn.Module,
-    bank: Iterable[tuple[Tensor, Tensor]],
-    queries: Iterable[tuple[Tensor, Tensor]],
-    num_classes: int,
-    k: int,
-    temperature: float,
-    world: World,
-) -> float:
-    """kNN top-1 in percent, the same on every rank; NaN if a feature is not finite.
-
-    Args:
-        encoder: as for `extract_features`; the same on every rank.
-        bank: this rank's batches of labeled images; may be empty unless it is on every rank.
-        queries: this rank's batches of images to classify; likewise.
-        num_classes: number of classes.
-        k: number of neighbors.
-        temperature: > 0.
-        world: the processes.
-    """
-
-    def features(batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        mine, labels = extract_features(encoder, batches)
-        return distributed.gather_rows(mine, world), distributed.gather_rows(labels, world)
-
-    known, known_labels = features(bank)
-    tested, tested_labels = features(queries)
-    if not (known.isfinite().all() and tested.isfinite().all()):
-        return math.nan
-    return 100 * knn_accuracy(known, known_labels, tested, tested_labels, num_classes, k, temperature)
 
 
 def _check_labels(name: str, features: Tensor, labels: Tensor, num_classes: int) -> None:

@@ -1,6 +1,7 @@
-"""The kNN accuracy that follows a running training."""
+"""Measures the kNN accuracy of a running training."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 
 from byolt.configs.schema import Config
 from byolt.files.console import difference
+from byolt.model import distributed
 from byolt.model.distributed import World
-from byolt.model.quality import features, knn, scores
+from byolt.model.quality import features, scores
+from byolt.model.quality.knn import knn_accuracy
 
 
 class Labeled(Protocol):
@@ -86,11 +89,17 @@ class KnnMonitor:
             # Only whole batches, equally many on every rank, so that all count the same; with fewer images one batch.
             count = count // whole * whole or count // ranks * ranks
             features.calibrate_batch_norm(encoder, self._share(self._bank, count, batch))
-        settings = self._config.eval
-        bank, queries = (self._share(split, settings.max_images) for split in (self._bank, self._queries))
-        return knn.knn_of_run(
-            encoder, bank, queries, self._num_classes, settings.k, settings.temperature, self._world
-        )
+        bank, bank_labels = self._features(encoder, self._bank)
+        queries, labels = self._features(encoder, self._queries)
+        if not (bank.isfinite().all() and queries.isfinite().all()):
+            return math.nan
+        k, temperature = self._config.eval.k, self._config.eval.temperature
+        return 100 * knn_accuracy(bank, bank_labels, queries, labels, self._num_classes, k, temperature)
+
+    def _features(self, encoder: nn.Module, split: Labeled) -> list[Tensor]:
+        """Features and labels of eval.max_images images, gathered from all ranks."""
+        mine = features.extract_features(encoder, self._share(split, self._config.eval.max_images))
+        return [distributed.gather_rows(part, self._world) for part in mine]
 
     def _share(self, split: Labeled, count: int, batch: int = 256) -> Iterable[tuple[Tensor, Tensor]]:
         """This rank's share of `count` evenly spaced images of a data set."""

@@ -1,8 +1,8 @@
-"""Which rank failed first: every rank prints it when a run breaks.
+"""Finds which rank failed first, so that every rank can print it.
 
-A rank that ends breaks the others' next collective, and their errors speak of sockets. So a failing rank leaves its
-reason in the store that all ranks share, and a rank that lost a peer reads there which reason came first. A rank that
-leaves no word was killed, stopped, or cannot be reached.
+A rank that ends makes the next collective of the other ranks fail with an error about sockets. So a failing rank writes
+its reason to the store that all ranks share, and a rank that lost a peer reads the first reason there. A rank that
+reports nothing was killed or stopped, or cannot be reached.
 """
 
 import threading
@@ -15,12 +15,14 @@ from byolt.files.limits import limit_behind
 from byolt.model import distributed
 from byolt.model.distributed import World
 
-GRACE = timedelta(seconds=5)  # a rank that lost a peer waits for a reason
-PATIENCE = timedelta(seconds=2)  # rank 0, which keeps the store, waits for the others before it ends
+REASON_TIMEOUT = timedelta(seconds=5)  # a rank that lost a peer waits this long for a reason
+REPORT_TIMEOUT = timedelta(
+    seconds=2
+)  # rank 0, whose process is the store, waits for the others before it ends
 
 
 def explain(error: Exception, step: int | None, world: World) -> str:
-    """Tells the other ranks why this one fails; returns the run's first failure for the user.
+    """Reports this rank's error to the other ranks; returns the run's first failure for the user.
 
     Args:
         error: the error that ended this rank.
@@ -35,39 +37,42 @@ def explain(error: Exception, step: int | None, world: World) -> str:
     mine = f"{here}: {reason}"
     if world.size == 1:
         return mine if step is not None else reason
-    if is_first := not distributed.is_lost_peer(error):
+    lost_peer = distributed.is_lost_peer(error)
+    if not lost_peer:
         distributed.record(error)
-    said = [mine if is_first else f"{here}: rank 0, which keeps the store, does not answer"]
-    # In a thread, because a store whose process was stopped never answers.
-    talk = _tell if is_first else _ask
-    thread = threading.Thread(target=lambda: said.append(talk(here, mine, world)), daemon=True)
+    reasons = [f"{here}: rank 0, which keeps the store, does not answer" if lost_peer else mine]
+
+    def exchange() -> None:
+        reasons.append(_read_first(here, world) if lost_peer else _write(mine, world))
+
+    thread = threading.Thread(target=exchange, daemon=True)  # a store whose process is stopped never answers
     thread.start()
-    thread.join(2 * GRACE.total_seconds())
-    if not is_first:
+    thread.join(2 * REASON_TIMEOUT.total_seconds())
+    if lost_peer:
         time.sleep(1)  # torchrun compares whole seconds to find the first error
-    return said[-1]
+    return reasons[-1]
 
 
-def _tell(here: str, mine: str, world: World) -> str:
-    with suppress(RuntimeError):  # the store's process has ended, or others keep silent
+def _write(mine: str, world: World) -> str:
+    with suppress(RuntimeError):  # the store's process has ended, or other ranks do not report
         world.store.compare_set("first failure", "", mine)
-        world.store.set(f"spoke {world.rank}", "")
+        world.store.set(f"reported {world.rank}", "")
         if world.is_main:
-            world.store.wait([f"spoke {rank}" for rank in range(world.size)], PATIENCE)
+            world.store.wait([f"reported {rank}" for rank in range(world.size)], REPORT_TIMEOUT)
     return mine
 
 
-def _ask(here: str, mine: str, world: World) -> str:
-    """Returns the first failure, or the ranks that left no word."""
+def _read_first(here: str, world: World) -> str:
+    """Returns the first failure, or the ranks that have not reported."""
     try:
-        world.store.set(f"spoke {world.rank}", "")
+        world.store.set(f"reported {world.rank}", "")
         with suppress(RuntimeError):
-            world.store.wait(["first failure"], GRACE)
+            world.store.wait(["first failure"], REASON_TIMEOUT)
             return world.store.get("first failure").decode()
-        silent = [str(rank) for rank in range(world.size) if not world.store.check([f"spoke {rank}"])]
+        missing = [str(rank) for rank in range(world.size) if not world.store.check([f"reported {rank}"])]
     except RuntimeError:
         return f"{here}: lost rank 0; see its output"
     return (
-        f"{here}: rank {shown(silent) or 'another'} did not come to this step: killed, stopped, or waiting longer "
-        "than train.timeout_minutes"
+        f"{here}: rank {shown(missing) or 'another'} did not reach this step: it was killed or stopped, or it "
+        "waits longer than train.timeout_minutes"
     )

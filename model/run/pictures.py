@@ -1,16 +1,13 @@
-"""Figures of a run as PNG files: view pairs and the loss curve."""
+"""Figures of a run as PNG files: view pairs and the loss curve; `save_png` for all figures of the project."""
 
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from byolt.files.atomic import replacing
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 
 def save_view_pairs(
@@ -20,13 +17,12 @@ def save_view_pairs(
 
     Args:
         path: PNG file.
-        view1: (N, 3, H, W) normalized.
-        view2: (N, 3, H, W) normalized.
-        mean: per channel, of the normalization.
-        std: per channel, of the normalization.
+        view1: (N, 3, H, W), normalized by `mean` and `std` of each channel.
+        view2: likewise.
     """
     pairs = min(8, len(view1))
-    figure, axes = plt.subplots(2, pairs, figsize=(1.6 * pairs, 3.6), squeeze=False)
+    figure = Figure(figsize=(1.6 * pairs, 3.6), layout="tight")
+    axes = figure.subplots(2, pairs, squeeze=False)
     for row, views in enumerate((view1, view2)):
         for column in range(pairs):
             pixels = views[column].detach().float().cpu().permute(1, 2, 0)
@@ -35,14 +31,15 @@ def save_view_pairs(
             axes[row, column].set_axis_off()
     axes[0, 0].set_title("view 1", loc="left")
     axes[1, 0].set_title("view 2", loc="left")
-    _save_figure(figure, path)
+    save_png(figure, path)
 
 
 def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the loss and, if it was measured, the kNN accuracy over the steps."""
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     accuracies = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]
-    figure, axis = plt.subplots(figsize=(7, 4))
+    figure = Figure(figsize=(7, 4), layout="tight")
+    axis = figure.add_subplot()
     if losses:
         axis.plot(*zip(*losses, strict=True), color="tab:blue")
     axis.set_xlabel("step")
@@ -52,11 +49,10 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
         other = axis.twinx()
         other.plot(*zip(*accuracies, strict=True), color="tab:orange", marker="o")
         other.set_ylabel("kNN top-1 (%)", color="tab:orange")
-    _save_figure(figure, path)
+    save_png(figure, path)
 
 
-def _save_figure(figure: Any, path: Path) -> None:
-    figure.tight_layout()
+def save_png(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Writes a PNG file, whole or not at all."""
     with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    plt.close(figure)
+        figure.savefig(temporary, format="png", dpi=dpi)

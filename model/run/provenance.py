@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from byolt.configs.schema import Config
-from byolt.files.rows import append_row, read_rows
+from byolt.files.rows import append_row
 from byolt.model.distributed import World
 from byolt.model.optim import resolve_backend
 
@@ -27,8 +27,8 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
     Args:
         out: folder of the run.
         step: steps done before this start.
-        device: of the run.
-        facts: more JSON values to keep.
+        device: whose name is recorded.
+        facts: more JSON values to record.
 
     Raises:
         OSError: the file cannot be written.
@@ -47,7 +47,7 @@ def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str,
 
 
 def rounding_of(config: Config, world: World, precision: str, backend: str) -> dict[str, str | int | bool]:
-    """What decides how a run's sums are rounded, besides the machine and its libraries.
+    """The settings that decide how a run's sums are rounded, besides the machine and its libraries.
 
     Args:
         config: the settings.
@@ -65,11 +65,6 @@ def rounding_of(config: Config, world: World, precision: str, backend: str) -> d
         "optimizer.backend": resolve_backend(config.optimizer.backend, world.device),
     }
     return found if world.device.type == "cuda" else found | {"OMP_NUM_THREADS": torch.get_num_threads()}
-
-
-def read_starts(out: Path) -> list[dict[str, Any]]:
-    """The starts of a run, oldest first; none of a run that predates starts.jsonl."""
-    return read_rows(out / FILE)
 
 
 def hardware(device: torch.device) -> str:

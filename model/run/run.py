@@ -83,9 +83,19 @@ class Run:
 
     def lr_and_tau(self) -> tuple[float, float]:
         """Learning rate and EMA coefficient of the next update."""
-        warmup_steps = self.config.warmup_steps(self.num_images)
-        return schedules.of_run(
-            self.step, self.config, warmup_steps, self.config.total_steps(self.num_images)
+        optimizer, total_steps = self.config.optimizer, self.config.total_steps(self.num_images)
+        lr = schedules.learning_rate(
+            self.step,
+            base_lr=optimizer.base_lr,
+            batch_size=self.config.train.batch_size,
+            warmup_steps=self.config.warmup_steps(self.num_images),
+            total_steps=total_steps,
+        )
+        return lr, schedules.tau(
+            self.step,
+            base_tau=optimizer.base_tau,
+            total_steps=total_steps,
+            schedule=optimizer.tau_schedule,
         )
 
     def is_logged(self, step: int) -> bool:

@@ -4,15 +4,20 @@ import json
 import re
 import statistics
 from collections.abc import Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from byolt.configs import schema
 from byolt.files.rows import read_rows
+from byolt.model.run.pictures import save_png
 from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
+from byolt.tools.reporting.figures import MARKS, STYLE
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl
 _COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
@@ -104,11 +109,37 @@ def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str,
         curves: rows of metrics of each seed, by ablation.
         request: written beside the results in the JSON file.
     """
-    from byolt.tools.ablation.curves import save_curves  # imports matplotlib, which takes a second
-
     save_curves(out / "ablation.png", curves, _PANELS)
     results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}
     table, markdown = table_of(results)
     Console().print(table)
     (out / "ablation.md").write_text(markdown)
     (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
+
+
+def save_curves(path: Path, runs: Mapping[str, list[Rows]], panels: Mapping[str, str]) -> None:
+    """Draws curves over the steps: one panel per number, one color and marker per ablation, one line per seed.
+
+    Args:
+        path: PNG file.
+        runs: rows of metrics of each seed, by ablation.
+        panels: labels of the vertical axes, by the keys in the rows.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2 * len(panels), 4))
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        figure.suptitle("One color and marker per ablation, one line per seed")
+        for axis, (key, label) in zip(axes, panels.items(), strict=True):
+            for (name, seeds), mark in zip(runs.items(), cycle(MARKS)):
+                for number, rows in enumerate(seeds):
+                    points = [(row["step"], row[key]) for row in rows if key in row]
+                    steps, values = zip(*points, strict=True) if points else ((), ())
+                    every = max(1, len(points) // 10)
+                    legend = name if number == 0 else None
+                    axis.plot(
+                        steps, values, color=mark.color, marker=mark.marker, markevery=every, label=legend
+                    )
+            axis.set_xlabel("step")
+            axis.set_ylabel(label)
+        axes[0].legend()
+        save_png(figure, path)

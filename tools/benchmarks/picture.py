@@ -7,8 +7,9 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from byolt.model.run.pictures import save_png
 from byolt.tools.benchmarks.stages import STAGES, Cost, rate
-from byolt.tools.reporting.figures import MARKS, STYLE, save_png
+from byolt.tools.reporting.figures import MARKS, STYLE
 
 
 def save_picture(

@@ -6,7 +6,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from byolt.tools.reporting.figures import drawable, save_png
+from byolt.model.run.pictures import save_png
+from byolt.tools.reporting.figures import drawable
 
 
 def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> None:

@@ -5,15 +5,12 @@ A figure has a white background, so it reads on a light and on a dark page. Mark
 
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-
-from byolt.files.atomic import replacing
 
 
 class Mark(NamedTuple):
@@ -133,12 +130,6 @@ def marks_of_classes(labels: np.ndarray) -> dict[int, Mark]:
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     frequent = np.sort(classes[np.argsort(-counts, kind="stable")][: len(MARKS)])
     return dict(zip(frequent.tolist(), MARKS, strict=False))
-
-
-def save_png(figure: Figure, path: Path, dpi: int = 120) -> None:
-    """Writes a PNG file, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi)
 
 
 def drawable(text: str) -> str:

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> Run:
         raise ValueError(f"{folder} is not a folder; give the run.out of a run")
     problems: list[str] = []
     rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
-    starts = provenance.read_starts(folder)
+    starts = read_rows(folder / provenance.FILE)
     trained = _newest_encoder(folder, problems)
     if not (rows or starts or trained or problems):
         raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run")

@@ -14,11 +14,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
 from byolt.configs.schema import Config
+from byolt.model.run.pictures import save_png
 from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams
-from byolt.tools.reporting.figures import MARKS, drawable, save_png
+from byolt.tools.reporting.figures import MARKS, drawable
 from byolt.tools.viewing.samples import (
     DrawnSamples,
     make_views,
