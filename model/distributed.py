@@ -1,4 +1,4 @@
-"""The processes of a run and their collectives; the only file that imports torch.distributed."""
+"""The processes (ranks) of a run and their collectives; the only file that imports torch.distributed."""
 
 import os
 import warnings

@@ -1,4 +1,4 @@
-"""Learning rate and tau of each update as pure functions of the step (source: DeepMind `byol/`)."""
+"""Computes learning rate and tau of each update, as pure functions of the step (source: DeepMind `byol/`)."""
 
 import math
 

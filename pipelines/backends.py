@@ -37,7 +37,7 @@ class Backend(Protocol):
 
 
 def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tuple[Backend, str]:
-    """The back end that data.backend selects, and a sentence that says which it is and why.
+    """Returns the back end that data.backend selects, and a sentence that names it and the reason.
 
     Raises:
         ValueError: data.backend is dali, and DALI is not installed.
@@ -63,7 +63,7 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
 def make_resident(
     config: Config, source: Source, device: torch.device, dtype: torch.dtype
 ) -> tuple[Resident, str] | None:
-    """The decoded data set in memory and a sentence that says so; None if the images stay encoded.
+    """Returns the decoded data set in memory and a sentence about it, or None if the images stay encoded.
 
     Args:
         config: the run; data.resident decides, and data.backend=torch always decodes anew.

@@ -42,19 +42,14 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a data set.
+    """The contents of a data set."""
 
-    Attributes:
-        shards: In the order of the samples.
-        samples: SAMPLE records, shape (num_samples,), sorted by (shard, offset).
-        classes: Name of each label, or None.
-        settings: The settings of the conversion; free-form, for people and for resuming.
-    """
-
-    shards: list[Shard]
-    samples: np.ndarray
-    classes: list[str] | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
+    shards: list[Shard]  # in the order of the samples
+    samples: np.ndarray  # (num_samples,) SAMPLE records, sorted by (shard, offset)
+    classes: list[str] | None = None  # name of each label
+    settings: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the conversion; free-form, also read to resume it
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":

@@ -4,8 +4,8 @@
                step k   = order(e)[k*B : (k+1)*B]                     k < n // B; the last n % B samples are dropped,
                rank r   = step k [r*b : (r+1)*b],  b = B / ranks      different ones in each epoch
 
-A run of E epochs takes int(E * n / B) steps, as in the reference; the steps that dropping costs are made up by a few
-steps of one more epoch.
+A run of E epochs takes int(E * n / B) steps, as in the reference. Because epochs drop samples, the last steps can be in
+one more epoch.
 """
 
 from functools import lru_cache

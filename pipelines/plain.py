@@ -1,4 +1,4 @@
-"""Images without augmentation, for evaluation."""
+"""Makes batches of images without augmentation, for evaluation."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,41 +109,32 @@ def listed_ids(source: Source, path: Path) -> npt.NDArray[np.int64]:
         raise ValueError(f"list of samples {path} cannot be read: {error}") from None
     if not entries:
         raise ValueError(f"list of samples {path} is empty: write one sample id or name per line")
-    as_ids = all(_is_id(entry, len(source)) for entry in entries)
+    number = re.compile("0|[1-9][0-9]{0,17}")
+    as_ids = all(number.fullmatch(entry) and int(entry) < len(source) for entry in entries)
     known = _names(source)
-    if as_ids:
-        found = [int(entry) for entry in entries]
-        two = [entry for entry, i in zip(entries, found, strict=True) if known and known.get(entry, i) != i]
-        if two:
-            raise ValueError(
-                f"list of samples {path}: {len(two)} entries are the id of one sample and the name of another: "
-                f"{shown(two)}; write names of files, with their endings"
-            )
-    elif known is None:
+    if known is None and not as_ids:
         raise ValueError(
             f"list of samples {path}: this data set has no names of its samples: list ids, 0 to {len(source) - 1}"
         )
+    known = known or {}
+    if as_ids:
+        found = [int(entry) for entry in entries]
+        wrong = [entry for entry, i in zip(entries, found, strict=True) if known.get(entry, i) != i]
+        problem = "are the id of one sample and the name of another"
+        remedy = "write names of files, with their endings"
     else:
-        wrong = [entry for entry in entries if known.get(entry, -1) < 0]
-        if wrong:
-            raise ValueError(
-                f"list of samples {path}: {len(wrong)} of {len(entries)} entries name no sample, or several: "
-                f"{shown(wrong)}; write sample ids below {len(source)}, or names of original files"
-            )
-        found = [known[entry] for entry in entries]
+        found = [known.get(entry, -1) for entry in entries]
+        wrong = [entry for entry, i in zip(entries, found, strict=True) if i < 0]
+        problem = "name no sample, or several"
+        remedy = f"write sample ids below {len(source)}, or names of original files"
+    if wrong:
+        raise ValueError(
+            f"list of samples {path}: {len(wrong)} of {len(entries)} entries {problem}: {shown(wrong)}; {remedy}"
+        )
     ids = np.unique(np.array(found, np.int64))
     if len(ids) < len(found):
         raise ValueError(f"list of samples {path} holds {len(found) - len(ids)} entries twice: remove them")
     return ids
-
-
-def _is_id(entry: str, count: int) -> bool:
-    return (
-        entry.isdecimal()
-        and len(entry) <= len(str(count))
-        and entry == str(int(entry))
-        and int(entry) < count
-    )
 
 
 def _names(source: Source) -> dict[str, int] | None:

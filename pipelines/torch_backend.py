@@ -18,7 +18,7 @@ from torchvision.transforms.v2 import functional as V
 
 from byolt.configs.schema import AugmentConfig, Profile
 from byolt.pipelines.formats.decode import UndecodableError, decode
-from byolt.pipelines.views import BRIGHTNESS, CONTRAST, GRAY_WEIGHTS, HUE, SATURATION, ViewParams
+from byolt.pipelines.views import GRAY_WEIGHTS, ViewParams
 
 
 class TorchBackend:
@@ -83,12 +83,7 @@ def apply(image: Tensor, view: ViewParams, size: int, taps: int, profile: Profil
     x = operations.resize(image, *window, size)[None]
     if view.flip[0]:
         x = x.flip(2)
-    values = {
-        BRIGHTNESS: view.brightness,
-        CONTRAST: view.contrast,
-        SATURATION: view.saturation,
-        HUE: view.hue,
-    }
+    values = view.brightness, view.contrast, view.saturation, view.hue
     for operation in view.order[0] if view.jitter[0] else ():
         x = operations.jitter[operation](x, torch.from_numpy(values[operation]))
     if view.gray[0]:
@@ -221,7 +216,7 @@ class _Operations(NamedTuple):
     """The operations of a profile that differ, on images float32 (N, H, W, 3)."""
 
     resize: Callable[..., Tensor]
-    jitter: dict[int, Callable[[Tensor, Tensor], Tensor]]
+    jitter: tuple[Callable[[Tensor, Tensor], Tensor], ...]  # by BRIGHTNESS, CONTRAST, SATURATION and HUE
     grayscale: Callable[[Tensor], Tensor]
     blur: Callable[[Tensor, Tensor, int], Tensor]
 
@@ -244,18 +239,13 @@ def _jitter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 _OPERATIONS = {
     "byol": _Operations(
         resize_bicubic,
-        {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, HUE: hue},
+        (brightness, contrast, saturation, hue),
         grayscale,
         gaussian_blur,
     ),
     "torchvision": _Operations(
         _resize_antialias,
-        {
-            BRIGHTNESS: _jitter(V.adjust_brightness),
-            CONTRAST: _jitter(V.adjust_contrast),
-            SATURATION: _jitter(V.adjust_saturation),
-            HUE: _jitter(V.adjust_hue),
-        },
+        tuple(map(_jitter, (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue))),
         _channels_first(lambda image: V.rgb_to_grayscale(image, num_output_channels=3)),
         _channels_first(lambda image, sigma, taps: V.gaussian_blur(image, [taps, taps], [float(sigma)])),
     ),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from byolt.configs.schema import AugmentConfig, Profile, ViewConfig
 from byolt.pipelines.philox import uniform
 
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # in ViewParams.order
 GRAY_WEIGHTS = (0.2989, 0.5870, 0.1140)  # tf.image.rgb_to_grayscale
 JITTER_ORDERS = np.array(list(itertools.permutations(range(4))), np.uint8)  # (24, 4)
 CROP_TRIES = 10  # of torchvision's RandomResizedCrop, which then falls back to a centered window

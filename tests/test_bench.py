@@ -34,7 +34,9 @@ TINY += ["--batches", "1"]
     [(100, 50, 50, 0.0), (100, 50, 45, 0.1), (40, 80, 20, 0.5), (30, 60, 33, -0.1)],
 )
 def test_stall(loader: float, step: float, both: float, expected: float) -> None:
-    assert stall(loader, step, both) == pytest.approx(expected, abs=1e-12)
+    speeds = {"loader": loader, "step": step, "both": both}
+    costs = {name: Cost(1000 / speed, 0) for name, speed in speeds.items()}
+    assert stall(costs) == pytest.approx(expected, abs=1e-12)
 
 
 def test_parts_are_differences_and_add_up() -> None:
@@ -114,9 +116,8 @@ def test_run_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.Captur
     assert list(result["costs"]) == [*keys, "loader", "step", "both", "torchvision"]
     costs = result["costs"]
     assert all(costs[name]["cpu_ms"] > 0 for name in ("read", "draw", "decode", "loader", "step", "both"))
-    assert result["stall"] == pytest.approx(
-        stall(*(costs[name]["images_per_s"] for name in ("loader", "step", "both")))
-    )
+    slower = min(costs[name]["images_per_s"] for name in ("loader", "step"))
+    assert result["stall"] == pytest.approx(1 - costs["both"]["images_per_s"] / slower)
     assert result["torchvision_ratio"] == costs["torchvision"]["cpu_ms"] / costs["loader"]["cpu_ms"]
     assert report["config"]["model"]["backbone"] == "resnet8" and report["config"]["train"]["batch_size"] == 4
     assert report["versions"] == provenance.versions() and "core" in report["hardware"]

@@ -18,7 +18,7 @@ from byolt.model.distributed import World
 from byolt.model.optim import LARS
 from byolt.model.quality.linear import HeadSweep, fit_logistic, l2_values, make_head
 from byolt.model.quality.probe import OnlineProbe, make_probe
-from byolt.tools.benchmarks import probe as bench_probe
+from byolt.tools.benchmarks import probe as probe_benchmark
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = torch.device("cpu")
@@ -120,10 +120,11 @@ def test_l2_values() -> None:
 
 
 YES = torch.tensor(True)
+SETTINGS = schema.OptimizerConfig(base_lr=1, base_tau=1, weight_decay=1e-4, trust_coefficient=0.1)
 
 
 def _probe(world: World, steps: int = 5) -> OnlineProbe:
-    probe = OnlineProbe(8, 5, world, momentum=0.9, weight_decay=1e-4, trust_coefficient=0.1)
+    probe = OnlineProbe(8, 5, world, SETTINGS)
     for k in range(steps):
         features, labels = (x.chunk(world.size)[world.rank] for x in _blobs(40, spread=1.0, seed=k))
         probe(features, labels, lr=0.5, finite=YES)
@@ -157,7 +158,7 @@ def test_probe_is_the_references_classifier() -> None:
 
 
 def test_probe_reports_the_share_before_its_update_and_learns() -> None:
-    probe = OnlineProbe(8, 5, ALONE, momentum=0.9, weight_decay=0, trust_coefficient=0.1)
+    probe = OnlineProbe(8, 5, ALONE, SETTINGS.model_copy(update={"weight_decay": 0.0}))
     features, labels = _blobs(200, spread=0.1)
     shares = []
     for _ in range(60):
@@ -169,7 +170,7 @@ def test_probe_reports_the_share_before_its_update_and_learns() -> None:
 
 def test_probe_goes_on_from_its_state() -> None:
     whole, first = _probe(ALONE), _probe(ALONE, steps=3)
-    resumed = OnlineProbe(8, 5, ALONE, momentum=0.9, weight_decay=1e-4, trust_coefficient=0.1)
+    resumed = OnlineProbe(8, 5, ALONE, SETTINGS)
     resumed.load_state_dict(first.state_dict())
     for k in (3, 4):
         resumed(*_blobs(40, spread=1.0, seed=k), lr=0.5, finite=YES)
@@ -210,12 +211,12 @@ def test_a_step_that_is_not_finite_changes_no_weight() -> None:
 
 @pytest.mark.parametrize("option", ["--rounds", "--batch", "--classes", "--size"])
 def test_the_benchmark_s_mistakes_are_one_line(option: str, capsys: pytest.CaptureFixture) -> None:
-    assert bench_probe.main(["--backbone", "resnet8", option, "0"]) == 2
+    assert probe_benchmark.main(["--backbone", "resnet8", option, "0"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"bench_probe: {option} 0 must be at least") and error.count("\n") == 1
+    assert error.startswith(f"benchmarks/probe: {option} 0 must be at least") and error.count("\n") == 1
 
 
 def test_the_benchmark_runs_on_the_least_it_takes(capsys: pytest.CaptureFixture) -> None:
     least = ["--size", "8", "--batch", "2", "--classes", "2", "--rounds", "1"]
-    assert bench_probe.main(["--backbone", "resnet8", *least]) == 0
+    assert probe_benchmark.main(["--backbone", "resnet8", *least]) == 0
     assert "resnet8 (cifar stem), 8 px, batch 2, 2 classes, cpu: step" in capsys.readouterr().out

@@ -195,7 +195,7 @@ def test_an_id_that_is_the_key_of_another_sample_is_refused(tmp_path: Path) -> N
     source, listing = open_source(tmp_path), tmp_path / "list.txt"
     listing.write_text("0\n2\n")
     with pytest.raises(
-        ValueError, match="1 entries are the id of one sample and the name of another: 0; write"
+        ValueError, match="1 of 2 entries are the id of one sample and the name of another: 0; write"
     ):
         listed_ids(source, listing)
     listing.write_text("0.jpg\n")

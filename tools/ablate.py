@@ -1,11 +1,10 @@
 """Trains the paper's ablations with one recipe, and compares their results with the paper's.
 
-    python tools/ablate.py --config configs/r18_cifar10.yaml --out runs/ablation [--only baseline tau_0 ...] \
-        [--seeds 0 1 2] [section.key=value ...]
+    python tools/ablate.py --config configs/r18_cifar10.yaml --out runs/ablation --only baseline tau_0 --seeds 0 1
 
 Each ablation is a run of train.py in OUT/NAME-SEED with one or two settings changed. To continue after a stop,
 start the same command again. The table and the curves go to OUT/ablation.json, .md and .png; they show all finished
-runs of this recipe in OUT, those of earlier commands, too.
+runs of this recipe in OUT, including those of earlier commands.
 """
 
 import argparse
@@ -38,9 +37,11 @@ def main(argv: list[str] | None = None) -> int:
         nargs="+",
         default=[],
         metavar="NAME",
-        help=f"some of {', '.join(ABLATIONS)} (default: all that fit)",
+        help=f"ablations to run: {', '.join(ABLATIONS)} (default: all that fit the batch size)",
     )
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="default: the recipe's seed")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (default: the recipe's seed)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings for all runs")
     args = parser.parse_intermixed_args(argv)
     common = [*args.overrides, *(word for word in args.only if "=" in word)]

@@ -4,13 +4,13 @@
     python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json bench.json --picture bench.png
     python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
 
-Numbers are per image, which is both its views. CPU ms are summed over threads and change little when others use the
-machine; images/s change. On a GPU, GPU µs pass between two events on the step's stream, waits for the host included.
-tools/benchmarks/ explains the stages (stages.py), loader, step and both (together.py), and peers (peers.py).
+Numbers are per image, which means both its views. CPU ms are summed over threads and hardly change when other programs
+use the machine; images/s do. GPU µs are the time between two events on the step's stream, including waits for the host.
+tools/benchmarks/ defines the stages (stages.py), loader, step and both (together.py), and peers (peers.py).
 
 The stall is 1 - both / slower of the two alone, in images/s. Without a GPU, loader and step share the cores: the stall
-tells how much they compete, not how long the step waits. The step is then that of a small encoder (SMALL_STEP), unless
-the command line says otherwise, so that it ends in a minute or two.
+then shows how much they compete, not how long the step waits, and the step uses a small encoder (SMALL_STEP) unless the
+command line sets another, so that the benchmark takes a minute or two.
 """
 
 import argparse
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         costs = measure(
             config.model_copy(update={"data": data}), source, world, args.batches, args.torchvision
         )
-        stalled = stall(*(1000 / costs[name].wall_ms for name in ("loader", "step", "both")))
+        stalled = stall(costs)
         sentence = bottleneck(costs, on_gpu)
         print(f"\n{threads} thread{'s'[: threads > 1]}\n{table(costs)}")
         print(f"{'stall':14} {100 * stalled:>8.1f} %\n{sentence}", flush=True)
@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         "--threads",
         type=int,
         nargs="+",
-        help="numbers of threads to measure; default: data.threads, at most one per core",
+        help="numbers of threads to measure (default: data.threads, at most one per core)",
     )
     parser.add_argument(
         "--batches", type=int, default=16, help="number of batches of each measurement (default 16)"

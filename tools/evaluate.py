@@ -3,11 +3,11 @@
 python tools/evaluate.py runs/quickstart/encoder.safetensors --protocol knn
 torchrun --nproc-per-node=8 tools/evaluate.py CHECKPOINT --data SHARDS --train SHARDS --protocol linear
 
-CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors. The online encoder is evaluated; with --untrained the same
-network with fresh weights, which is the baseline, and with --protocol finetune --labels 1.0 the supervised ceiling.
---train is learned from and --data is tested on; the defaults are the run's data.path and eval.path. Images are cropped
-to the central 7/8 of their short side, as in the reference. Prints top-1, top-5 and the mean per class; writes
-evaluate-PROTOCOL-STEP.json and a picture of the confusions (.png) beside the checkpoint, or to --out.
+CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors; its online encoder is evaluated. --untrained evaluates the
+same network with fresh weights: the baseline or, with --protocol finetune --labels 1.0, the supervised upper bound.
+The classifier learns from --train and is tested on --data. Images are cropped to the central 7/8 of their short side,
+as in the reference. The tool prints top-1, top-5 and the mean per class, and writes evaluate-PROTOCOL-STEP.json and the
+confusion matrix (.png) beside the checkpoint or to --out.
 """
 
 import argparse
@@ -54,30 +54,30 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("checkpoint", type=home_path, help="checkpoint-*.pt or encoder.safetensors of a run")
-    add("--protocol", required=True, choices=tuple(options.OPTIONS))
-    add("--untrained", action="store_true", help="fresh weights by --seed instead of the trained ones")
+    add("--protocol", required=True, choices=tuple(options.OPTIONS), help="how to evaluate")
+    add("--untrained", action="store_true", help="replace the weights by fresh ones (by --seed)")
     add("--data", help="labeled images to test on (default: the run's eval.path)")
     add("--train", help="labeled images to learn from (default: the run's data.path)")
     add("--out", type=home_path, help="folder for JSON and picture (default: the checkpoint's folder)")
-    add("--max-images", type=int, metavar="N", help="a random part of each data set, at most N images")
-    add("--seed", type=int, default=0, help="of classifiers, held-out images, subset and crops (default 0)")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--max-images", type=int, metavar="N", help="use at most N random images of each data set")
+    add("--seed", type=int, default=0, help="of classifiers, held-out images, --labels and crops (default 0)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="default: a GPU if there is one")
     add("--precision", default="fp32", choices=("fp32", "bf16"), help="of the encoder (default fp32)")
-    add("--threads", type=int, help="CPU threads per rank (default: its share of the CPUs)")
+    add("--threads", type=int, help="CPU threads per rank (default: CPUs divided by ranks)")
     add = parser.add_argument_group("knn").add_argument
     add("--k", type=int, nargs="+", help="number of neighbors (default 200 and 20)")
-    add("--temperature", type=float, help="a vote counts exp(cosine / temperature) (default 0.1)")
+    add("--temperature", type=float, help="a vote has the weight exp(cosine / temperature) (default 0.1)")
     add = parser.add_argument_group("linear and finetune").add_argument
     add("--lr", type=float, nargs="+", help="learning rates at batch 256 (default: the paper's)")
     add("--epochs", type=float, nargs="+", help="default: 80 (linear); 30 and 50, both tried (finetune)")
-    add("--batch-size", type=int, help="over all ranks (default 1024, less for few images)")
+    add("--batch-size", type=int, help="over all ranks (default 1024, or less if there are fewer images)")
     add("--fast", action="store_true", default=None, help="linear: cache features of unaugmented images")
     add = parser.add_argument_group("finetune").add_argument
-    add("--labels", type=float, help="share of every class: 0.01, 0.1 or 1.0")
-    add("--subset", type=home_path, metavar="FILE", help="or a list of sample ids or names, one a line")
+    add("--labels", type=float, help="fraction of each class to train on: 0.01, 0.1 or 1.0")
+    add("--subset", type=home_path, metavar="FILE", help="or a file with one sample id or name per line")
     add = parser.add_argument_group("transfer").add_argument
     add("--l2", type=int, metavar="N", help="number of penalties between 1e-6 and 1e5 (default 45)")
-    add("--max-iterations", type=int, help="of L-BFGS, for each penalty (default 1000)")
+    add("--max-iterations", type=int, help="L-BFGS iterations per penalty (default 1000)")
     return parser
 
 

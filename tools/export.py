@@ -2,10 +2,10 @@
 
 python tools/export.py runs/r50_100ep/encoder.safetensors --to timm --out exported
 
-CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors. The written files are loaded again and compared with the
-encoder on random images: by torchvision always, by timm and transformers if they are installed. Only then does the
-folder get its name. Nothing is pickled, and tools/evaluate.py reads model.safetensors, too. timm cannot build the CIFAR
-stem: export such an encoder --to torchvision.
+CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors. Before the folder gets its name, the written files are
+loaded again, by torchvision and by the library if it is installed, and compared with the encoder on random images.
+Nothing is pickled. tools/evaluate.py also reads model.safetensors. timm cannot build the CIFAR stem: export such an
+encoder --to torchvision.
 """
 
 import argparse
@@ -24,8 +24,10 @@ def main(argv: list[str] | None = None) -> int:
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoint", type=home_path, help="checkpoint-*.pt or encoder.safetensors of a run")
-    parser.add_argument("--to", required=True, choices=tuple(LIBRARIES), help="the library that will load it")
-    parser.add_argument("--out", type=home_path, required=True, help="folder to make")
+    parser.add_argument(
+        "--to", required=True, choices=tuple(LIBRARIES), help="library that will load the encoder"
+    )
+    parser.add_argument("--out", type=home_path, required=True, help="folder to create")
     args = parser.parse_args(argv)
     try:
         checks = export(load_trained(args.checkpoint), args.to, args.out)

@@ -5,8 +5,8 @@
 writes `DST/train/<class>/NNNN.jpg` and `DST/val/<class>/NNNN.jpg`: ten classes of shapes and textures with random
 place, size, rotation and colors over a textured, noisy background, sometimes with a distractor.
 
-Two rules keep the task honest. The mean color of an image is drawn before its class is looked at, and the finished
-drawing is shifted to it, so the mean color says nothing about the class. Every image has its own random generator,
+Two rules keep the task honest. The mean color of an image is sampled independently of its class, and the finished
+drawing is shifted to it, so the mean color does not tell the class. Every image has its own random generator,
 keyed by (seed, split, class, index), so a larger set contains the smaller one, byte for byte.
 """
 
@@ -93,7 +93,7 @@ def _clouds(rng: np.random.Generator, size: int) -> np.ndarray:
 def _contrast(rng: np.random.Generator) -> np.ndarray:
     """Color of a figure minus the background's: (3,), length .5 to .9, of any hue.
 
-    The figure is the lighter of the two: beside the shape, one thing less that both views share.
+    The figure is always the lighter of the two.
     """
     direction = 1 + 0.7 * rng.standard_normal(3)
     direction *= np.sign(direction.sum())
@@ -102,7 +102,7 @@ def _contrast(rng: np.random.Generator) -> np.ndarray:
 
 def draw(class_name: str, size: int, rng: np.random.Generator) -> np.ndarray:
     """Draws one image, uint8 (size, size, 3)."""
-    mean_color = rng.uniform(0.3, 0.7, 3)  # before the class is looked at
+    mean_color = rng.uniform(0.3, 0.7, 3)  # independent of the class
     figure = _coverage(CLASSES[class_name](*_frame(rng, size, radius=(0.24, 0.42), reach=0.18)))
     image = figure * _contrast(rng)
     if rng.random() < 0.4:  # a distractor: a small bar, in a color of its own
@@ -152,10 +152,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart_images", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", metavar="DST", type=home_path, help="folder to write; must not exist")
     options = [
-        ("per-class", 400, 1, 10_000, "training images of a class"),
-        ("val-per-class", 100, 1, 10_000, "validation images of a class"),
-        ("size", 32, 16, 512, "pixels a side"),
-        ("seed", 0, 0, 2**63, "of the whole set"),
+        ("per-class", 400, 1, 10_000, "training images per class"),
+        ("val-per-class", 100, 1, 10_000, "validation images per class"),
+        ("size", 32, 16, 512, "side of an image in pixels"),
+        ("seed", 0, 0, 2**63, "seed of the whole set"),
     ]
     for name, default, low, high, text in options:
         text += f", {low} to {high} (default {default})"

@@ -2,8 +2,8 @@
 
     python tools/report.py RUN_FOLDER [--data SHARDS] [--images 2000] [--out report.html]
 
-Features are those of --data, by default of the run's eval.path, otherwise of its training images; labels are used if
-there are any. The report of a run that is not finished, or has no labels, says what is missing.
+The features are those of --data, else of the run's eval.path, else of its training images. The run need not be finished
+and the images need no labels: the report names what is missing.
 """
 
 import argparse
@@ -30,8 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("run", type=home_path, help="run.out of a run of train.py")
     parser.add_argument("--data", help="images for the features (default: the run's eval.path)")
-    parser.add_argument("--images", type=int, default=2000, help="at most, evenly spaced (default 2000)")
-    parser.add_argument("--out", type=home_path, help="the HTML file (default: RUN_FOLDER/report.html)")
+    parser.add_argument(
+        "--images", type=int, default=2000, help="number of images at most, evenly spaced (default 2000)"
+    )
+    parser.add_argument("--out", type=home_path, help="HTML file (default: RUN_FOLDER/report.html)")
     args = parser.parse_args(argv)
     out = args.out or args.run / "report.html"
     try:

@@ -1,4 +1,4 @@
-"""Reads a whole data set again and names everything in it that differs from its manifest.
+"""Reads a whole data set and lists everything in it that differs from its manifest.
 
     python tools/verify_shards.py DATASET [--no-decode]
 
@@ -21,9 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument("dataset", help="folder with manifest.json, or .beton files separated by commas")
     parser.add_argument("--no-decode", action="store_true", help="check hashes and headers only")
-    parser.add_argument("--limit", type=int, default=20, help="problems to print (default 20)")
+    parser.add_argument("--limit", type=int, default=20, help="number of problems to print (default 20)")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all CPUs)"
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per CPU)"
     )
     args = parser.parse_args(argv)
     if args.workers < 1 or args.limit < 1:

@@ -118,7 +118,7 @@ def fit_logistic(
         tolerance: of the largest entry of the mean loss's gradient.
 
     Raises:
-        ValueError: l2 is out of its range, there is no feature, or not one label for each.
+        ValueError: l2 is out of its range, or the numbers of features and labels are 0 or differ.
     """
     if not l2 > 0:
         raise ValueError(f"l2={l2} must be above 0")

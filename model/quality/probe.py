@@ -1,4 +1,4 @@
-"""The online probe: a linear classifier trained beside the network, which it does not influence."""
+"""Trains a linear classifier beside the network, without influence on it: the online probe."""
 
 import sys
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from byolt.configs.schema import Config
+from byolt.configs.schema import Config, OptimizerConfig
 from byolt.files.console import say
 from byolt.model.distributed import World, all_reduce_mean
 from byolt.model.optim import LARS
@@ -17,31 +17,18 @@ from byolt.model.quality.scores import num_classes
 
 
 class OnlineProbe:
-    """A linear classifier on the detached features of view 1, with an optimizer of its own.
+    """A linear classifier from F detached features of view 1 to C classes, with an optimizer of its own.
 
     The reference adds the classifier's loss to BYOL's. As the features are detached and LARS works tensor by tensor, a
-    separate optimizer with the same settings makes the same updates.
+    separate LARS with the same settings makes the same updates.
     """
 
-    def __init__(
-        self,
-        num_features: int,
-        num_classes: int,
-        world: World,
-        momentum: float,
-        weight_decay: float,
-        trust_coefficient: float,
-    ) -> None:
-        """
-        Args:
-            num_features: F.
-            num_classes: C.
-            world: the processes that share each batch.
-            momentum: of LARS, like weight_decay and trust_coefficient.
-        """
+    def __init__(self, num_features: int, num_classes: int, world: World, settings: OptimizerConfig) -> None:
         self._world = world
         self.head = make_head(num_features, num_classes, seed=0).to(world.device)
-        self._optimizer = LARS(self.head.parameters(), 0.0, momentum, weight_decay, trust_coefficient)
+        self._optimizer = LARS(
+            self.head.parameters(), 0.0, settings.momentum, settings.weight_decay, settings.trust_coefficient
+        )
 
     def __call__(self, features: Tensor, labels: Tensor, lr: float, finite: Tensor) -> Tensor:
         """Updates the classifier once.
@@ -94,15 +81,9 @@ class OnlineProbe:
 def make_probe(
     config: Config, num_features: int, labels: npt.NDArray[np.int64], world: World
 ) -> OnlineProbe | None:
-    """The probe of a run, with the optimizer's settings; None if it is switched off or an image has no label.
+    """The probe of a run; None if it is switched off, or unless `labels`, of all training images, are classes.
 
-    Labels that are not classes do not stop the training: it continues without a probe, and rank 0 logs a warning.
-
-    Args:
-        config: of the run.
-        num_features: F of the encoder.
-        labels: of all training images; negative for an unlabeled one.
-        world: the processes.
+    An unlabeled image has a negative label. For labels too large to be classes, rank 0 prints a warning.
     """
     if not config.eval.online_probe or (labels < 0).any():
         return None
@@ -112,9 +93,4 @@ def make_probe(
         if world.is_main:
             say(f"warning: no online probe: {error}", file=sys.stderr)
         return None
-    if classes < 2:
-        return None
-    settings = config.optimizer
-    return OnlineProbe(
-        num_features, classes, world, settings.momentum, settings.weight_decay, settings.trust_coefficient
-    )
+    return OnlineProbe(num_features, classes, world, config.optimizer) if classes > 1 else None

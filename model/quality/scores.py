@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MAX_CLASSES = 100_000  # a larger label is an id or a time; ImageNet-22k has 21,841 classes
-_Z = 1.959964  # 95 % of a normal distribution lie within _Z standard deviations
+_Z = 1.959964  # 95 % of a normal distribution is within _Z standard deviations
 
 
 def num_classes(*splits: npt.NDArray[np.int64]) -> int:

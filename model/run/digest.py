@@ -1,4 +1,4 @@
-"""The digest of a run: equal if two runs are in the same state, to the bit."""
+"""Computes the digest of a run's state: two runs with one digest are in the same state, to the bit."""
 
 import hashlib
 from typing import Any
@@ -46,7 +46,7 @@ def agreed(state: dict[str, Any], world: World) -> str:
 
 
 def _feed(sha256: Any, value: Any) -> None:
-    """Hashes a value after its kind and length, so that no two structures give the same bytes."""
+    """Hashes a value after its type and length, so that different structures give different bytes."""
     if isinstance(value, dict):
         sha256.update(b"dict %d " % len(value))
         for key in sorted(value, key=repr):

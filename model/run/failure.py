@@ -16,9 +16,7 @@ from byolt.model import distributed
 from byolt.model.distributed import World
 
 REASON_TIMEOUT = timedelta(seconds=5)  # a rank that lost a peer waits this long for a reason
-REPORT_TIMEOUT = timedelta(
-    seconds=2
-)  # rank 0, whose process is the store, waits for the others before it ends
+REPORT_TIMEOUT = timedelta(seconds=2)  # rank 0, whose process is the store, waits this long for the others
 
 
 def explain(error: Exception, step: int | None, world: World) -> str:

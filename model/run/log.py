@@ -1,4 +1,4 @@
-"""The numbers of a run over its steps: metrics.jsonl, TensorBoard, and the means that a row shows."""
+"""Writes the numbers of a run to metrics.jsonl and TensorBoard; averages them over steps and ranks."""
 
 import json
 import threading
@@ -46,13 +46,13 @@ class MetricLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Closes the files if the block did not; an error of the block is more important than one of closing."""
+        """Closes the files if the block has not; an error while closing must not hide the block's own."""
         with suppress(OSError):
             self.close()
         threading.excepthook = self._hook
 
     def close(self) -> None:
-        """Writes the rows that TensorBoard's thread still holds.
+        """Writes the rows that TensorBoard's thread has not yet written.
 
         Raises:
             OSError: these or earlier rows could not be written.
@@ -68,27 +68,21 @@ class MetricLog:
 
 
 class Window:
-    """The steps since the last row: sums that stay on the device, and the training's own rates."""
+    """The steps since the last row: sums that stay on the device, speed and share of waiting, averaged over ranks."""
 
     def __init__(self, world: World, batch_size: int, step: int) -> None:
-        """
-        Args:
-            world: the processes; a row shows means over them.
-            batch_size: images per step.
-            step: steps done.
-        """
         self._world, self._batch_size = world, batch_size
         self._loss, self._right = (torch.zeros((), device=world.device) for _ in range(2))
         self.begin(step, 0.0)
 
     def begin(self, step: int, waited: float) -> None:
-        """Begins a row after `step` steps, with `waited` seconds spent in total on waiting for the loader."""
+        """Begins a row after `step` steps, when this rank has waited `waited` seconds for the loader in total."""
         self._loss.zero_()
         self._right.zero_()
         self._step, self._waited, self._began = step, waited, time.monotonic()
 
     def add(self, loss: Tensor, right: Tensor | None) -> None:
-        """Adds a step: this rank's loss, and the share, 0 .. 1, of its images that the probe classified correctly."""
+        """Adds a step: this rank's loss, and the probe's accuracy, 0 .. 1, on its images."""
         self._loss += loss
         if right is not None:
             self._right += right
@@ -109,8 +103,8 @@ class Window:
 
         Args:
             step: steps done.
-            waited: seconds that this rank has spent in total on waiting for the loader.
-            corrupt: undecodable images that this rank has met in total.
+            waited: seconds that this rank has waited for the loader in total.
+            corrupt: number of undecodable images on this rank in total.
             gauges: 0-dim tensors by name, averaged over ranks.
             probed: whether `add` got `right`.
         """

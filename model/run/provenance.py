@@ -1,4 +1,4 @@
-"""How a run was started: each start appends command, hardware and versions to starts.jsonl."""
+"""Records how a run was started: each start appends command, hardware and versions to starts.jsonl."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""A run as it goes: its state, and when it is logged, checked, evaluated, saved and stopped."""
+"""Holds the state of a run; decides when it is logged, checked, evaluated, saved and stopped."""
 
 import math
 import time
@@ -28,7 +28,7 @@ _EARLY_ROWS = (1, 2, 5, 10)  # steps with a row before run.log_every, so that a 
 
 @dataclass
 class Run:
-    """One start of a run, on one rank. All ranks make the same calls in the same order."""
+    """One start of a run on one rank. All ranks make the same calls in the same order."""
 
     config: Config
     world: World
@@ -59,13 +59,13 @@ class Run:
     # ── before the loop ─────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Evaluates the untrained encoder of a new run, and starts the clock of the training."""
+        """Evaluates the untrained encoder of a new run; starts to measure the speed."""
         expected, path = self.config.data.expected_images, self.config.data.path
         if self.step >= self.last_step:
             self.meter.say(f"nothing left to train: step {self.step} is the last")
         if expected not in (None, self.num_images):
             self.meter.say(
-                f"data.expected_images={expected}, but {path} holds {self.num_images} images: the schedules use these"
+                f"data.expected_images={expected}, but {path} holds {self.num_images} images, which the schedules use"
             )
         self._vote_on_stopping()
         if self.step == 0 and not self.stopping:
@@ -73,7 +73,7 @@ class Run:
         self._window.begin(self.step, 0.0)
 
     def draw_views(self, view1: Tensor, view2: Tensor) -> None:
-        """Writes views.png: the first pairs of views, (n, 3, size, size) each, as the network gets them."""
+        """Writes views.png: the first pairs of views, (n, 3, size, size) each, normalized."""
         if self.world.is_main:
             mean, std = self.config.augment.mean, self.config.augment.std
             with self.writing("views.png"):
@@ -99,17 +99,17 @@ class Run:
         )
 
     def is_logged(self, step: int) -> bool:
-        """Whether a row of numbers follows after `step` steps."""
+        """Whether a row of metrics is written after `step` steps."""
         every = self.config.run.log_every
         return step % every == 0 or step == self.last_step or (step in _EARLY_ROWS and step < every)
 
     def count(self, result: StepResult, right: Tensor | None, ids: Tensor) -> None:
-        """Counts a step; refuses one that is not finite.
+        """Counts a step; stops every rank after one that is not finite.
 
         Args:
             result: of the step.
-            right: the share of its images that the probe classified correctly, 0-dim.
-            ids: its sample ids, (n,) int64 on the CPU.
+            right: the probe's accuracy on this rank's images, 0 .. 1, 0-dim; None without a probe.
+            ids: this rank's sample ids, (n,) int64 on the CPU.
         """
         self._window.add(result.loss, right)
         self._finite.add(self.step + 1, result, ids)
@@ -123,14 +123,14 @@ class Run:
         self._finite.check(self.out, self.state)
 
     def log(self, lr: float, tau: float, result: StepResult, waited: float, corrupt: int) -> None:
-        """Shows and writes a row about the steps since the last one; warns of collapse, or stops.
+        """Prints and writes a row about the steps since the last row; warns of collapse, or stops.
 
         Args:
             lr: learning rate of the last step.
             tau: its EMA coefficient.
             result: of the last step, with gauges.
-            waited: seconds that this rank has spent in total on waiting for the loader.
-            corrupt: undecodable images that this rank has met in total.
+            waited: seconds that this rank has waited for the loader in total.
+            corrupt: number of undecodable images on this rank in total.
 
         Raises:
             CollapseError: the projections have collapsed and train.on_collapse=stop; a checkpoint is saved.
@@ -183,7 +183,7 @@ class Run:
             self.evaluate()
 
     def evaluate(self, untrained: bool = False) -> float | None:
-        """Shows and logs kNN top-1 in percent; returns None without a labeled split."""
+        """Prints, logs and returns kNN top-1 in percent; returns None without a labeled split."""
         if self.knn is None:
             return None
         with self._window.paused():
@@ -205,7 +205,7 @@ class Run:
             return
         late = time.monotonic() - self._saved > self.config.run.checkpoint_minutes * 60
         if distributed.any_rank(late, self.world):
-            self.check_finite()  # a flag that nobody has read would be lost with this process
+            self.check_finite()  # the checkpoint does not contain the flags
             with self.writing():
                 self.save()
         self._vote_on_stopping()
@@ -236,7 +236,7 @@ class Run:
 
     @contextmanager
     def writing(self, name: str = "", may_stop: bool = True) -> Iterator[None]:
-        """An OSError in the block stops the run or only prints a warning, as run.on_write_error says.
+        """An OSError in the block stops the run or only prints a warning, by run.on_write_error.
 
         Args:
             name: of the file, for an error that does not name it.

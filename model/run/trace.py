@@ -1,4 +1,4 @@
-"""A Chrome trace of a few training steps: host, loader thread and GPU on one time line (torch.profiler)."""
+"""Writes a Chrome trace of a few training steps: host, loader thread and GPU on one time line (torch.profiler)."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,15 +11,7 @@ WARM_UP = 5  # steps before the first traced one, for choosing and compiling ker
 
 
 def check_length(steps: int, left: int) -> None:
-    """Refuses a trace that is longer than the run.
-
-    Args:
-        steps: to trace; 0 for none.
-        left: steps until the end of the run.
-
-    Raises:
-        ValueError: too few steps are left.
-    """
+    """Raises ValueError if `steps` steps and the warm-up are more than the run has left; 0 steps always fit."""
     if steps and WARM_UP + steps > left:
         raise ValueError(
             f"--trace {steps} needs {WARM_UP + steps} steps with its warm-up, but the run has {left} left: trace "
@@ -30,7 +22,8 @@ def check_length(steps: int, left: int) -> None:
 class Trace:
     """Traces `steps` steps after WARM_UP. A context manager around the loop, which calls `step` after each step.
 
-    With 0 steps it does nothing. Profiling slows the steps down: the trace shows their order and shares, not images/s.
+    With 0 steps it does nothing. Profiling slows the steps down: use the trace for their order and shares, not for
+    images/s.
 
     Args:
         steps: number of steps.

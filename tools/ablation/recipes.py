@@ -9,7 +9,7 @@ class Ablation(NamedTuple):
     """Settings that differ from the recipe, and their accuracy in the paper."""
 
     overrides: tuple[str, ...]
-    paper: float | None  # top-1 in per cent: ImageNet, ResNet-50, 300 epochs, linear evaluation
+    paper: float | None  # top-1 in percent: ImageNet, ResNet-50, 300 epochs, linear evaluation
     source: str
 
 

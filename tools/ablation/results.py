@@ -1,4 +1,4 @@
-"""The results of ablation runs: which runs count, their table, and their curves."""
+"""Finds finished ablation runs; makes their table and their curves."""
 
 import json
 import re
@@ -32,13 +32,7 @@ _PANELS = {
 def finished_runs(
     config: str, common: list[str], out: Path, batch_size: int
 ) -> tuple[dict[tuple[str, int], Path], list[str]]:
-    """The ablation runs in OUT/NAME-SEED that reached their end.
-
-    Args:
-        config: file of the recipe.
-        common: overrides for all runs.
-        out: folder of all runs; need not exist.
-        batch_size: batch size of the recipe.
+    """The ablation runs in OUT/NAME-SEED that reached their end; `common` are overrides of the recipe for all runs.
 
     Returns:
         Folders of the runs of this recipe by name and seed, and names of the folders of runs of other settings.
@@ -75,11 +69,7 @@ def last_values(rows: Rows) -> dict[str, float | None]:
 
 
 def table_of(results: Mapping[str, list[dict[str, float | None]]]) -> tuple[Table, str]:
-    """The table for a terminal, and the same in Markdown.
-
-    Args:
-        results: `last_values` of each seed, by ablation.
-    """
+    """The table for a terminal, and the same in Markdown, from the `last_values` of each seed, by ablation."""
     columns = ("ablation", *(name for name, _ in _COLUMNS.values()), "paper top-1 %", "source")
     table = Table(*columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -102,12 +92,9 @@ def _mean(values: list[float | None], digits: int) -> str:
 
 
 def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str, Any]) -> None:
-    """Prints the table; writes it and the curves to OUT/ablation.json, .md and .png.
+    """Prints the table; writes it, the request and the curves to OUT/ablation.json, .md and .png.
 
-    Args:
-        out: the folder.
-        curves: rows of metrics of each seed, by ablation.
-        request: written beside the results in the JSON file.
+    `curves` are rows of metrics of each seed, by ablation.
     """
     save_curves(out / "ablation.png", curves, _PANELS)
     results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}

@@ -3,9 +3,9 @@
     PYTHONPATH=FFCV python tools/benchmarks/beton.py FOLDER [--images 2000] [--repeats 5] [--threads 1] [--json]
 
 FFCV is the folder of tools/install_ffcv.sh. Writing: FOLDER's JPEGs become a .beton, by one process each; ours with and
-without the proof that each image decodes, while ffcv encodes PIL's pixels anew. Reading: one randomly resized crop of
+without decoding each image to check it, while ffcv encodes PIL's pixels anew. Reading: one randomly resized crop of
 224 x 224 of every sample, all stored raw; ours float32, bicubic and normalized, ffcv's uint8. All take turns; a ratio
-is the median of the ratios of neighbors.
+is the median over neighboring rounds.
 """
 
 import argparse

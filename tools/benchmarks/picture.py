@@ -1,4 +1,4 @@
-"""Bar charts: the costs of `tools/bench.py` and the figures of `tools/gpu_report.py`."""
+"""Draws bar charts: the costs of `tools/bench.py` and the figures of `tools/gpu_report.py`."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ def save_picture(
     comparisons: Mapping[str, Mapping[str, float]],
     on_gpu: bool,
 ) -> None:
-    """Draws horizontal bars, one panel below another.
+    """Draws horizontal bars, one panel below another, into a PNG file.
 
     Args:
-        path: PNG file.
-        title: what was measured, and on which hardware.
+        path: of the file.
+        title: of the figure.
         costs: of STAGES, "loader", "step" and "both".
         stalled: result of `together.stall`.
         comparisons: by heading, the CPU ms per image of pipelines by name, ours first.

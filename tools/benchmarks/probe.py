@@ -1,4 +1,4 @@
-"""Measures the cost of the online linear probe: times a training step on noise and the probe, compares medians.
+"""Measures the cost of the online linear probe beside that of a training step, on noise.
 
 python tools/benchmarks/probe.py [--backbone resnet18] [--stem cifar] [--size 32] [--batch 64] [--classes 10]
 """
@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from byolt.configs.schema import ModelConfig
+from byolt.configs.schema import ModelConfig, OptimizerConfig
 from byolt.model import distributed
 from byolt.model.byol import make_byol
 from byolt.model.optim import LARS
@@ -21,27 +21,25 @@ from byolt.model.step import TrainStep
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 measured, 2 invalid request."""
-    parser = argparse.ArgumentParser(
-        prog="bench_probe", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="benchmarks/probe", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--backbone", default="resnet18", choices=BACKBONES)
     parser.add_argument("--stem", default="cifar", choices=STEMS)
-    least = {"size": 8, "batch": 2, "classes": 2, "rounds": 1}  # batch norm needs two images
-    for option, value in {"size": 32, "batch": 64, "classes": 10, "rounds": 10}.items():
-        parser.add_argument(f"--{option}", type=int, default=value)
+    # Batch norm needs two images.
+    options = {"size": (32, 8), "batch": (64, 2), "classes": (10, 2), "rounds": (10, 1)}
+    for option, (default, _) in options.items():
+        parser.add_argument(f"--{option}", type=int, default=default, help=f"default {default}")
     args = parser.parse_args(argv)
-    for option, lowest in least.items():
-        if getattr(args, option) < lowest:
-            print(
-                f"bench_probe: --{option} {getattr(args, option)} must be at least {lowest}", file=sys.stderr
-            )
+    for option, (_, lowest) in options.items():
+        if (value := getattr(args, option)) < lowest:
+            print(f"benchmarks/probe: --{option} {value} must be at least {lowest}", file=sys.stderr)
             return 2
     world = distributed.init()
     on_gpu = world.device.type == "cuda"
     torch.manual_seed(0)
     model = make_byol(ModelConfig(backbone=args.backbone, stem=args.stem))
     step = TrainStep(model, LARS(model.online.parameters(), 0.0), world, "bf16" if on_gpu else "fp32")
-    probe = OnlineProbe(int(model.online.encoder.num_features), args.classes, world, 0.9, 1e-6, 1e-3)  # type: ignore[arg-type]
+    settings = OptimizerConfig(base_lr=0.1, weight_decay=1e-6, base_tau=0.99)
+    probe = OnlineProbe(int(model.online.encoder.num_features), args.classes, world, settings)  # type: ignore[arg-type]
     views = [torch.randn(args.batch, 3, args.size, args.size, device=world.device) for _ in range(2)]
     labels = torch.arange(args.batch) % args.classes
     times: tuple[list[float], list[float]] = ([], [])

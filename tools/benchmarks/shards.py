@@ -2,8 +2,8 @@
 
     python tools/benchmarks/shards.py FOLDER [--workers N] [--repeats 5] [--json]
 
-Both start their processes anew, read the same files and take turns. The ratio is the median of the ratios of neighbors,
-which other programs on the machine change less than either speed.
+Both start their processes anew, read the same files and take turns. The ratio is the median over neighboring
+rounds; other programs on the machine change it less than either speed.
 """
 
 import argparse

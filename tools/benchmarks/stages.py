@@ -1,7 +1,7 @@
-"""The cost of each stage alone: reading, drawing parameters, decoding, the parts of the views, the hand-over.
+"""Measures each stage alone: reading, sampling parameters, decoding, the parts of the views, the transfer.
 
     read          reads the images with data.threads threads, as the loader does; checks headers in one thread
-    draw          sample ids and the parameters of their views, one thread
+    draw          samples ids and the parameters of their views, one thread
     decode        the back end with views of 8 px and no operation
     crop + resize views of full size without operations, minus decode; includes flip, normalization and output
     color         the same with jitter and gray, minus the line above
@@ -47,9 +47,7 @@ class Cost:
 
     wall_ms: float
     cpu_ms: float  # of all threads of the process
-    gpu_us: float | None = (
-        None  # between two events on the current stream, waits included; None without a GPU
-    )
+    gpu_us: float | None = None  # between two events on the stream, waits included; None without a GPU
 
     def __sub__(self, other: "Cost") -> "Cost":
         gpu = None if self.gpu_us is None or other.gpu_us is None else self.gpu_us - other.gpu_us
@@ -62,7 +60,7 @@ class Cost:
 
 
 def rate(images_per_s: float | None) -> str:
-    """The rate as text; a dash if it is None."""
+    """The rate as text."""
     if images_per_s is None:
         return "-"
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"

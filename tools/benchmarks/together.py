@@ -1,14 +1,14 @@
-"""The cost of the whole loader, of the training step on resident data, and of the step fed by the loader.
+"""Measures the whole loader, the training step on resident data, and the step fed by the loader.
 
-They run in turns in one process, so that a slow phase of the machine affects all alike, and the median over the rounds
-counts. Work that the loader does ahead is never hidden: its queue is emptied before the loader is measured, and other
-measurements wait until the loader has filled the queue again.
+They run in turns in one process, so that a slow phase of the machine affects all alike; the median over the rounds is
+reported. Batches that the loader made ahead do not count: its queue is emptied before the loader is measured, and
+other measurements wait until the queue is full again.
 """
 
 import io
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice, repeat
 from typing import Any
 
@@ -31,9 +31,8 @@ LONGEST = 3.0  # seconds after which a turn ends early; one step can take that l
 
 def measure(config: Config, source: Source, world: World, batches: int, torchvision: bool) -> dict[str, Cost]:
     """Costs of STAGES, "loader", "step", "both" and, if requested, "torchvision"; arguments as `measure_together`."""
-    precision, dtype = choose_precision(config, world)
-    stages = measure_stages(config, source, world.device, dtype, batches)
-    return stages | measure_together(config, source, world, precision, dtype, batches, torchvision)
+    stages = measure_stages(config, source, world.device, choose_precision(config, world)[1], batches)
+    return stages | measure_together(config, source, world, batches, torchvision)
 
 
 def choose_precision(config: Config, world: World) -> tuple[str, torch.dtype]:
@@ -45,13 +44,7 @@ def choose_precision(config: Config, world: World) -> tuple[str, torch.dtype]:
 
 
 def measure_together(
-    config: Config,
-    source: Source,
-    world: World,
-    precision: str,
-    dtype: torch.dtype,
-    batches: int,
-    torchvision: bool,
+    config: Config, source: Source, world: World, batches: int, torchvision: bool
 ) -> dict[str, Cost]:
     """Costs of "loader", "step", "both" and, if requested, "torchvision".
 
@@ -59,12 +52,10 @@ def measure_together(
         config: of the run.
         source: its images.
         world: a single process.
-        precision: of the step, "fp32", "bf16" or "fp16".
-        dtype: of the views.
         batches: number of batches of a turn, unless they take longer than LONGEST.
         torchvision: also measures a plain torchvision pipeline in one thread, on the images of the first batch.
     """
-    size = config.train.batch_size
+    (precision, dtype), size = choose_precision(config, world), config.train.batch_size
     train_step = make_step(config, world, precision)
     views = torchvision_views(config) if torchvision else None
     turns: dict[str, list[Cost]] = {}
@@ -121,8 +112,8 @@ def median(costs: list[Cost]) -> Cost:
 def wait_until_idle() -> None:
     """Waits until no thread of this process works, because the loader has filled its queue.
 
-    Ends after LONGEST_WAIT: a thread of a library may spin forever (on a GPU, one of the driver's or DALI's). Its work
-    is then part of every measurement.
+    Returns after LONGEST_WAIT at the latest: a thread of a library may spin forever (on a GPU, one of the driver's or
+    DALI's). Its work is then part of every measurement.
     """
     before, begun = -1.0, time.monotonic()
     while time.process_time() - before > 0.005 and time.monotonic() - begun < LONGEST_WAIT:
@@ -130,15 +121,9 @@ def wait_until_idle() -> None:
         time.sleep(0.1)
 
 
-def stall(loader: float, step: float, both: float) -> float:
-    """Share of the speed that is lost when the loader feeds the step: 1 - both / slower of the two.
-
-    Args:
-        loader: images/s of the loader alone.
-        step: images/s of the step alone.
-        both: images/s of the step fed by the loader.
-    """
-    return 1 - both / min(loader, step)
+def stall(costs: Mapping[str, Cost]) -> float:
+    """Share of the speed that is lost when the loader feeds the step: 1 - both / slower of the two, in images/s."""
+    return 1 - max(costs["loader"].wall_ms, costs["step"].wall_ms) / costs["both"].wall_ms
 
 
 def bottleneck(costs: dict[str, Cost], on_gpu: bool) -> str:

@@ -1,4 +1,4 @@
-"""A picture of the confusions: which classes are taken for which."""
+"""Draws a confusion matrix."""
 
 from pathlib import Path
 
@@ -11,20 +11,15 @@ from byolt.tools.reporting.figures import drawable
 
 
 def save_confusion(path: Path, counts: Tensor, names: list[str], title: str) -> None:
-    """Draws each row of the confusion matrix in per cent of its class.
+    """Draws `counts`, (C, C) int64 by true and predicted class, in percent of each true class, as a PNG file.
 
-    Args:
-        path: PNG file.
-        counts: (C, C) int64, true class by predicted class.
-        names: of the C classes; written on the axes if C <= 50.
-        title: above the picture.
+    The names of the classes are on the axes if C <= 50.
     """
     classes = len(counts)
     percent = (100 * counts.double() / counts.sum(dim=1, keepdim=True).clamp_min(1)).cpu().numpy()
     side = min(3 + 0.45 * classes, 16)
-    with rc_context(
-        {"text.parse_math": False, "figure.constrained_layout.use": True}
-    ):  # a $ in a name is a $
+    # A class name may contain a $.
+    with rc_context({"text.parse_math": False, "figure.constrained_layout.use": True}):
         figure = Figure(figsize=(side + 1, side))
         axis = figure.add_subplot()
         image = axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)

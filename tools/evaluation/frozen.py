@@ -71,12 +71,7 @@ def calibrate(setup: Setup) -> None:
 def plain_features(setup: Setup, source: Source, description: str) -> tuple[Tensor, Tensor]:
     """Features (n, F) float32 of the unaugmented images and labels (n,), in the order of the source, on every rank.
 
-    Images that do not decode are left out.
-
-    Args:
-        setup: encoder and ranks.
-        source: the images.
-        description: label of the progress bar; begins error messages.
+    Images that do not decode are left out. `description` labels the progress bar and begins error messages.
 
     Raises:
         ValueError: no image decodes.

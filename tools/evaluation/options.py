@@ -31,7 +31,7 @@ def check_options(args: argparse.Namespace) -> None:
         given: Any = getattr(args, option)
         for value in given if isinstance(given, list) else [given]:
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"--{option.replace('_', '-')} {value} must be a number more than 0")
+                raise ValueError(f"--{option.replace('_', '-')} {value} must be a finite number above 0")
             if value is not None and most and value > most:
                 raise ValueError(f"--{option} {value} must be at most {most}")
     if not 0 <= args.seed < 2**63:

@@ -1,7 +1,7 @@
 """The four evaluation protocols: kNN, linear, fine-tuning, transfer.
 
-Ranks share images and trials, never the arithmetic of one of them, and results are gathered in a fixed order: the
-answer does not depend on the number of ranks. Fine-tuning is equal up to rounding, because gradients are averaged.
+Ranks share images and trials, never the arithmetic of one of them, and results are gathered in a fixed order: results
+do not depend on the number of ranks. Those of fine-tuning agree to rounding, because gradients are averaged.
 """
 
 import itertools
@@ -231,7 +231,7 @@ def _hold_out(setup: Setup) -> tuple[Subset, Subset]:
 
 @torch.no_grad()
 def _held_out_top1(setup: Setup, head: nn.Linear, held: Source) -> tuple[float | None, int]:
-    """Accuracy in per cent and number of images; (None, 0) if the training diverged."""
+    """Accuracy in percent and number of images; (None, 0) if the training diverged."""
     try:
         features, labels = plain_features(setup, held, "held-out features")
     except FloatingPointError:
@@ -240,7 +240,7 @@ def _held_out_top1(setup: Setup, head: nn.Linear, held: Source) -> tuple[float |
 
 
 def _top1(scores: Tensor, labels: Tensor) -> float | None:
-    """Accuracy in per cent; None if a score is not finite, because its classifier diverged."""
+    """Accuracy in percent; None if a score is not finite, because its classifier diverged."""
     if not scores.isfinite().all():
         return None
     return 100 * topk_correct(scores, labels, 1).double().mean().item()

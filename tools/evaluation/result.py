@@ -1,4 +1,4 @@
-"""The output of tools/evaluate.py: a table on the screen, a JSON file and a picture of the confusions."""
+"""Writes the output of tools/evaluate.py: a table on the screen, a JSON file and a picture of the confusion matrix."""
 
 import argparse
 import json
@@ -24,11 +24,7 @@ from byolt.tools.evaluation.protocols import Outcome
 
 
 def check_writable(folder: Path) -> None:
-    """Makes the folder and tries a file in it, before hours of work.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
+    """Creates the folder, if needed; raises ValueError before hours of work if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -98,7 +94,7 @@ def _about(path: str, source: Source, used: int) -> dict[str, Any]:
 
 
 def _summary(outcome: Outcome, labels: Tensor, classes: int) -> dict[str, Any]:
-    """Accuracies in per cent, top-1 and top-5 with their 95 % intervals, and the settings."""
+    """Accuracies in percent, top-1 and top-5 with their 95 % intervals, and the settings."""
     row: dict[str, Any] = {"name": outcome.name, "images": len(labels)}
     for k in (1, 5):
         if k < classes:  # among five of five classes the true one always is
@@ -156,5 +152,5 @@ def _file_name(args: argparse.Namespace, trained: Trained) -> str:
 
 
 def _short_name(path: str) -> str:
-    """The last two parts of a data set's path, as part of a file name; 'val' alone says little."""
+    """The last two parts of a data set's path, as part of a file name: 'val' alone is ambiguous."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(Path(path).parts[-2:])).strip("-.")[-40:]

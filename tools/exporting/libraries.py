@@ -1,4 +1,4 @@
-"""The files that torchvision, timm and transformers load, and the check that they give the encoder's features."""
+"""Writes the files that torchvision, timm and transformers load, and checks that they give the encoder's features."""
 
 import json
 import statistics
@@ -31,13 +31,13 @@ def export(trained: Trained, target: str, out: Path) -> list[str]:
     Args:
         trained: the encoder.
         target: a key of LIBRARIES.
-        out: the folder to make.
+        out: the folder to create.
 
     Returns:
         One sentence for each check.
 
     Raises:
-        ValueError: the library has no such network, `out` exists, or the encoder is of no use.
+        ValueError: the library has no such network, `out` exists, or the encoder is broken or has collapsed.
         RuntimeError: the written files do not give the encoder's features; they are removed.
     """
     check_architecture(trained, target)

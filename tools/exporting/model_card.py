@@ -1,7 +1,7 @@
-"""The model card, README.md of an export: how the encoder was made, what was measured, how to load it.
+"""Writes the model card, README.md of an export: recipe, measured accuracies, and how to load the encoder.
 
-Names from settings and files enter the Markdown as code on one line, so that they stay inert. Of an absolute path only
-the last part is published.
+Names from settings and files enter the Markdown as code on one line, so that they cannot act as markup. Of an
+absolute path only the last part is published.
 """
 
 import json
@@ -55,7 +55,7 @@ predictor: images to {trained.encoder.num_features} features. Trained without la
 - Stem: {config.model.stem}; views of {size} px
 - Preprocessing: center crop of 7/8 of the short side, or of all of it if that is {size} px or less; bicubic to
   {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink:
-  numbers may differ a little); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
+  numbers may differ slightly); values in 0 .. 1, minus {mean}, divided by {std}.{resizing and " " + resizing}
 - sha256 of the weights: `{trained.digest}`
 
 ## Measured
@@ -108,7 +108,7 @@ def _percent(result: dict[str, Any], name: str) -> str:
 
 
 def _during_training(trained: Trained) -> list[str]:
-    """The kNN accuracy of the run itself. metrics.jsonl does not identify weights, which the line says."""
+    """The kNN accuracy of the run itself. metrics.jsonl does not identify weights; the line states this."""
     config = public(trained.config)
     rows = [row for row in _rows(trained) if "knn_top1" in row]
     if not rows:
@@ -122,7 +122,7 @@ def _during_training(trained: Trained) -> list[str]:
 
 
 def _epochs_done(trained: Trained) -> str:
-    """Length of the training, as far as the run's folder tells."""
+    """Length of the training; the epochs are known only if metrics.jsonl is beside the checkpoint."""
     epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
     done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown number"
     return f"{trained.step} steps of {train.batch_size} images; {done} of {train.epochs:g} epochs"

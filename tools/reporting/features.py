@@ -1,4 +1,4 @@
-"""The report's sections about features: spectrum, maps and nearest neighbors."""
+"""Makes the report's sections about features: spectrum, maps and nearest neighbors."""
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def features_section(images: ImageFeatures, principal: spectrum.Principal, rank:
     marks = [chosen.get(label, rest) for label in images.labels.tolist()]
     embedded, tsne = _tsne(images)
     if dimensions > 1:
-        axes = (_axis(1, shares), _axis(2, shares))
+        axes = [f"axis {i + 1}, {100 * shares[i]:.0f} % of the variance" for i in range(2)]
         png = figures.scatter(spectrum.project(images.features, principal).numpy(), marks, axes)
         without = "" if embedded is not None else f" {tsne}"
         section.figures.append(
@@ -54,12 +54,8 @@ def features_section(images: ImageFeatures, principal: spectrum.Principal, rank:
     return section
 
 
-def _axis(number: int, shares: np.ndarray) -> str:
-    return f"axis {number}, {100 * shares[number - 1]:.0f} % of the variance"
-
-
 def _tsne(images: ImageFeatures) -> tuple[np.ndarray | None, str]:
-    """A t-SNE map (N, 2) and how it was made, or None and why there is none."""
+    """A t-SNE map (N, 2) and a sentence about it, or None and the reason."""
     try:
         from sklearn.manifold import TSNE
     except ImportError:
@@ -68,7 +64,7 @@ def _tsne(images: ImageFeatures) -> tuple[np.ndarray | None, str]:
         return None, f"There is no t-SNE map: it needs {_TSNE_FROM} images or more."
     perplexity = min(30.0, (len(images.features) - 1) / 3)
     tsne = TSNE(metric="cosine", init="random", perplexity=perplexity, random_state=0)
-    how = f"By scikit-learn, cosine, perplexity {perplexity:.0f}; distances between far groups mean nothing."
+    how = f"By scikit-learn, cosine, perplexity {perplexity:.0f}; distances between distant groups have no meaning."
     return tsne.fit_transform(images.features.numpy()), how
 
 
@@ -103,7 +99,7 @@ def neighbors_section(images: ImageFeatures) -> Section:
     if known:
         right, chance = spectrum.neighbor_precision(torch.from_numpy(images.labels), indices)
         section.intro += (
-            f" Over all labeled images, {100 * right:.1f} % of these neighbors are of the image's class; chance is "
+            f" Over all labeled images, {100 * right:.1f} % of these neighbors have the image's class; chance is "
             f"{100 * chance:.1f} %. A neighbor of another class has a dashed red border and a cross."
         )
     else:

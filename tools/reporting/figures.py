@@ -1,6 +1,6 @@
-"""Figures of reports as PNG, and the colors and markers that all pictures of the tools share.
+"""Draws the figures of reports as PNG; defines the colors and markers that all pictures of the tools share.
 
-A figure has a white background, so it reads on a light and on a dark page. Markers repeat what colors say.
+A figure has a white background, so it is readable on a light and on a dark page. Classes differ by marker and by color.
 """
 
 import io
@@ -95,7 +95,7 @@ def spectrum(eigenvalues: np.ndarray, rank: float) -> bytes:
         return _png(figure)
 
 
-def scatter(points: np.ndarray, marks: Sequence[Mark], labels: tuple[str, str] | None = None) -> bytes:
+def scatter(points: np.ndarray, marks: Sequence[Mark], labels: Sequence[str] | None = None) -> bytes:
     """A map of points.
 
     Args:

@@ -39,7 +39,7 @@ class Section:
 
     title: str
     intro: str = ""
-    notes: list[str] = field(default_factory=list)  # what is missing, or went wrong
+    notes: list[str] = field(default_factory=list)  # about missing or damaged files
     facts: list[tuple[str, str]] = field(default_factory=list)  # a table of names and values
     details: tuple[str, str] | None = None  # title and text that is folded away
     table: list[Sequence[str]] = field(default_factory=list)  # the first row is the head
@@ -57,12 +57,7 @@ def render(
 ) -> str:
     """The HTML page: one file with its style inside, without scripts, which loads nothing from elsewhere.
 
-    Args:
-        name: of the run.
-        subtitle: one line about it.
-        tiles: large numbers, and the meaning of each.
-        notes: what is missing or went wrong.
-        sections: the rest of the page.
+    `tiles` are large numbers and their meanings; `notes` tell the reader of missing and damaged files.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

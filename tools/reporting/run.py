@@ -1,4 +1,4 @@
-"""Reads what a report shows: the files of a run, finished or not, and features of images."""
+"""Reads the files of a run, finished or not, and computes features of images for its report."""
 
 import re
 from collections.abc import Iterator
@@ -132,12 +132,7 @@ def _load(path: Path, problems: list[str]) -> Trained | None:
 
 
 def compute_features(run: Run, source: Source, images: int) -> ImageFeatures:
-    """Features of evenly spaced images of a data set, on the GPU if there is one.
-
-    Args:
-        run: a run with an encoder.
-        source: labeled or not.
-        images: largest number of images.
+    """Features of at most `images` evenly spaced images, labeled or not, on the GPU if there is one.
 
     Raises:
         ValueError: none of the images can be decoded.

@@ -1,4 +1,4 @@
-"""The whole report, and its sections about the run itself: settings, curves, views and corrupt images."""
+"""Makes the report, and its sections about the run itself: settings, curves, views and corrupt images."""
 
 import math
 import statistics
@@ -15,13 +15,7 @@ _CORRUPT_SHOWN = 20
 
 
 def render_report(run: Run, data: str | None, images: int) -> str:
-    """The HTML page of a run.
-
-    Args:
-        run: its files.
-        data: images whose features are shown, or None for the run's own.
-        images: largest number of images.
-    """
+    """The HTML page of a run, with features of at most `images` images of `data`, by default of the run's own."""
     computed, about = _features_of(run, data, images)
     rank, last = None, [Section("Features and neighbors", notes=[about])]
     if computed:
@@ -37,7 +31,7 @@ def render_report(run: Run, data: str | None, images: int) -> str:
 
 
 def _features_of(run: Run, data: str | None, images: int) -> tuple[ImageFeatures | None, str]:
-    """The features and a sentence about them, or None and why there are none."""
+    """The features and a sentence about them, or None and the reason."""
     if run.trained is None or run.config is None:
         return None, (
             "There is no encoder yet: the run has written neither encoder.safetensors nor a readable checkpoint "
@@ -134,11 +128,11 @@ def _curves(run: Run) -> Section:
     for title, keys, unit, caption, hint in (
         ("Loss", {"loss": "loss"}, "loss", "4: predictions and targets are unrelated; 0: they agree.", None),
         ("Accuracy", {"knn_top1": "kNN, held-out images", "probe_top1": "online probe, training images"},
-         "top-1, per cent", "Of classifiers on the encoder, which do not change it.", None),
+         "top-1, percent", "Of classifiers on the encoder's features; they do not change the encoder.", None),
         ("Learning rate", {"lr": "learning rate"}, "learning rate", "Before LARS scales it for each layer.", None),
         ("tau", {"tau": "tau"}, "tau", "The target network keeps this share of its weights at each step.", None),
         ("Speed", {"images_per_second": "speed"}, "images/s", "Training only, over all ranks.", None),
-        ("Waiting for data", {"data_wait_percent": "waiting"}, "per cent", "Share of the time.", None),
+        ("Waiting for data", {"data_wait_percent": "waiting"}, "percent", "Share of the time.", None),
         ("Collapse: spread", {f"{k}_std": v for k, v in gauges.items()}, "std",
          "Of each normalized dimension over a batch: 0 if collapsed, 1/√D if spread over the sphere.", spread),
         ("Collapse: cosine", {f"{k}_cosine": v for k, v in gauges.items()}, "mean |cosine|",

@@ -1,7 +1,6 @@
-"""The samples that tools/show_views.py shows: their augmentation parameters, their views, and each operation alone.
+"""Reads the samples of tools/show_views.py, draws their augmentation parameters and makes their views.
 
-Everything comes from the code of the training: bytes from a source, parameters from `pipelines.views`, pixels from a
-back end.
+All of it is the code of the training: bytes from a source, parameters from `pipelines.views`, pixels from a back end.
 """
 
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""The three pictures of tools/show_views.py: a contact sheet, one strip per operation, two back ends side by side."""
+"""Draws the pictures of tools/show_views.py: a contact sheet, one strip per operation, two back ends side by side."""
 
 import textwrap
 from collections.abc import Sequence
@@ -55,13 +55,7 @@ class Page:
     def __init__(
         self, title: str, notes: Sequence[str], rows: Sequence[Sequence[Cell]], side: int = CELL
     ) -> None:
-        """
-        Args:
-            title: first line.
-            notes: further lines; long ones are wrapped.
-            rows: the cells.
-            side: pixels of a cell's side.
-        """
+        """`side` is that of a cell in pixels; long notes are wrapped."""
         self.width = 2 * MARGIN + max(map(len, rows)) * (side + GAP) - GAP
         lines = [line for note in notes for line in textwrap.wrap(note, (self.width - 2 * MARGIN) // LETTER)]
         y = MARGIN + TITLE + LINE * len(lines)
@@ -95,13 +89,12 @@ class Page:
         for (left, top, *extent), color, line in zip(cell.windows, COLORS, ("-", (0, (4, 3))), strict=False):
             stroke = [withStroke(linewidth=2.6, foreground="white")]
             style: dict[str, Any] = {
-                "fill": False,
                 "edgecolor": color,
                 "linewidth": 1.4,
                 "linestyle": line,
-                "clip_on": False,
+                "path_effects": stroke,
             }
-            axes.add_patch(Rectangle((left, top), *extent, **style, path_effects=stroke))
+            axes.add_patch(Rectangle((left, top), *extent, fill=False, clip_on=False, **style))
         if cell.heading:
             self._write(x, y - LINE - GAP // 2, cell.heading, color=cell.color, weight="bold")
         for number, text in enumerate(cell.text):
