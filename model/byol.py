@@ -119,16 +119,10 @@ def make_byol(settings: ModelConfig) -> BYOL:
 
 
 def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """Squared distance of the normalized vectors, 2 - 2 cos (paper, eq. 2), in float32 or float64.
+    """Squared distance of the normalized rows (N, D), 2 - 2 cos (paper, eq. 2): (N,) in [0, 4].
 
-    Computed as a difference, as in the reference: close to 0 it keeps the digits that 2 - 2 cos would lose.
-
-    Args:
-        prediction: (N, D) floating point.
-        target: (N, D) floating point.
-
-    Returns:
-        (N,) in [0, 4]; float32, or float64 for float64.
+    Computed as a difference, as in the reference: close to 0 it keeps the digits that 2 - 2 cos would lose. The result
+    is float32, or float64 for float64.
     """
     return (l2_normalize(prediction) - l2_normalize(target)).square().sum(dim=-1)
 

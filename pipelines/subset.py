@@ -22,11 +22,7 @@ class Subset:
     """A source of some samples of another, under new ids 0 to n - 1; see `sources.Source`."""
 
     def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
-        """
-        Args:
-            source: the whole data set.
-            ids: (n,) the chosen samples, in order; at least one.
-        """
+        """`ids` (n,) are the chosen samples, in order; at least one."""
         self._source, self._ids = source, ids
         self.labels, self.heights, self.widths = (
             array[ids] for array in (source.labels, source.heights, source.widths)

@@ -129,14 +129,8 @@ def draw(
 def _byol_crop(view: ViewConfig, u: Uniform, heights: Sides, widths: Sides) -> list[npt.NDArray[np.float64]]:
     """The reference's window: sides rounded, clamped to the image (at least one pixel), placed uniformly.
 
-    Args:
-        view: area U(crop_area), ratio exp(U(log crop_ratio)).
-        u: (SLOTS, N) random numbers.
-        heights: (N,) of the images.
-        widths: (N,)
-
-    Returns:
-        Top, left, height and width, each (N,); top and left are not yet rounded down.
+    `u` are (SLOTS, N) random numbers: first area U(crop_area), ratio exp(U(log crop_ratio)), place. Returns top, left,
+    height and width, each (N,); top and left are not yet rounded down.
     """
     height, width = _sides(view, u[0], u[1], heights, widths)
     height, width = np.clip(height, 1, heights), np.clip(width, 1, widths)

@@ -120,16 +120,9 @@ def image_rng(seed: int, split: str, class_name: str, index: int) -> np.random.G
 
 
 def write_set(folder: Path, per_class: dict[str, int], size: int, seed: int) -> int:
-    """Writes the set so that it appears under its name complete or not at all.
+    """Writes the set to a new folder, which appears complete or not at all; returns the number of images.
 
-    Args:
-        folder: must not exist (FileExistsError).
-        per_class: images of each class, by split.
-        size: pixels a side.
-        seed: of the whole set.
-
-    Returns:
-        Number of images.
+    `per_class` is the number of images of each class, by split.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists: remove it, or name another folder")

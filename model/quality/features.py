@@ -10,11 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def extract_features(encoder: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Extracts features of every image in eval mode, and restores the encoder's mode.
-
-    Args:
-        encoder: images (N, 3, H, W) -> (N, F).
-        batches: pairs of images and labels (N,).
+    """Extracts features of pairs of images (N, 3, H, W) and labels (N,) in eval mode; restores the encoder's mode.
 
     Returns:
         Features (M, F) float32 and labels (M,) int64, on the encoder's device, in the order of the batches. A rank
@@ -35,11 +31,7 @@ def calibrate_batch_norm(encoder: nn.Module, batches: Iterable[tuple[Tensor, Ten
     """Replaces the running statistics of every batch norm by their average over the batches.
 
     It makes an untrained encoder, whose running statistics are still 0 and 1, comparable with a trained one.
-    Parameters, modes and momenta stay unchanged.
-
-    Args:
-        encoder: a module with batch-norm layers.
-        batches: pairs of images (N, 3, H, W) and labels, as for `extract_features`; labels are not used.
+    Parameters, modes and momenta stay unchanged. The labels of the batches are not used.
     """
     device = next(encoder.parameters()).device
     norms = [layer for layer in encoder.modules() if isinstance(layer, _BatchNorm)]

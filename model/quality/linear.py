@@ -48,12 +48,7 @@ class HeadSweep:
         self._step = 0
 
     def step(self, features: Tensor, labels: Tensor) -> None:
-        """Updates every head once.
-
-        Args:
-            features: (N, F) float32.
-            labels: (N,) int64 in [0, C).
-        """
+        """Updates every head once from features (N, F) float32 and labels (N,) int64 in [0, C)."""
         for group, base_lr in zip(self._optimizer.param_groups, self.base_lrs, strict=True):
             group["lr"] = schedules.learning_rate(
                 self._step,

@@ -42,7 +42,7 @@ class KnnMonitor:
             config: of the run.
             bank: data.path.
             queries: eval.path.
-            world: the processes.
+            world: the ranks, which share the images.
             images: (data set, ids, config, batch size) -> batches of images (n, 3, H, W) with labels (n,).
             spaced: (total, count) -> evenly spaced ids.
 

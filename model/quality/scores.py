@@ -12,10 +12,7 @@ _Z = 1.959964  # 95 % of a normal distribution is within _Z standard deviations
 
 
 def num_classes(*splits: npt.NDArray[np.int64]) -> int:
-    """Number of classes: the largest label + 1.
-
-    Args:
-        splits: labels of data sets that share their classes; negative for an unlabeled image.
+    """Number of classes of data sets that share them: the largest label + 1; unlabeled images have negative labels.
 
     Raises:
         ValueError: a label is too large to be a class.
@@ -53,10 +50,6 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
     Unlike p +- z sqrt(p (1 - p) / n) it stays within 0 .. 1 and has a width at 0 and at 1. It covers the choice of test
     images only, not the training's seed.
 
-    Args:
-        correct: 0 .. total.
-        total: at least 1.
-
     Raises:
         ValueError: correct is not in 0 .. total, or total is less than 1.
     """
@@ -71,15 +64,9 @@ def wilson_interval(correct: int, total: int) -> tuple[float, float]:
 
 
 def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Counts the images of each true class (row) by predicted class (column).
+    """Counts the images of each true class (row) by predicted class (column): (C, C) int64.
 
-    Args:
-        predicted: (N,) int64 in [0, num_classes).
-        labels: (N,) int64 in [0, num_classes).
-        num_classes: C.
-
-    Returns:
-        (C, C) int64.
+    `predicted` and `labels` are (N,) int64 in [0, num_classes).
     """
     pairs = labels * num_classes + predicted
     return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
@@ -88,10 +75,8 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int) -> Ten
 def mean_per_class(counts: Tensor) -> float:
     """Accuracy within each class, averaged over the classes that have images: 0 .. 1.
 
-    The paper's measure for Aircraft, Caltech-101, Flowers and Pets (table 3), whose classes differ in size.
-
-    Args:
-        counts: (C, C) of `confusion_matrix`, at least one image.
+    The paper's measure for Aircraft, Caltech-101, Flowers and Pets (table 3), whose classes differ in size. `counts`
+    is a `confusion_matrix` of at least one image.
     """
     images = counts.sum(dim=1)
     present = images > 0

@@ -52,12 +52,7 @@ def effective_rank(eigenvalues: Tensor) -> float:
 
     Roy & Vetterli, The effective rank: a measure of effective dimensionality (EUSIPCO 2007), definition 1, applied to
     the covariance matrix. RankMe (arXiv 2210.02885) uses the features' singular values, which gives larger numbers.
-
-    Args:
-        eigenvalues: (D,) >= 0.
-
-    Returns:
-        1 .. D; 0.0 if every eigenvalue is 0 (all features are one point).
+    The rank of (D,) eigenvalues >= 0 is in 1 .. D; it is 0.0 if all of them are 0 (all features are one point).
     """
     total = eigenvalues.sum()
     if total <= 0:

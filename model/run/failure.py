@@ -20,15 +20,10 @@ REPORT_TIMEOUT = timedelta(seconds=2)  # rank 0, whose process is the store, wai
 
 
 def explain(error: Exception, step: int | None, world: World) -> str:
-    """Reports this rank's error to the other ranks; returns the run's first failure for the user.
-
-    Args:
-        error: the error that ended this rank.
-        step: steps done; None before the loop.
-        world: the processes.
+    """Reports the error that ended this rank after `step` steps (None before the loop) to the other ranks.
 
     Returns:
-        "rank R, step S: reason", after 11 seconds at most.
+        The run's first failure, "rank R, step S: reason", after 11 seconds at most.
     """
     here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
     reason = f"{str(error) or type(error).__name__}{limit_behind(error)}"

@@ -22,13 +22,7 @@ _LIBRARIES = ("byolt", "torch", "torchvision", "nvidia-dali-cuda120", "nvidia-da
 
 
 def record_start(out: Path, step: int, device: torch.device, facts: Mapping[str, Any]) -> None:
-    """Appends this start to OUT/starts.jsonl; a new run (step 0) begins the file anew.
-
-    Args:
-        out: folder of the run.
-        step: steps done before this start.
-        device: whose name is recorded.
-        facts: more JSON values to record.
+    """Appends this start, after `step` steps, to OUT/starts.jsonl, with more facts; step 0 begins the file anew.
 
     Raises:
         OSError: the file cannot be written.

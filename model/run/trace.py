@@ -23,12 +23,7 @@ class Trace:
     """Traces `steps` steps after WARM_UP. A context manager around the loop, which calls `step` after each step.
 
     With 0 steps it does nothing. Profiling slows the steps down: use the trace for their order and shares, not for
-    images/s.
-
-    Args:
-        steps: number of steps.
-        folder: gets `trace.json`; open it in chrome://tracing or ui.perfetto.dev.
-        say: prints a line.
+    images/s. Open FOLDER/trace.json in chrome://tracing or ui.perfetto.dev.
     """
 
     def __init__(self, steps: int, folder: Path, say: Callable[[str], None]) -> None:

@@ -54,21 +54,15 @@ ABLATIONS = {
 
 
 def overrides_of(name: str, batch_size: int) -> list[str]:
-    """The overrides of one ablation for train.py.
-
-    Args:
-        name: a key of ABLATIONS.
-        batch_size: batch size of the recipe.
+    """The overrides of one ablation of a recipe with this batch size, for train.py.
 
     Raises:
         ValueError: the ablation is unknown, or the recipe's batch is not two or more times the ablation's.
     """
     if name not in ABLATIONS:
         near = difflib.get_close_matches(name, ABLATIONS, n=1)
-        raise ValueError(
-            f"--only {name}: "
-            + (f"did you mean {near[0]}?" if near else f"not one of {', '.join(ABLATIONS)}")
-        )
+        hint = f"did you mean {near[0]}?" if near else f"not one of {', '.join(ABLATIONS)}"
+        raise ValueError(f"--only {name}: {hint}")
     overrides = []
     for override in ABLATIONS[name].overrides:
         key, _, value = override.partition("=")

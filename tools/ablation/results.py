@@ -107,10 +107,7 @@ def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str,
 def save_curves(path: Path, runs: Mapping[str, list[Rows]], panels: Mapping[str, str]) -> None:
     """Draws curves over the steps: one panel per number, one color and marker per ablation, one line per seed.
 
-    Args:
-        path: PNG file.
-        runs: rows of metrics of each seed, by ablation.
-        panels: labels of the vertical axes, by the keys in the rows.
+    `runs` are rows of metrics of each seed, by ablation; `panels` are labels of vertical axes, by keys of the rows.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(panels), 4))

@@ -27,7 +27,7 @@ OURS = "byolt"
 CONFIG = "BYOLT_PEERS_CONFIG"  # environment variable: a YAML file with the run's settings
 
 
-class Job(Protocol):
+class Request(Protocol):
     """The harness's request to a pipeline."""
 
     data: str
@@ -36,15 +36,15 @@ class Job(Protocol):
     workers: int
 
 
-def loader(job: Job) -> Iterator[tuple[Tensor, Tensor]]:
+def loader(request: Request) -> Iterator[tuple[Tensor, Tensor]]:
     """Both views of the images by the recipe of the run, float32 on the CPU, kept in memory if train.py does so."""
     config = schema.load(
         os.environ[CONFIG],
         [
-            f"data.path={job.data}",
-            f"data.threads={job.workers}",
-            f"augment.size={job.size}",
-            f"train.batch_size={job.batch_size}",
+            f"data.path={request.data}",
+            f"data.threads={request.workers}",
+            f"augment.size={request.size}",
+            f"train.batch_size={request.batch_size}",
             "train.accumulation=1",
         ],
     )

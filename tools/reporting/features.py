@@ -6,7 +6,7 @@ import torch
 from byolt.model.quality import spectrum
 from byolt.pipelines.subset import spaced
 from byolt.tools.reporting import figures
-from byolt.tools.reporting.page import Figure, Section, Thumbnail
+from byolt.tools.reporting.page import Figure, ReportSection, Thumbnail
 from byolt.tools.reporting.run import ImageFeatures
 
 _NEIGHBORS = 5
@@ -14,9 +14,9 @@ _QUERIES = 10
 _TSNE_FROM = 10  # images
 
 
-def features_section(images: ImageFeatures, principal: spectrum.Principal, rank: float) -> Section:
+def features_section(images: ImageFeatures, principal: spectrum.Principal, rank: float) -> ReportSection:
     """The spectrum of the features, and their maps by PCA and t-SNE."""
-    section = Section("Features")
+    section = ReportSection("Features")
     if rank == 0:
         section.notes.append("All images have the same features: the encoder has collapsed.")
         return section
@@ -68,7 +68,7 @@ def _tsne(images: ImageFeatures) -> tuple[np.ndarray | None, str]:
     return tsne.fit_transform(images.features.numpy()), how
 
 
-def neighbors_section(images: ImageFeatures) -> Section:
+def neighbors_section(images: ImageFeatures) -> ReportSection:
     """Some images and their nearest neighbors among the same images."""
     indices, cosines = spectrum.nearest(images.features, _NEIGHBORS)
     known = sorted(set(images.labels.tolist()) - {-1})
@@ -80,7 +80,7 @@ def neighbors_section(images: ImageFeatures) -> Section:
     else:
         queries = spaced(len(images.labels), _QUERIES).tolist()
         which = "evenly spaced"
-    section = Section(
+    section = ReportSection(
         "Nearest neighbors",
         f"The {_NEIGHBORS} nearest images by cosine similarity, which is the number below each. "
         f"Queries are not picked by hand: {which}.",

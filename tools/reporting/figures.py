@@ -76,12 +76,7 @@ def curves(
 
 
 def spectrum(eigenvalues: np.ndarray, rank: float) -> bytes:
-    """Eigenvalues as shares of their sum on a log scale, and the effective rank.
-
-    Args:
-        eigenvalues: (D,) largest first, >= 0, the first > 0.
-        rank: effective rank.
-    """
+    """Eigenvalues (D,), largest first, >= 0, as shares of their positive sum on a log scale, and the effective rank."""
     shares = eigenvalues / eigenvalues.sum()
     with rc_context(STYLE):
         figure, axis = _figure(4.6, 3.7)
@@ -96,13 +91,7 @@ def spectrum(eigenvalues: np.ndarray, rank: float) -> bytes:
 
 
 def scatter(points: np.ndarray, marks: Sequence[Mark], labels: Sequence[str] | None = None) -> bytes:
-    """A map of points.
-
-    Args:
-        points: (N, 2).
-        marks: N colors and markers.
-        labels: of the two axes; None if their numbers mean nothing.
-    """
+    """A map of points (N, 2) with N marks; without labels of the two axes, it has no numbers on them."""
     with rc_context(STYLE):
         figure, axis = _figure(4.6, 4.0)
         order = np.random.default_rng(0).permutation(len(points))
@@ -122,11 +111,7 @@ def scatter(points: np.ndarray, marks: Sequence[Mark], labels: Sequence[str] | N
 
 
 def marks_of_classes(labels: np.ndarray) -> dict[int, Mark]:
-    """A mark of its own for each of the ten most frequent classes.
-
-    Args:
-        labels: (N,) int64, -1 where unknown.
-    """
+    """A mark of its own for each of the ten most frequent classes; unknown labels are -1."""
     classes, counts = np.unique(labels[labels >= 0], return_counts=True)
     frequent = np.sort(classes[np.argsort(-counts, kind="stable")][: len(MARKS)])
     return dict(zip(frequent.tolist(), MARKS, strict=False))

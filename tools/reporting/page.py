@@ -34,7 +34,7 @@ class Thumbnail(NamedTuple):
 
 
 @dataclass
-class Section:
+class ReportSection:
     """A titled part of the page; the parts that are not empty are shown in this order."""
 
     title: str
@@ -53,7 +53,7 @@ def render(
     subtitle: str,
     tiles: Sequence[tuple[str, str]],
     notes: Sequence[str],
-    sections: Sequence[Section],
+    sections: Sequence[ReportSection],
 ) -> str:
     """The HTML page: one file with its style inside, without scripts, which loads nothing from elsewhere.
 

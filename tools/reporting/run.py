@@ -24,7 +24,7 @@ _THUMBNAIL = 96  # pixels; larger images are shrunk: 2,000 thumbnails take 55 MB
 _CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})\.pt")
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     """The files of a run; those that are missing are empty or None."""
 
     folder: Path
@@ -86,7 +86,7 @@ class ImageFeatures(NamedTuple):
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """Reads the files of a run.
 
     Raises:
@@ -107,7 +107,7 @@ def read_run(folder: Path) -> Run:
         except ValueError as error:
             problems.append(f"The run's settings do not fit this version: {error}")
     corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", id=int)}.values())
-    return Run(folder, rows, starts, corrupt, config, trained, problems)
+    return RunFiles(folder, rows, starts, corrupt, config, trained, problems)
 
 
 def _newest_encoder(folder: Path, problems: list[str]) -> Trained | None:
@@ -131,7 +131,7 @@ def _load(path: Path, problems: list[str]) -> Trained | None:
         return None
 
 
-def compute_features(run: Run, source: Source, images: int) -> ImageFeatures:
+def compute_features(run: RunFiles, source: Source, images: int) -> ImageFeatures:
     """Features of at most `images` evenly spaced images, labeled or not, on the GPU if there is one.
 
     Raises:

@@ -8,16 +8,16 @@ from byolt.model.quality import spectrum
 from byolt.pipelines.sources import open_source
 from byolt.tools.reporting import figures, page
 from byolt.tools.reporting.features import features_section, neighbors_section
-from byolt.tools.reporting.page import Figure, Section
-from byolt.tools.reporting.run import ImageFeatures, Run, compute_features
+from byolt.tools.reporting.page import Figure, ReportSection
+from byolt.tools.reporting.run import ImageFeatures, RunFiles, compute_features
 
 _CORRUPT_SHOWN = 20
 
 
-def render_report(run: Run, data: str | None, images: int) -> str:
+def render_report(run: RunFiles, data: str | None, images: int) -> str:
     """The HTML page of a run, with features of at most `images` images of `data`, by default of the run's own."""
     computed, about = _features_of(run, data, images)
-    rank, last = None, [Section("Features and neighbors", notes=[about])]
+    rank, last = None, [ReportSection("Features and neighbors", notes=[about])]
     if computed:
         principal = spectrum.principal_axes(computed.features)
         rank = spectrum.effective_rank(principal.eigenvalues)
@@ -30,7 +30,7 @@ def render_report(run: Run, data: str | None, images: int) -> str:
     return page.render(run.folder.resolve().name, _subtitle(run), _tiles(run, rank), notes, sections)
 
 
-def _features_of(run: Run, data: str | None, images: int) -> tuple[ImageFeatures | None, str]:
+def _features_of(run: RunFiles, data: str | None, images: int) -> tuple[ImageFeatures | None, str]:
     """The features and a sentence about them, or None and the reason."""
     if run.trained is None or run.config is None:
         return None, (
@@ -60,7 +60,7 @@ def _features_of(run: Run, data: str | None, images: int) -> tuple[ImageFeatures
     return found, text
 
 
-def _subtitle(run: Run) -> str:
+def _subtitle(run: RunFiles) -> str:
     total, config = run.total_steps, run.config
     stopped = config is not None and run.step == config.train.stop_at_step
     state = "stopped there by train.stop_at_step" if stopped else "not finished"
@@ -71,7 +71,7 @@ def _subtitle(run: Run) -> str:
     return " · ".join(parts)
 
 
-def _tiles(run: Run, rank: float | None) -> list[tuple[str, str]]:
+def _tiles(run: RunFiles, rank: float | None) -> list[tuple[str, str]]:
     """The report's large numbers, and the meaning of each."""
     tiles = []
     if accuracies := run.series("knn_top1"):
@@ -92,9 +92,9 @@ def _tiles(run: Run, rank: float | None) -> list[tuple[str, str]]:
     return tiles
 
 
-def _settings(run: Run) -> Section:
+def _settings(run: RunFiles) -> ReportSection:
     """Command, hardware, versions and settings."""
-    section = Section("How it was made")
+    section = ReportSection("How it was made")
     if run.starts:
         *earlier, start = run.starts
         versions = start.get("versions")
@@ -118,13 +118,13 @@ def _settings(run: Run) -> Section:
     return section
 
 
-def _curves(run: Run) -> Section:
+def _curves(run: RunFiles) -> ReportSection:
     """Every number of metrics.jsonl over the steps."""
     size = run.config.model.projector_size if run.config else None
     spread = (1 / math.sqrt(size), "1/√D") if size else None
     cosine = (math.sqrt(2 / (math.pi * size)), "√(2/πD)") if size else None
     gauges = {"prediction": "prediction", "projection": "target's projection"}
-    section, missing = Section("Curves"), []
+    section, missing = ReportSection("Curves"), []
     for title, keys, unit, caption, hint in (
         ("Loss", {"loss": "loss"}, "loss", "4: predictions and targets are unrelated; 0: they agree.", None),
         ("Accuracy", {"knn_top1": "kNN, held-out images", "probe_top1": "online probe, training images"},
@@ -150,8 +150,8 @@ def _curves(run: Run) -> Section:
     return section
 
 
-def _views(run: Run) -> Section:
-    section, path = Section("Training views"), run.folder / "views.png"
+def _views(run: RunFiles) -> ReportSection:
+    section, path = ReportSection("Training views"), run.folder / "views.png"
     if path.is_file():
         caption = "The first images of the first batch: each column is one image, as view 1 and as view 2."
         section.picture = (path.read_bytes(), caption)
@@ -160,8 +160,8 @@ def _views(run: Run) -> Section:
     return section
 
 
-def _corrupt(run: Run) -> Section:
-    section, rows = Section("Corrupt images"), run.corrupt
+def _corrupt(run: RunFiles) -> ReportSection:
+    section, rows = ReportSection("Corrupt images"), run.corrupt
     count = len(rows) or int(run.last("corrupt_images") or 0)
     if not count:
         section.facts = [("found in training", "none")]
