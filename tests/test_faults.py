@@ -20,8 +20,8 @@ import pytest
 import torch
 from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
-from byolt.model.byol import Online
 from byolt.files.rows import read_rows
+from byolt.model.byol import Online
 from byolt.model.run import provenance
 from byolt.tools.make_shards import main as make_shards
 

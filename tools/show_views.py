@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     which.add_argument("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
     parser.add_argument("--epoch", type=int, default=0, help="epoch whose parameters are shown (default 0)")
-    parser.add_argument("--out", type=home_path, metavar="FILE.png", help="default: views|operations|compare.png")
+    parser.add_argument(
+        "--out", type=home_path, metavar="FILE.png", help="default: views|operations|compare.png"
+    )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--operations", action="store_true", help="show each operation alone, on one image")
     mode.add_argument(
