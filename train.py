@@ -36,7 +36,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and sig
 
 
 class Stop:
-    """Remembers the signal that asks the run to stop."""
+    """Remembers the signal that asks the run to stop.
+
+    The loop looks after each step (`Run.save_or_stop_if_due`); `finish` saves; `report` returns 128 + the signal.
+    """
 
     def __init__(self) -> None:
         self.signal = 0

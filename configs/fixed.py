@@ -1,5 +1,6 @@
 """Decides which settings a resumed run may change, and names those that it may not."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,16 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
         ValueError: names the key and the valid ones.
     """
     known = [key for key in [*_flatten(config.model_dump()), "data.fingerprint"] if _is_fixed(key)]
+    known = [key for key in known if not key.startswith("model.")]
     for key in allowed:
         if key.startswith("model."):
             raise ValueError(
                 f"--allow-change {key}: the weights of another network do not fit; begin a new run"
             )
         if key not in known:
-            raise ValueError(f"--allow-change {key}: not one of {', '.join(known)}")
+            near = [name for name in known if name.endswith(f".{key}")] or get_close_matches(key, known, 1)
+            meant = f"did you mean {near[0]}?" if near else f"not one of {', '.join(known)}"
+            raise ValueError(f"--allow-change {key}: {meant}")
 
 
 def check_same_run(
@@ -45,13 +49,19 @@ def check_same_run(
     then = _flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
     now = _flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
     changed = [
-        f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now"
+        key
         for key in sorted(then.keys() | now.keys())
         if _is_fixed(key) and then.get(key) != now.get(key) and key not in allowed
     ]
     if changed:
-        head = f"{path} is from a run with other settings; restore them, or insist with --allow-change KEY:"
-        raise ValueError("\n  ".join([head, *changed]))
+        differences = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
+        if "data.fingerprint" in changed:
+            place = f"data.path={config.data.path} holds other images or labels than the run was trained on"
+            differences[changed.index("data.fingerprint")] += f" ({place})"
+        remedy = "restore them, or insist with --allow-change KEY"
+        if any(key.startswith("model.") for key in changed):
+            remedy = "restore them, or begin a new run (another network cannot continue it)"
+        raise ValueError("\n  ".join([f"{path} is from a run with other settings; {remedy}:", *differences]))
 
 
 def _is_fixed(key: str) -> bool:

@@ -297,8 +297,10 @@ def open_loader(
         A loader to be used in a with statement. Each step is a list of one Batch: `for (batch,) in loader`.
 
     Raises:
-        ValueError: the data set cannot be opened, or the batch does not fit it or the number of ranks.
+        ValueError: the data set cannot be opened, or batch_size or dtype is not valid.
     """
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype} must be float32, float16 or bfloat16")
     config = from_settings(
         {
             "data": {"path": str(path), "threads": threads, "max_corrupt": max_corrupt},

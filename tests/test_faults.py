@@ -188,7 +188,7 @@ def test_changed_settings_are_refused_with_their_difference(halved: Run, tmp_pat
         "train.batch_size: 8 in the checkpoint, 4 now",
     ):
         assert f"\n  {line}" in process.text
-    assert "insist with --allow-change KEY" in process.text
+    assert "begin a new run (another network cannot continue it)" in process.text
     assert halved.newest()[1]["step"] == HALF
     insisted = halved("--resume", "auto", "run.seed=1", "--allow-change", "run.seed", "train.stop_at_step=5")
     assert insisted.wait() == 0

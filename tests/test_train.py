@@ -475,7 +475,10 @@ def test_two_ranks_train_like_one(run: Run, images: Path, tmp_path: Path) -> Non
         (["data.path=/nowhere"], "/nowhere' does not exist"),
         (["eval.path=/nowhere"], "/nowhere' does not exist"),
         (["train.batch_size=64"], "train.batch_size=64 is larger than the data set (32 images)"),
-        (["--allow-change", "optimizer.base_lrr"], "--allow-change optimizer.base_lrr: not one of"),
+        (
+            ["--allow-change", "optimizer.base_lrr"],
+            "--allow-change optimizer.base_lrr: did you mean optimizer.base_lr?",
+        ),
         (["--allow-change", "model.backbone"], "do not fit; begin a new run"),
         (["train.epochs=.inf"], "train.epochs=inf"),
         (["run.out=${nope}"], "do not resolve"),

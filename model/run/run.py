@@ -65,7 +65,8 @@ class Run:
             self.meter.say(f"nothing left to train: step {self.step} is the last")
         if expected not in (None, self.num_images):
             self.meter.say(
-                f"data.expected_images={expected}, but {path} holds {self.num_images} images, which the schedules use"
+                f"the schedules are computed for the {self.num_images:,} images of {path}; the recipe expects "
+                f"{expected:,}"
             )
         self._vote_on_stopping()
         if self.step == 0 and not self.stopping:
