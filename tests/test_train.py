@@ -33,6 +33,7 @@ from byolt.model.quality.features import calibrate_batch_norm
 from byolt.model.resnet import make_encoder
 from byolt.model.run import checkpoint
 from byolt.model.run.guard import FiniteCheck
+from byolt.model.run.run import Run as TrainingRun
 from byolt.model.step import TrainStep
 from byolt.pipelines.loader import Loader
 from byolt.pipelines.order import global_batch
@@ -133,6 +134,10 @@ def test_whole_run_leaves_what_it_promises(finished: tuple[Run, SimpleNamespace]
     assert done.returncode == 0, done.stderr
     assert re.search(r"^kNN top-1: \d+\.\d % untrained, \d+\.\d % trained$", done.stdout, re.M)
     assert "data.backend=auto" in done.stderr and "step 8/8" in done.stderr
+    assert done.stderr.count("at this speed 8 steps take 1 min") == 1
+    assert done.stderr.index("step 2/8") < done.stderr.index("at this speed") < done.stderr.index("step 4/8")
+    rows = re.findall(r"^step \d/8  (epoch .*)  ETA", done.stderr, re.M)
+    assert len(rows) == 5 and all(len(f"step 312784  {row}") <= 80 for row in rows)
     for name in ("views.png", "loss.png"):
         assert Image.open(run.out / name).width > 300
     steps = [row for row in run.rows() if "loss" in row]
@@ -306,6 +311,32 @@ def test_online_probe_needs_labels(run: Run, images: Path, tmp_path: Path) -> No
         shutil.copy(file, flat / f"{file.parent.name}{file.name}")
     assert run(f"data.path={flat}", "eval.path=null", "train.stop_at_step=2").returncode == 0
     assert [row for row in run.rows() if "loss" in row] and not any("probe_top1" in r for r in run.rows())
+
+
+@pytest.mark.parametrize(
+    ("log_every", "logged"),
+    [(50, [1, 2, 5, 10, 50, 100, 117]), (10, [1, 2, 5, *range(10, 120, 10), 117]), (1, list(range(1, 118)))],
+)
+def test_the_first_rows_come_early(log_every: int, logged: list[int]) -> None:
+    config = SimpleNamespace(run=SimpleNamespace(log_every=log_every))
+    run: Any = SimpleNamespace(config=config, last_step=117)
+    assert [step for step in range(1, 118) if TrainingRun.is_logged(run, step)] == sorted(logged)
+
+
+@pytest.mark.parametrize(("steps", "said"), [(390, "1 h 5 min"), (100_000, "277 h 47 min"), (30, "5 min")])
+def test_the_duration_of_the_run_is_said_once(steps: int, said: str) -> None:
+    lines: list[str] = []
+    config = SimpleNamespace(train=SimpleNamespace(batch_size=100))
+    run: Any = SimpleNamespace(
+        config=config,
+        last_step=steps,
+        _first_step=0,
+        _duration_said=False,
+        meter=SimpleNamespace(say=lines.append),
+    )
+    for run.step in (1, 2, 5):
+        TrainingRun._say_duration(run, 10.0)
+    assert lines == [f"at this speed {steps} steps take {said}"]
 
 
 def test_resume_keeps_the_rows_of_finished_steps(run: Run) -> None:
