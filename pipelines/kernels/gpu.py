@@ -2,18 +2,21 @@
 
 A view is a job, a row of a table (jobs.py). One launch serves the jobs of all views and all image sizes:
 
-    1  _resize        window ─► resized, flipped ─► color operations that precede contrast ─► scratch, sums of tiles
+    1  _resize        window ─► resized, flipped ─► color operations that precede contrast ─► scratch, sums of strips
     2  _color         contrast about the mean ─► those that follow it ─► gray ─► scratch, or without blur the output
     3  _blur_rows     along the rows, of the jobs that have a blur ─► second scratch
     4  _blur_columns  along the columns ─► solarize ─► normalize ─► output
 
 gpu_pixels.py has all that the profiles share; gpu_byol.py and gpu_torchvision.py have the rest.
 
-The table reaches the GPU in one copy, and the host never waits. Results are the same in every run: the sums of tiles
+The table reaches the GPU in one copy, and the host never waits. Results are the same in every run: the sums of strips
 are stored and added by each program that needs the mean, never atomically.
 
-Measured at 224 px on one H200 (2026-11-26), µs an image, both views: resize 9.6, color 1.0, blur 0.7 + 0.5. Without a
-GPU the tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1 before triton is first imported).
+Measured at 224 px on one H200 (2026-11-26), µs an image, both views: color 1.0, blur 0.7 + 0.5. The resize took 9.6
+when each pixel read its own 16 taps. It now resizes each row of a window once, which is not yet measured: of images of
+375 x 500 it reads 18 bytes a pixel of a view, not 48 (torchvision: 31, not 95), in about 150 instructions, not 400.
+
+Without a GPU the tests run the kernels in Triton's interpreter (TRITON_INTERPRET=1 before triton is first imported).
 """
 
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from byolt.configs.schema import AugmentConfig
 from byolt.pipelines.kernels import gpu_byol, gpu_torchvision
-from byolt.pipelines.kernels.gpu_pixels import TILE, clip, field, hue, luma, read_float, read_pointer
+from byolt.pipelines.kernels.gpu_pixels import clip, field, hue, luma, read_float, read_pointer
 from byolt.pipelines.kernels.inputs import Pixels, kernel_params, normalization
 from byolt.pipelines.kernels.jobs import JOB, fill, list_blurred
 from byolt.pipelines.views import BRIGHTNESS, CONTRAST, HUE, SATURATION, ViewParams
@@ -42,7 +45,8 @@ _SOURCE, _TARGET, _STRIDE, _HEIGHT, _WIDTH, _FLIP = map(
 _BEFORE, _AFTER, _VALUE, _GRAY, _SOLARIZE = map(field, ("before", "after", "value", "gray", "solarize"))
 _RADIUS, _EXPONENT, _CENTER, _BLURRED = map(field, ("radius", "exponent", "center", "blurred"))
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = map(tl.constexpr, (BRIGHTNESS, CONTRAST, SATURATION, HUE))
-_BLOCK = tl.constexpr(1024)  # pixels, or numbers, of a program; _resize makes TILE squared
+_BLOCK = tl.constexpr(1024)  # pixels, or numbers, of a program; _resize makes whole rows
+_ROWS = tl.constexpr(16)  # of the view that a program of _resize makes
 
 
 @triton.jit
@@ -74,33 +78,135 @@ def _finish(x, job, scale, shift):
 
 
 @triton.jit
-def _resize(table, scratch, sums, size: tl.constexpr, profile: tl.constexpr):
-    """A tile of one job: scratch (jobs, size, size, 3) and sums (jobs, tiles, 3), float32."""
-    across: tl.constexpr = (size + TILE - 1) // TILE
-    number, tile = tl.program_id(0) // (across * across), tl.program_id(0) % (across * across)
-    job = table + number * _COLUMNS
-    height, width = tl.load(job + _HEIGHT), tl.load(job + _WIDTH)
-    y = tile // across * TILE + tl.arange(0, TILE)
-    x = tile % across * TILE + tl.arange(0, TILE)
-    inside = (y < size)[:, None] & (x < size)[None, :]
-    y, x = tl.minimum(y, size - 1), tl.minimum(x, size - 1)
-    column = tl.where(tl.load(job + _FLIP) != 0, size - 1 - x, x)
-    source, stride = read_pointer(job, _SOURCE, tl.uint8), tl.load(job + _STRIDE)
+def _filter_row(source, stride, row, height, width, columns, taps, size: tl.constexpr, profile: tl.constexpr):
+    """A row of the window, resized. Below the window it weighs 0: any other will do, and is safe to read."""
+    line = source + tl.minimum(row, height - 1).to(tl.int64) * stride
     if profile == "byol":
-        r, g, b = gpu_byol.resize(source, stride, height, width, y, column, size)
+        r, g, b = gpu_byol.filter_row(line, width, columns, taps, size)
     else:
-        r, g, b = gpu_torchvision.resize(source, stride, height, width, y, column, size)
-    r, g, b = clip(r), clip(g), clip(b)
+        r, g, b = gpu_torchvision.filter_row(line, width, columns, taps, size)
+    return r, g, b
+
+
+@triton.jit
+def _put(r, g, b, job, operations, to, inside, profile: tl.constexpr):
+    """Stores a row of levels 0 to 255 as pixels in [0, 1], after the operations; returns them, 0 outside the view."""
+    r, g, b = clip(r * (1 / 255)), clip(g * (1 / 255)), clip(b * (1 / 255))
     for place in tl.static_range(3):
-        r, g, b = _operation(job, tl.load(job + _BEFORE + place), r, g, b, profile)
-    to = scratch + number.to(tl.int64) * (3 * size * size) + (y * (3 * size))[:, None] + (x * 3)[None, :]
+        r, g, b = _operation(job, operations[place], r, g, b, profile)
     tl.store(to, r, inside)
     tl.store(to + 1, g, inside)
     tl.store(to + 2, b, inside)
+    return tl.where(inside, r, 0.0), tl.where(inside, g, 0.0), tl.where(inside, b, 0.0)
+
+
+@triton.jit
+def _gather_rows(
+    job, operations, source, stride, height, width, columns, taps, top, bottom, to, inside,
+    size: tl.constexpr, profile: tl.constexpr,
+):  # fmt: skip
+    """Rows top to bottom - 1 of the view, each a sum of the last four rows of the window, 0 to 3; returns their sum."""
+    zero = tl.zeros(columns.shape, tl.float32)
+    r0, r1, r2, r3, sum_r = zero, zero, zero, zero, zero
+    g0, g1, g2, g3, sum_g = zero, zero, zero, zero, zero
+    b0, b1, b2, b3, sum_b = zero, zero, zero, zero, zero
+    end = 0
+    for y in range(top, bottom):
+        if profile == "byol":
+            first, w0, w1, w2, w3 = gpu_byol.four_taps(y, height, size)
+        else:
+            first, w0, w1, w2, w3 = gpu_torchvision.four_taps(y, height, size)
+        for row in range(tl.maximum(end, first), first + 4):
+            r, g, b = _filter_row(source, stride, row, height, width, columns, taps, size, profile)
+            r0, r1, r2, r3 = r1, r2, r3, r
+            g0, g1, g2, g3 = g1, g2, g3, g
+            b0, b1, b2, b3 = b1, b2, b3, b
+        end = first + 4
+        r = w0 * r0 + w1 * r1 + w2 * r2 + w3 * r3
+        g = w0 * g0 + w1 * g1 + w2 * g2 + w3 * g3
+        b = w0 * b0 + w1 * b1 + w2 * b2 + w3 * b3
+        r, g, b = _put(r, g, b, job, operations, to + y * (3 * size), inside, profile)
+        sum_r, sum_g, sum_b = sum_r + r, sum_g + g, sum_b + b
+    return sum_r, sum_g, sum_b
+
+
+@triton.jit
+def _scatter_rows(
+    job, operations, source, stride, height, width, columns, taps, top, bottom, to, inside,
+    size: tl.constexpr, profile: tl.constexpr,
+):  # fmt: skip
+    """As _gather_rows, for a window taller than the view in profile torchvision.
+
+    Adds each row of the window to the rows of the view that it is a tap of: at most four, y to y + 3.
+    """
+    zero = tl.zeros(columns.shape, tl.float32)
+    r0, r1, r2, r3, sum_r = zero, zero, zero, zero, zero
+    g0, g1, g2, g3, sum_g = zero, zero, zero, zero, zero
+    b0, b1, b2, b3, sum_b = zero, zero, zero, zero, zero
+    t0, t1, t2, t3 = 0.0, 0.0, 0.0, 0.0  # totals of the weights
+    begin, _ = gpu_torchvision.taps(top, height, size)
+    for y in range(top, bottom):
+        end, _ = gpu_torchvision.taps(y + 4, height, size)
+        end = tl.minimum(end, height)
+        for row in range(begin, end):
+            r, g, b = _filter_row(source, stride, row, height, width, columns, taps, size, profile)
+            w0 = gpu_torchvision.weight(y, row, height, size)
+            w1 = gpu_torchvision.weight(y + 1, row, height, size)
+            w2 = gpu_torchvision.weight(y + 2, row, height, size)
+            w3 = gpu_torchvision.weight(y + 3, row, height, size)
+            t0, t1, t2, t3 = t0 + w0, t1 + w1, t2 + w2, t3 + w3
+            r0, r1, r2, r3 = r0 + w0 * r, r1 + w1 * r, r2 + w2 * r, r3 + w3 * r
+            g0, g1, g2, g3 = g0 + w0 * g, g1 + w1 * g, g2 + w2 * g, g3 + w3 * g
+            b0, b1, b2, b3 = b0 + w0 * b, b1 + w1 * b, b2 + w2 * b, b3 + w3 * b
+        begin = end
+        r, g, b = _put(r0 / t0, g0 / t0, b0 / t0, job, operations, to + y * (3 * size), inside, profile)
+        sum_r, sum_g, sum_b = sum_r + r, sum_g + g, sum_b + b
+        t0, t1, t2, t3 = t1, t2, t3, 0.0
+        r0, r1, r2, r3 = r1, r2, r3, zero
+        g0, g1, g2, g3 = g1, g2, g3, zero
+        b0, b1, b2, b3 = b1, b2, b3, zero
+    return sum_r, sum_g, sum_b
+
+
+@triton.jit
+def _resize(
+    table, scratch, sums, size: tl.constexpr, block: tl.constexpr, strips: tl.constexpr, profile: tl.constexpr
+):
+    """`block` columns of _ROWS rows of one job: scratch (jobs, size, size, 3) and sums (jobs, strips, 3), float32.
+
+    Walks down the window, so that each of its rows is read and resized once for all rows of the view.
+    """
+    across: tl.constexpr = (size + block - 1) // block
+    number, strip = tl.program_id(0) // strips, tl.program_id(0) % strips
+    job = table + number * _COLUMNS
+    height, width = tl.load(job + _HEIGHT), tl.load(job + _WIDTH)
+    source, stride = read_pointer(job, _SOURCE, tl.uint8), tl.load(job + _STRIDE)
+    operations = tl.load(job + _BEFORE), tl.load(job + _BEFORE + 1), tl.load(job + _BEFORE + 2)
+    top = strip // across * _ROWS
+    bottom = tl.minimum(top + _ROWS, size)
+    x = strip % across * block + tl.arange(0, block)
+    inside, columns = x < size, tl.minimum(x, size - 1)
+    to = scratch + number.to(tl.int64) * (3 * size * size) + x * 3
+    columns = tl.where(tl.load(job + _FLIP) != 0, size - 1 - columns, columns)
+    if profile == "byol":
+        taps = gpu_byol.four_taps(columns, width, size)
+        r, g, b = _gather_rows(
+            job, operations, source, stride, height, width, columns, taps, top, bottom, to, inside, size, profile
+        )  # fmt: skip
+    else:
+        taps = gpu_torchvision.total_weight(columns, width, size)
+        if height > size:
+            r, g, b = _scatter_rows(
+                job, operations, source, stride, height, width, columns, taps, top, bottom, to, inside, size, profile
+            )  # fmt: skip
+        else:
+            r, g, b = _gather_rows(
+                job, operations, source, stride, height, width, columns, taps, top, bottom, to, inside, size, profile
+            )  # fmt: skip
     total = sums + tl.program_id(0) * 3
-    tl.store(total, tl.sum(tl.sum(tl.where(inside, r, 0.0), 1), 0))
-    tl.store(total + 1, tl.sum(tl.sum(tl.where(inside, g, 0.0), 1), 0))
-    tl.store(total + 2, tl.sum(tl.sum(tl.where(inside, b, 0.0), 1), 0))
+    tl.store(total, tl.sum(r, 0))
+    tl.store(total + 1, tl.sum(g, 0))
+    tl.store(total + 2, tl.sum(b, 0))
 
 
 @triton.jit
@@ -116,18 +222,17 @@ def _contrast(x, mean, factor):
 @triton.jit
 def _color(
     table, scratch, sums, scale_r, scale_g, scale_b, shift_r, shift_g, shift_b,
-    size: tl.constexpr, power: tl.constexpr, kind: tl.constexpr, profile: tl.constexpr,
+    size: tl.constexpr, strips: tl.constexpr, power: tl.constexpr, kind: tl.constexpr, profile: tl.constexpr,
 ):  # fmt: skip
-    """_BLOCK pixels of one job; power is a power of two, at least the number of tiles."""
+    """_BLOCK pixels of one job, whose sums are in `strips`; power is a power of two, at least their number."""
     blocks: tl.constexpr = (size * size + _BLOCK - 1) // _BLOCK
-    tiles: tl.constexpr = ((size + TILE - 1) // TILE) * ((size + TILE - 1) // TILE)
     number, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     job = table + number * _COLUMNS
     pixel = block * _BLOCK + tl.arange(0, _BLOCK)
     inside = pixel < size * size
     at = scratch + number.to(tl.int64) * (3 * size * size) + 3 * pixel
-    tile = tl.arange(0, power)
-    total, of_job = sums + 3 * (number * tiles + tile), tile < tiles
+    strip = tl.arange(0, power)
+    total, of_job = sums + 3 * (number * strips + strip), strip < strips
     factor = read_float(job, _VALUE + _CONTRAST)
     mean_r = _mean(total, of_job, size * size)
     mean_g = _mean(total + 1, of_job, size * size)
@@ -250,20 +355,22 @@ def make_views(
     blurs = [list_blurred(part) for part in parts]
 
     norm = normalization(augment).reshape(-1).tolist()
-    tiles, blocks = triton.cdiv(size, TILE.value) ** 2, triton.cdiv(size * size, _BLOCK.value)
-    numbers = triton.cdiv(3 * size * size, _BLOCK.value)
+    block = min(256, triton.next_power_of_2(size))  # columns of a program of _resize
+    warps = max(1, block // 64)  # two columns a thread
+    strips = triton.cdiv(size, block) * triton.cdiv(size, _ROWS.value)
+    blocks, numbers = triton.cdiv(size * size, _BLOCK.value), triton.cdiv(3 * size * size, _BLOCK.value)
     kind, profile = _DTYPES[dtype], augment.profile
     with torch.cuda.device_of(outs[0]):
         table = jobs.to(device, non_blocking=True).view(torch.int32)
         most, blurred_most = max(map(len, parts), default=0), max(blurs, default=0)
         scratch = torch.empty(most * 3 * size * size, dtype=torch.float32, device=device)
         blurred = torch.empty(blurred_most * 3 * size * size, dtype=torch.float32, device=device)
-        sums = torch.empty(most * tiles * 3, dtype=torch.float32, device=device)
+        sums = torch.empty(most * strips * 3, dtype=torch.float32, device=device)
         for k, (part, blur) in enumerate(zip(parts, blurs, strict=True)):
             some = table[k * together :]
-            _resize[(len(part) * tiles,)](some, scratch, sums, size, profile, num_warps=8)
+            _resize[(len(part) * strips,)](some, scratch, sums, size, block, strips, profile, num_warps=warps)
             _color[(len(part) * blocks,)](
-                some, scratch, sums, *norm, size, triton.next_power_of_2(tiles), kind, profile
+                some, scratch, sums, *norm, size, strips, triton.next_power_of_2(strips), kind, profile
             )
             if blur:
                 _blur_rows[(blur * numbers,)](some, scratch, blurred, size, profile)

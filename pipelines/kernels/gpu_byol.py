@@ -7,7 +7,7 @@ kernel's table the other way.
 import triton
 import triton.language as tl
 
-from byolt.pipelines.kernels.gpu_pixels import TILE, TINY, clip, keys
+from byolt.pipelines.kernels.gpu_pixels import TINY, add_pixels, clip, far, near
 
 
 @triton.jit
@@ -23,40 +23,26 @@ def position(place, length, size: tl.constexpr):
 
 
 @triton.jit
-def _weight(floor, rest, tap: tl.constexpr, length):
-    """Weight of the tap at floor + tap; 0 outside the window."""
-    inside = (floor + tap >= 0) & (floor + tap < length)
-    return tl.where(inside, keys(tl.abs(rest - tap)), 0.0)
+def four_taps(place, length, size: tl.constexpr):
+    """The first of the four taps of each place of an axis, and their weights, which sum to 1; 0 outside the window."""
+    floor, rest = position(place, length, size)
+    w0 = tl.where(floor >= 1, far(rest + 1), 0.0)
+    w1 = tl.where(floor >= 0, near(rest), 0.0)
+    w2 = tl.where(floor < length - 1, near(1 - rest), 0.0)
+    w3 = tl.where(floor < length - 2, far(2 - rest), 0.0)
+    total = w0 + w1 + w2 + w3
+    return floor - 1, w0 / total, w1 / total, w2 / total, w3 / total
 
 
 @triton.jit
-def _all_weights(floor, rest, length):
-    first = _weight(floor, rest, -1, length) + _weight(floor, rest, 0, length)
-    return first + _weight(floor, rest, 1, length) + _weight(floor, rest, 2, length)
-
-
-@triton.jit
-def resize(source, stride, height, width, y, x, size: tl.constexpr):
-    """The pixels at rows y and columns x (TILE,) of a window's view; not clipped."""
-    row, row_rest = position(y, height, size)
-    column, column_rest = position(x, width, size)
-    row_total = 255 * _all_weights(row, row_rest, height)
-    column_total = _all_weights(column, column_rest, width)
-    r = tl.zeros((TILE, TILE), tl.float32)
-    g = tl.zeros((TILE, TILE), tl.float32)
-    b = tl.zeros((TILE, TILE), tl.float32)
-    for j in tl.static_range(-1, 3):
-        # A tap outside the window weighs 0: any pixel of the window will do, and is safe to read.
-        line = tl.minimum(tl.maximum(row + j, 0), height - 1).to(tl.int64) * stride
-        row_weight = (_weight(row, row_rest, j, height) / row_total)[:, None]
-        for i in tl.static_range(-1, 3):
-            pixel = tl.minimum(tl.maximum(column + i, 0), width - 1) * 3
-            weight = row_weight * (_weight(column, column_rest, i, width) / column_total)[None, :]
-            at = source + line[:, None] + pixel[None, :]
-            r += weight * tl.load(at).to(tl.float32)
-            g += weight * tl.load(at + 1).to(tl.float32)
-            b += weight * tl.load(at + 2).to(tl.float32)
-    return r, g, b
+def filter_row(line, width, columns, taps, size: tl.constexpr):
+    """The row of a window that begins at `line`, resized; `taps` are the columns' four."""
+    first, w0, w1, w2, w3 = taps
+    zero = tl.zeros(w0.shape, tl.float32)
+    r, g, b = add_pixels(zero, zero, zero, w0, line, first, width)
+    r, g, b = add_pixels(r, g, b, w1, line, first + 1, width)
+    r, g, b = add_pixels(r, g, b, w2, line, first + 2, width)
+    return add_pixels(r, g, b, w3, line, first + 3, width)
 
 
 @triton.jit

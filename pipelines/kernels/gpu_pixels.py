@@ -16,7 +16,6 @@ def field(name: str) -> tl.constexpr:
 
 
 # Globals that a kernel reads must be constexpr.
-TILE = tl.constexpr(32)  # side of the square of pixels that is resized together
 TINY = tl.constexpr(1e-30)  # in place of a zero divisor whose dividend is zero
 _LUMA_R, _LUMA_G, _LUMA_B = map(tl.constexpr, GRAY_WEIGHTS)
 
@@ -34,11 +33,34 @@ def read_pointer(job, column, kind: tl.constexpr):
 
 
 @triton.jit
+def near(d):
+    """Keys' kernel (a = -0.5) at a distance 0 <= d <= 1."""
+    return (1.5 * d - 2.5) * d * d + 1
+
+
+@triton.jit
+def far(d):
+    """Keys' kernel (a = -0.5) at a distance 1 <= d <= 2."""
+    return ((-0.5 * d + 2.5) * d - 4) * d + 2
+
+
+@triton.jit
 def keys(d):
     """Keys' kernel (a = -0.5) at a distance d >= 0."""
-    near = (1.5 * d - 2.5) * d * d + 1
-    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
-    return tl.where(d <= 1, near, tl.where(d < 2, far, 0.0))
+    return tl.where(d <= 1, near(d), tl.where(d < 2, far(d), 0.0))
+
+
+@triton.jit
+def add_pixels(r, g, b, weight, line, column, width):
+    """Adds weighted pixels of a row of uint8 to r, g and b.
+
+    A pixel outside the window weighs 0: any pixel of the window will do, and is safe to read.
+    """
+    at = line + tl.minimum(tl.maximum(column, 0), width - 1) * 3
+    r += weight * tl.load(at).to(tl.float32)
+    g += weight * tl.load(at + 1).to(tl.float32)
+    b += weight * tl.load(at + 2).to(tl.float32)
+    return r, g, b
 
 
 @triton.jit

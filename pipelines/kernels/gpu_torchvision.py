@@ -1,15 +1,12 @@
 """Profile torchvision on the GPU: its resize and its colors, as torch_backend.py defines them.
 
-An axis that shrinks by a factor s is filtered by a kernel s times as wide, of 4 s taps. Both axes are filtered at once:
-each pixel of the window contributes to 16 pixels of the view however much it shrinks, so the work grows with the
-decoded pixels, as the decoder's does. One axis after the other would need less arithmetic and one more pass through
-memory; that is not yet measured.
+An axis that shrinks by a factor s is filtered by a kernel s times as wide, of 4 s taps.
 """
 
 import triton
 import triton.language as tl
 
-from byolt.pipelines.kernels.gpu_pixels import TILE, clip, keys, luma
+from byolt.pipelines.kernels.gpu_pixels import add_pixels, clip, keys, luma
 
 
 @triton.jit
@@ -30,35 +27,36 @@ def weight(place, tap, length, size: tl.constexpr):
 
 
 @triton.jit
-def resize(source, stride, height, width, y, x, size: tl.constexpr):
-    """The pixels at rows y and columns x (TILE,) of a window's view; not clipped."""
-    row, rows = taps(y, height, size)
-    column, columns = taps(x, width, size)
-    r = tl.zeros((TILE, TILE), tl.float32)
-    g = tl.zeros((TILE, TILE), tl.float32)
-    b = tl.zeros((TILE, TILE), tl.float32)
-    row_total = tl.zeros((TILE,), tl.float32)
-    column_total = tl.zeros((TILE,), tl.float32)
-    for i in range(columns):
-        column_total += weight(x, column + i, width, size)
-    for j in range(rows):
-        # A tap outside the window weighs 0: any pixel of the window will do, and is safe to read.
-        line = source + tl.minimum(row + j, height - 1).to(tl.int64) * stride
-        line_r = tl.zeros((TILE, TILE), tl.float32)
-        line_g = tl.zeros((TILE, TILE), tl.float32)
-        line_b = tl.zeros((TILE, TILE), tl.float32)
-        for i in range(columns):
-            at = line[:, None] + (tl.minimum(column + i, width - 1) * 3)[None, :]
-            column_weight = weight(x, column + i, width, size)[None, :]
-            line_r += column_weight * tl.load(at).to(tl.float32)
-            line_g += column_weight * tl.load(at + 1).to(tl.float32)
-            line_b += column_weight * tl.load(at + 2).to(tl.float32)
-        row_weight = weight(y, row + j, height, size)
-        row_total += row_weight
-        r += row_weight[:, None] * line_r
-        g += row_weight[:, None] * line_g
-        b += row_weight[:, None] * line_b
-    total = 255 * row_total[:, None] * column_total[None, :]
+def four_taps(place, length, size: tl.constexpr):
+    """The first tap of a place of an axis that does not shrink, and the weights of all four, which sum to 1."""
+    first, _ = taps(place, length, size)
+    w0, w1 = weight(place, first, length, size), weight(place, first + 1, length, size)
+    w2, w3 = weight(place, first + 2, length, size), weight(place, first + 3, length, size)
+    total = w0 + w1 + w2 + w3
+    return first, w0 / total, w1 / total, w2 / total, w3 / total
+
+
+@triton.jit
+def total_weight(place, length, size: tl.constexpr):
+    """The sum of the weights of each place's taps."""
+    first, count = taps(place, length, size)
+    total = tl.zeros(place.shape, tl.float32)
+    for i in range(count):
+        total += weight(place, first + i, length, size)
+    return total
+
+
+@triton.jit
+def filter_row(line, width, columns, total, size: tl.constexpr):
+    """The row of a window that begins at `line`, resized; `total` is the columns' `total_weight`."""
+    first, count = taps(columns, width, size)
+    r = tl.zeros(columns.shape, tl.float32)
+    g = tl.zeros(columns.shape, tl.float32)
+    b = tl.zeros(columns.shape, tl.float32)
+    for i in range(0, count, 4):  # taps from `count` on weigh 0
+        for k in tl.static_range(4):
+            tap = first + i + k
+            r, g, b = add_pixels(r, g, b, weight(columns, tap, width, size), line, tap, width)
     return r / total, g / total, b / total
 
 
