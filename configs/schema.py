@@ -6,6 +6,7 @@ imports neither torch nor numpy, so it refuses a wrong config in well under a se
 
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args
 
@@ -309,7 +310,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Reads a config file and merges overrides into it.
 
     Args:
-        path: YAML file.
+        path: YAML file, or the name of a shipped recipe, r50_100ep for configs/r50_100ep.yaml.
         overrides: strings "section.key=value", the value in YAML notation. For a path everything after the first "="
             is the value; only null, where it is allowed, and ${...} keep their meaning.
 
@@ -321,6 +322,8 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     malformed = [text for text in overrides if "=" not in text or text.startswith(("=", "-"))]
     if malformed:
         raise ValueError(f"overrides must be written section.key=value, not: {' '.join(malformed)}")
+    if not os.path.isfile(path) and os.fspath(path) in _recipes():
+        path = _RECIPES / f"{path}.yaml"
     failed = f"config file {path} is not a valid YAML mapping"
     try:
         with open(path, encoding="utf-8", opener=open_regular) as file:
@@ -347,7 +350,19 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     except ValidationError as error:
         lines = [_explain(mistake) for mistake in error.errors()]
         count = f"{len(lines)} mistake" + "s" * (len(lines) > 1)
-        raise ValueError("\n  ".join([f"{path}: {count}", *lines])) from None
+        raise ValueError("\n  ".join([f"{_origin(path, overrides, error)}: {count}", *lines])) from None
+
+
+def _origin(path: str | Path, overrides: list[str], error: ValidationError) -> str:
+    """The file, the overrides, or both: where the mistakes are."""
+    keys = [override.partition("=")[0] + "." for override in overrides]
+    places = [
+        ".".join(map(str, mistake["loc"])) + "." for mistake in error.errors()
+    ]  # "." if settings do not fit
+    overridden = [any(k.startswith(place) or place.startswith(k) for k in keys) for place in places]
+    if all(overridden):
+        return f"overrides of {path}"
+    return f"{path} and its overrides" if any(overridden) or (keys and "." in places) else str(path)
 
 
 def _parse_override(override: str) -> DictConfig:
@@ -418,12 +433,24 @@ def from_settings(settings: Any) -> Config:
         raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
 
 
-_BOUNDS = {  # by pydantic's type of error
+_REASONS = {  # by pydantic's type of error
     "greater_than": "must be above {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be below {lt}",
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be finite",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be a path",  # the only settings that are text
+    "tuple_type": "must be a list",
+    "too_long": "must have {max_length} numbers",
+    "model_type": "must be a mapping of settings",
 }
 
 
@@ -435,14 +462,21 @@ def _explain(mistake: Any) -> str:
         valid = _valid_keys(mistake["loc"][:-1])
         near = valid if len(mistake["loc"]) > 1 else valid + dotted_keys()
         close = difflib.get_close_matches(str(mistake["loc"][-1]), near, n=1, cutoff=0.4)
-        hint = f"did you mean {close[0]}?" if close else f"valid here: {', '.join(valid)}"
+        hint = (
+            f"did you mean {'.'.join([*map(str, mistake['loc'][:-1]), close[0]])}?"
+            if close
+            else f"valid here: {', '.join(valid)}"
+        )
         return f"{where}: no such setting; {hint}"
     if mistake["type"] == "missing":
         return f"{where}: missing, and it has no default"
-    if bound := _BOUNDS.get(mistake["type"]):
-        return f"{where}={mistake['input']!r} {bound.format(**context)}"
+    value = mistake["input"]
+    setting = f"{where}={'null' if value is None else repr(value)}" if where else "the file"
+    if reason := _REASONS.get(mistake["type"]):
+        numbers = {key: f"{x:.15g}" if isinstance(x, float) else x for key, x in context.items()}
+        return f"{setting} {reason.format(**numbers)}"
     reason = str(context.get("error", mistake["msg"]))  # of a validator above, or pydantic's sentence
-    return f"{where}={mistake['input']!r}: {reason}" if where else reason
+    return f"{setting}: {reason}" if where else reason
 
 
 def _valid_keys(path: tuple[Any, ...]) -> list[str]:
@@ -459,8 +493,16 @@ def dotted_keys() -> list[str]:
     return [f"{section}.{key}" for section in Config.model_fields for key in _valid_keys((section,))]
 
 
+_RECIPES = Path(__file__).resolve().parent
+
+
+def _recipes() -> dict[str, str]:
+    """The shipped recipes: `load` takes their names."""
+    return {path.stem: path.stem for path in _RECIPES.glob("*.yaml")}
+
+
 def _nearest_file(path: Path) -> str:
-    """ "; did you mean ...?" for a misspelled config file, or ""."""
-    folder = path.parent if path.parent.is_dir() else Path(__file__).parent
-    close = difflib.get_close_matches(path.name, [p.name for p in folder.glob("*.yaml")], n=1)
-    return f"; did you mean {folder / close[0]}?" if close else ""
+    """ "; did you mean ...?" for a misspelled config file or recipe, or ""."""
+    known = _recipes() | {beside.stem: str(beside) for beside in path.parent.glob("*.yaml")}
+    close = difflib.get_close_matches(path.stem, known, n=1)
+    return f"; did you mean {known[close[0]]}?" if close else ""

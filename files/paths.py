@@ -1,5 +1,6 @@
 """Paths as people type them: ~ for the home folder, braces and wildcards for several files."""
 
+import difflib
 import glob
 import os
 import re
@@ -42,6 +43,12 @@ def expand_pattern(text: str) -> list[str]:
 def searched(path: str) -> str:
     """ " in FOLDER" for a relative path, which a message says is missing there."""
     return "" if os.path.isabs(path) else f" in {os.getcwd()}"
+
+
+def nearest(path: Path) -> Path | None:
+    """The entry beside a missing path whose name is most like its own."""
+    close = difflib.get_close_matches(path.name, [beside.name for beside in path.parent.glob("*")], n=1)
+    return path.with_name(close[0]) if close else None
 
 
 def _braces(text: str) -> list[str]:

@@ -14,13 +14,14 @@ import resource
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from byolt.files.paths import expand_home, searched
+from byolt.files.paths import expand_home, nearest, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
@@ -93,8 +94,10 @@ def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
         return partial(BetonSource, files, **fields)
     folder = Path(text if files == [text.strip()] else _folder_of(text, files))
     if not folder.exists():
+        near = nearest(folder)
+        remedy = f"did you mean {near}? Otherwise make it" if near else "make it"
         raise ValueError(
-            f"data path {text!r} does not exist{searched(text)}: make it with tools/make_shards.py SRC {text}"
+            f"data path {text!r} does not exist{searched(text)}: {remedy} with tools/make_shards.py SRC {text}"
         )
     if not folder.is_dir():
         raise ValueError(f"data path {text!r} is a file: name the folder of a data set, or of images")
@@ -112,21 +115,25 @@ def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
 
 
 def open_split(key: str, path: str) -> Source:
-    """Opens a data set; errors name its setting, the key."""
-    try:
+    """Opens a data set; errors name its setting or option, the key."""
+    with _named(key):
         return open_source(path)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from None
 
 
 def check_paths(paths: dict[str, str | None]) -> None:
     """Refuses a path at which there is no data set, see `locate`; the message names its setting or option, the key."""
     for key, path in paths.items():
-        try:
+        with _named(key):
             if path is not None:
                 locate(path)
-        except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}: {str(error).removeprefix('data path ')}") from None
 
 
 _COPIES = {

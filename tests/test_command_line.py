@@ -115,7 +115,7 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
         "train.py", "--config", QUICKSTART, "data.path=synthetic:9:8x8", f"{key}=photos", tmp_path=tmp_path
     )
     assert (code, error.split(":")[:2]) == (2, ["error", f" {key}"])
-    assert f"data path 'photos' does not exist in {tmp_path}" in error
+    assert f"'photos' does not exist in {tmp_path}" in error
     assert not (tmp_path / "runs").exists()
 
 
@@ -129,7 +129,7 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
         ),
         (
             "evaluate.py torch.py --protocol knn --data photos",
-            "--data: data path 'photos' does not exist in ",
+            "--data: 'photos' does not exist in ",
         ),
         ("evaluate.py torch.py --protocol knn --lr 1", "--lr is an option of --protocol linear and finetune"),
         ("report.py nowhere", "nowhere is not a folder; give the run.out of a run"),

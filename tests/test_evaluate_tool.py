@@ -174,7 +174,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
             ["--protocol", "finetune", "--subset", "x", "--max-images", "9"],
             "--subset cannot be combined with --max-images",
         ),
-        (["--protocol", "knn", "--data", "/nowhere"], "--data: data path '/nowhere' does not exist"),
+        (["--protocol", "knn", "--data", "/nowhere"], "--data: '/nowhere' does not exist"),
         (["--protocol", "knn", "--data", "FLAT"], "holds unlabeled images"),
         (["--protocol", "knn", "--train", "synthetic:10:8x8"], "has other classes than"),
     ],

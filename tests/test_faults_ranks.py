@@ -189,7 +189,7 @@ def _no_probe_on_rank_1() -> None:
 @pytest.mark.parametrize(
     ("before", "said", "codes"),
     [
-        (_no_data_on_rank_1, "error: rank 1: data.path: data path '/nowhere' does not exist", [1, 2]),
+        (_no_data_on_rank_1, "error: rank 1: data.path: '/nowhere' does not exist", [1, 2]),
         (_no_probe_on_rank_1, "error: rank 1: broken on rank 1", [1, 1]),
     ],
 )

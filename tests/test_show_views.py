@@ -378,7 +378,7 @@ def _empty(tmp_path: Path) -> Path:
         (["--out", "sheet.jpg"], "--out sheet.jpg: name a .png file"),
         (["--out", "nowhere/sheet.png"], "--out nowhere/sheet.png: name a .png file in a folder that exists"),
         (["--compare", TORCH], "--compare needs a back end other than torch; data.backend=torch"),
-        (["augment.sise=9"], "did you mean size?"),
+        (["augment.sise=9"], "did you mean augment.size?"),
     ],
 )
 def test_mistakes_are_named(

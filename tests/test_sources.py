@@ -13,7 +13,14 @@ from PIL import Image
 
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
-from byolt.pipelines.sources import ParallelReader, SyntheticSource, TarSource, open_source
+from byolt.pipelines.sources import (
+    ParallelReader,
+    SyntheticSource,
+    TarSource,
+    check_paths,
+    open_source,
+    open_split,
+)
 from byolt.tools.make_shards import main as make_shards
 
 
@@ -193,6 +200,18 @@ def test_a_missing_relative_path_names_the_folder_that_was_searched(
     for path in ("photos", "a.beton", "photos, more"):
         with pytest.raises(ValueError, match=rf"does not exist in {tmp_path}"):
             open_source(path)
+
+
+def test_a_misspelled_path_is_named_once_with_its_neighbor(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    with pytest.raises(
+        ValueError, match=r"^data\.path: 'imagez' does not .*: did you mean images\? Otherwise make"
+    ):
+        check_paths({"data.path": "imagez"})
+    with pytest.raises(ValueError, match=r"^--data: 'zzz' does not exist in .*: make it with"):
+        open_split("--data", "zzz")
 
 
 def test_patterns_of_shards(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from byolt.files.console import difference
 from byolt.model.quality import scores
 from byolt.model.resnet import make_encoder
 from byolt.model.run.trained import Trained
-from byolt.pipelines.sources import Source, open_source
+from byolt.pipelines.sources import Source, open_split
 from byolt.pipelines.subset import Subset, drawn
 
 
@@ -15,10 +15,7 @@ def open_labeled(option: str, path: str | None, limit: int | None) -> Source:
     """Opens a data set in which every image has a label, or a random part of it with at most `limit` images."""
     if path is None:
         raise ValueError(f"{option} is needed: the run that made this encoder names no labeled data")
-    try:
-        source = open_source(path)
-    except ValueError as error:
-        raise ValueError(f"{option}: {error}") from None
+    source = open_split(option, path)
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabeled images: give a data set with classes")
     if limit and limit < len(source):
