@@ -171,8 +171,7 @@ def prepare(
         raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step: raise it")
     last_step = min(total_steps, config.train.stop_at_step or total_steps)
     dtype = PRECISIONS[precision] if device.type == "cuda" else torch.float32
-    resident = make_resident(config, source, device, dtype)
-    backend, backend_reason = resident or make_backend(config, device, dtype)
+    backend, reason = make_resident(config, source, device, dtype) or make_backend(config, device, dtype)
 
     # ── model ───────────────────────────────────────────────────────────────────────────────────────────────
     train_step = make_step(config, world, precision)
@@ -182,8 +181,7 @@ def prepare(
     # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────
     if (note := distributed.on_main(lock.take, world)) and world.is_main:
         say(f"warning: {note}", file=sys.stderr)
-    out = Path(config.run.out)
-    out.mkdir(parents=True, exist_ok=True)  # on machines that do not share it
+    (out := Path(config.run.out)).mkdir(parents=True, exist_ok=True)  # on machines that do not share it
     rounding = provenance.rounding_of(config, world, precision, type(backend).__name__)
     start = begin(
         args.resume, config, source.fingerprint, args.allow_change, train_step, probe, world, rounding
@@ -202,15 +200,13 @@ def prepare(
     )  # fmt: skip
     if world.is_main:
         facts = {
-            "ranks": world.size, "precision": precision, "backend": backend_reason,
+            "ranks": world.size, "precision": precision, "backend": reason,
             "rounding": rounding, "changed": start.changed, "config": config.model_dump(mode="json"),
         }  # fmt: skip
         provenance.record_start(out, start.step, device, facts)
-    run.meter.say(backend_reason)
-    if train_step.note:
-        run.meter.say(train_step.note)
-    if start.changed:
-        run.meter.say(f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}")
+    changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
+    for note in filter(None, (reason, train_step.note, changed if start.changed else "")):
+        run.meter.say(note)
     run.meter.say(
         f"{f'resumed from {start.path}' if start.path else 'new run'}: steps {start.step} to {last_step} of "
         f"{total_steps}, {len(source)} images, {world.size} x {device.type}, {precision}"
