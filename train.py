@@ -76,8 +76,7 @@ def main() -> int:
         if args.print_config:
             say(derived.describe(config, world_size, open_source))
             return 0
-        if args.resume not in (None, "auto") and not Path(args.resume).is_file():
-            raise ValueError(f"--resume {args.resume}: no such file; name a checkpoint, or use auto")
+        command_line.check_resume(args.resume)
         if world_size == 1:  # several ranks first connect, so that a mistake of one ends all
             check_paths({"data.path": config.data.path, "eval.path": config.eval.path})
     except (ValueError, OSError) as error:
@@ -207,9 +206,11 @@ def prepare(
     changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
     for note in filter(None, (reason, train_step.note, changed if start.changed else "")):
         run.meter.say(note)
+    begun = f"new run (no checkpoint in {out})" if args.resume else "new run"
     run.meter.say(
-        f"{f'resumed from {start.path}' if start.path else 'new run'}: steps {start.step} to {last_step} of "
-        f"{total_steps}, {len(source)} images, {world.size} x {device.type}, {precision}"
+        f"{f'resumed from {start.path}' if start.path else begun}: steps {start.step} to "
+        f"{max(start.step, last_step)} of {total_steps}, {len(source)} images, "
+        f"{world.size} x {device.type}, {precision}"
     )
     return run, loader
 
@@ -264,7 +265,8 @@ def finish(run: "Run") -> None:
             with run.writing("loss.png", may_stop=False):  # a missing picture does not undo a finished run
                 save_loss_curve(run.out / "loss.png", read_rows(run.metrics.path))
         total = run.config.total_steps(run.num_images)
-        early = f" of {total}, as train.stop_at_step asks" if run.step < total else ""
+        asked = ", as train.stop_at_step asks" * (run.step == run.last_step)
+        early = f" of {total}{asked}" if run.step < total else ""
         run.meter.say(f"finished at step {run.step}{early}: {path}")
     if run.metrics:
         with run.writing("TensorBoard's file"):

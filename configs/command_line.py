@@ -44,6 +44,19 @@ def _nearest(option: str) -> str | None:
     return names[close[0]] if close else None
 
 
+def check_resume(resume: str | None) -> None:
+    """Refuses a --resume that is neither auto nor a file which may be a checkpoint; a ValueError names the remedy."""
+    if resume in (None, "auto"):
+        return
+    if os.path.isdir(resume):
+        raise ValueError(
+            f"--resume {resume} is a folder: use --resume auto with run.out={resume}, or name a checkpoint-*.pt in it"
+        )
+    if resume.endswith(".safetensors") or not os.path.isfile(resume):
+        problem = "is an exported encoder, not a checkpoint" if os.path.isfile(resume) else "does not exist"
+        raise ValueError(f"--resume {resume} {problem}: name a checkpoint-*.pt of a run, or use auto")
+
+
 def world_size() -> int:
     """Number of ranks; torchrun sets it.
 

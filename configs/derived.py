@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sized
 
 from byolt.configs import schema
+from byolt.files.console import count
 
 
 def describe(config: schema.Config, ranks: int, open_data: Callable[[str], Sized]) -> str:
@@ -15,7 +16,9 @@ def describe(config: schema.Config, ranks: int, open_data: Callable[[str], Sized
     """
     lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
     lines.append(f"# peak learning rate: {config.peak_lr:g}")
-    lines.append(f"# images per rank and micro-batch: {config.images_per_rank(ranks)} on {ranks} rank(s)")
+    lines.append(
+        f"# images per rank and micro-batch: {config.images_per_rank(ranks)} on {count(ranks, 'rank')}"
+    )
     images, why = config.data.expected_images, f"data.path={config.data.path}"
     try:
         images = len(open_data(config.data.path))

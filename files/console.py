@@ -21,6 +21,11 @@ def say(text: object, file: TextIO | None = None) -> None:
     print(printable(text), file=file, flush=True)
 
 
+def count(number: int, noun: str) -> str:
+    """ "1 shard", "2 shards", "1,024 shards"."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def shown(items: Iterable[object], separator: str = ", ") -> str:
     """The first five items, each cut to 100 characters on one line, and the number of the others: fits a screen."""
     texts = [str(item).replace("\n", "\\n") for item in items]

@@ -15,6 +15,8 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from byolt.files.console import count
+
 T = TypeVar("T")
 # torch 2.14 renames it and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -37,7 +39,9 @@ class World:
         return self.rank == 0
 
 
-def init(device: str = "auto", timeout: float = 600.0, deterministic: bool = False) -> World:
+def init(
+    device: str = "auto", timeout: float = 600.0, deterministic: bool = False, setting: str = "train.device"
+) -> World:
     """Joins the processes that torchrun started, if any, and sets torch's global options.
 
     Rank, size and addresses come from torchrun's environment variables.
@@ -46,12 +50,13 @@ def init(device: str = "auto", timeout: float = 600.0, deterministic: bool = Fal
         device: "cuda", "cpu", or "auto": CUDA if there is a GPU.
         timeout: seconds after which a collective raises if a rank does not join it.
         deterministic: torch uses deterministic algorithms only, and raises where it has none.
+        setting: the setting or option that chose the device, for messages.
 
     Raises:
         ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
     """
     if device not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"device {device} is unknown; set auto, cpu or cuda")
+        raise ValueError(f"{setting}={device} must be auto, cpu or cuda")
     present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
     started_by_torchrun = "RANK" in present or "WORLD_SIZE" in present
     if started_by_torchrun and len(present) < len(_TORCHRUN_VARIABLES):
@@ -62,7 +67,7 @@ def init(device: str = "auto", timeout: float = 600.0, deterministic: bool = Fal
     given = os.environ if started_by_torchrun else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     rank, local_rank, size = (int(given[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     _set_options(deterministic)
-    place = _place(device, local_rank)
+    place = _place(device, local_rank, setting)
     if size == 1:
         return World(rank, local_rank, size, place, "none")
     backend = "nccl" if place.type == "cuda" else "gloo"
@@ -93,14 +98,14 @@ def _set_options(deterministic: bool) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
-def _place(device: str, local_rank: int) -> torch.device:
+def _place(device: str, local_rank: int, setting: str) -> torch.device:
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ValueError(
-            f"device {device}, but process {local_rank} of this machine finds {gpus} GPUs; "
-            "set the device to cpu or lower torchrun's --nproc-per-node"
+            f"{setting}={device}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: use cpu"
+            + ", or lower torchrun's --nproc-per-node" * (gpus > 0)
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)

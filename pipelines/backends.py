@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import Config
+from byolt.files.console import count
 from byolt.pipelines.resident import Resident, is_wanted
 from byolt.pipelines.sources import Source
 from byolt.pipelines.torch_backend import TorchBackend
@@ -43,7 +44,7 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
         ValueError: data.backend is dali, and DALI is not installed.
     """
     choice, threads = config.data.backend, config.data.threads
-    reason = f"data.backend={choice}: torch on the CPU, {threads} threads"
+    reason = f"data.backend={choice}: torch on the CPU, {count(threads, 'thread')}"
     if choice != "torch":
         try:
             from byolt.pipelines.dali_backend import DaliBackend
@@ -53,8 +54,8 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
         else:
-            why = ", because it is installed" if choice == "auto" else ""
-            reason = f"data.backend={choice}: DALI on the {_place(device)}{why}, {threads} threads"
+            why = " (installed)," if choice == "auto" else ""
+            reason = f"data.backend={choice}: DALI{why} on the {_place(device)}, {count(threads, 'thread')}"
             load = config.data.hw_decoder_load
             return DaliBackend(config.augment, device, dtype, threads, load), reason
     return TorchBackend(config.augment, device, dtype, threads), reason

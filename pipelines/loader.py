@@ -6,10 +6,11 @@ number of the next step: batch k is the same in any run.
 """
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,6 +259,15 @@ class Loader:
         raise CorruptBudgetError(f"{what}; {last}. {remedy}{earlier}")
 
 
+@contextmanager
+def _argument_names() -> Iterator[None]:
+    """Errors name the arguments of `open_loader`, which are the settings without their section."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(re.sub(r"(^|; )(data|augment|train|run)\.", r"\1", str(error))) from None
+
+
 def open_loader(
     path: str | Path,
     batch_size: int,
@@ -301,25 +311,27 @@ def open_loader(
     """
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype} must be float32, float16 or bfloat16")
-    config = from_settings(
-        {
-            "data": {"path": str(path), "threads": threads, "max_corrupt": max_corrupt},
-            "augment": {
-                "profile": profile,
-                "size": size,
-                "view1": view1 or ViewConfig(blur=1.0, solarize=0.0),
-                "view2": view2 or ViewConfig(blur=0.1, solarize=0.2),
-            },
-            "train": {"batch_size": batch_size, "epochs": 1},
-            "run": {"out": "", "seed": seed},
-            # The rest is not read by a loader.
-            "model": {},
-            "optimizer": {"base_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "base_tau": 1},
-        }
-    )
+    with _argument_names():
+        config = from_settings(
+            {
+                "data": {"path": str(path), "threads": threads, "max_corrupt": max_corrupt},
+                "augment": {
+                    "profile": profile,
+                    "size": size,
+                    "view1": view1 or ViewConfig(blur=1.0, solarize=0.0),
+                    "view2": view2 or ViewConfig(blur=0.1, solarize=0.2),
+                },
+                "train": {"batch_size": batch_size, "epochs": 1},
+                "run": {"out": "", "seed": seed},
+                # The rest is not read by a loader.
+                "model": {},
+                "optimizer": {"base_lr": 0, "warmup_epochs": 0, "weight_decay": 0, "base_tau": 1},
+            }
+        )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = open_source(config.data.path)
-    order.steps_per_epoch(len(source), batch_size)  # refuses a batch larger than the data set before any work
+    with _argument_names():  # refuses a batch larger than the data set before any work
+        order.steps_per_epoch(len(source), batch_size)
     backend, _ = make_resident(config, source, where, dtype) or make_backend(config, where, dtype)
     return Loader(
         config, source, backend, rank=rank, world_size=world_size, first_step=first_step, device=where

@@ -1,6 +1,7 @@
 """Mistakes on the command line and in the environment are answered with the right command, before torch is imported."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from byolt.configs import command_line
-from byolt.configs.command_line import SettingsParser, world_size
+from byolt.configs.command_line import SettingsParser, check_resume, world_size
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
@@ -146,3 +147,20 @@ def test_a_tool_without_its_environment_is_one_line(tool: str, tmp_path: Path) -
     code, error = start(f"tools/{tool}", tmp_path=tmp_path, python=("-S",), PYTHONPATH="")
     assert code == 1 and error.count("\n") == 1
     assert "error: No module named 'byolt'" in error and ". .venv/bin/activate" in error
+
+
+def test_resume_names_a_checkpoint(tmp_path: Path) -> None:
+    for name in ("checkpoint-000000002.pt", "encoder.safetensors"):
+        (tmp_path / name).touch()
+    for accepted in (None, "auto", str(tmp_path / "checkpoint-000000002.pt")):
+        check_resume(accepted)
+    for path, problem in (
+        (
+            tmp_path,
+            f"is a folder: use --resume auto with run.out={tmp_path}, or name a checkpoint-*.pt in it",
+        ),
+        (tmp_path / "encoder.safetensors", "is an exported encoder, not a checkpoint: name a checkpoint-"),
+        (tmp_path / "nowhere.pt", "does not exist: name a checkpoint-"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"--resume {path} {problem}")):
+            check_resume(str(path))

@@ -288,10 +288,10 @@ def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="device tpu is unknown"):
+    with pytest.raises(ValueError, match=r"train\.device=tpu must be auto, cpu or cuda"):
         distributed.init("tpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match="finds 0 GPUs"):
+    with pytest.raises(ValueError, match=r"^train\.device=cuda: process 0 .* finds 0 GPUs: use cpu$"):
         distributed.init("cuda")
     for name in distributed._TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)

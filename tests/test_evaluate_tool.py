@@ -155,7 +155,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "transfer", "--l2", "99999"], "--l2 99999 must be at most 10000"),
         (
             ["--protocol", "knn", "--device", "cuda"],
-            "device cuda, but process 0 of this machine finds 0 GPUs; set the device to cpu",
+            "--device=cuda: process 0 of this machine finds 0 GPUs: use cpu",
         ),
         (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0 must be a finite number above 0"),
         (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0 must be a finite number above 0"),

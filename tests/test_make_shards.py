@@ -379,7 +379,7 @@ def test_user_mistakes_are_one_line(source: Path, tmp_path: Path, capsys: pytest
     for args, code, message in [
         ((tmp_path / "nowhere", "dst"), 2, "nowhere does not exist"),
         ((tmp_path / "empty", "dst"), 2, "holds no files"),
-        ((tmp_path / "texts", "dst"), 1, "no file is an image, see"),
+        ((tmp_path / "texts", "dst"), 2, f"SRC {tmp_path}/texts: no file is an image, see"),
         ((tmp_path / "file", "dst2"), 2, "not an uncompressed tar"),
         ((tmp_path / "deep", "dst2"), 2, r"(train): name one of them with --inside"),
         ((source, "file/dst"), 1, "Not a directory"),
@@ -512,7 +512,7 @@ def test_mistyped_source_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "dst").exists()
     (tmp_path / "empty/c").mkdir(parents=True)
     (tmp_path / "empty/c/a.txt").write_text("no image")
-    assert run(tmp_path / "empty", tmp_path / "dst") == 1
+    assert run(tmp_path / "empty", tmp_path / "dst") == 2
     assert run(write_images(tmp_path / "src"), tmp_path / "dst") == 0
 
 
@@ -534,7 +534,7 @@ def test_index_leaves_out_what_cannot_be_used(tmp_path: Path, capsys: pytest.Cap
     assert run(tmp_path, "--index", "--strict") == 1
     assert "a.tar: bad: offset" in capsys.readouterr().err
     assert run(tmp_path, "--index") == 0
-    assert "1 samples in 1 shards, 0 labeled, 2 in quarantine, 1 names without" in capsys.readouterr().out
+    assert "1 sample in 1 shard, 0 labeled, 2 in quarantine, 1 name without" in capsys.readouterr().out
     assert "cut short" in quarantine(tmp_path)["a.tar: bad"]
     assert TarSource(tmp_path).read(0) == jpeg()
     assert verify([str(tmp_path)]) == 0

@@ -67,13 +67,14 @@ def test_views_profile_and_dtype_are_followed() -> None:
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     for arguments, said in (
-        (("synthetic:8:30x40", 9), "larger than the data set"),
+        (("synthetic:8:30x40", 9), "^batch_size=9 is larger than the data set"),
+        (("synthetic:8:30x40", 1), "^batch_size=1 must be at least 2"),
         ((tmp_path / "nowhere", 4), "does not exist"),
     ):
         with pytest.raises(ValueError, match=said):
             open_loader(*arguments, device="cpu")
-    with pytest.raises(ValueError, match=r"augment\.size=4") as wrong:
-        open_loader("synthetic:8:30x40", 4, size=4)
+    with pytest.raises(ValueError, match=r"^threads=0 must .*; size=4 must") as wrong:
+        open_loader("synthetic:8:30x40", 4, size=4, threads=0)
     assert "\n" not in str(wrong.value)
 
 

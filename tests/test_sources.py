@@ -183,7 +183,7 @@ def test_refused_paths(tmp_path: Path, images: Path) -> None:
         (tmp_path / "empty", "holds no images"),
         (tmp_path / "tars", "make_shards.py --index"),
         (images.parent / "above", "13 of 13 images are a level below the class folders"),
-        (images, r"1 files are not usable \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
+        (images, r"1 unusable file \(class0/readme.txt: not a JPEG or PNG\): tools/make_shards.py"),
         ("synthetic:10:5", "synthetic:NUM:HxW"),
         ("synthetic:0:5x5", "NUM=0 must"),
         ("synthetic:2147483648:5x5", "NUM=2147483648 must be 1 to 2,147,483,647"),

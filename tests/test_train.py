@@ -453,6 +453,15 @@ def test_older_checkpoint_is_not_continued_over_newer_ones(run: Run, tmp_path: P
     assert "is of step 2, but" in again.stderr and "checkpoint-000000004.pt" in again.stderr
 
 
+def test_resume_beyond_the_step_to_stop_at_says_so(run: Run) -> None:
+    new = run("--resume", "auto", "train.stop_at_step=4")
+    assert new.returncode == 0 and f"new run (no checkpoint in {run.out}): steps 0 to 4 of 8" in new.stderr
+    again = run("--resume", "auto", "train.stop_at_step=2")
+    assert again.returncode == 0 and ": steps 4 to 4 of 8" in again.stderr
+    assert "step 4 is past step 2, at which train.stop_at_step ends the run" in again.stderr
+    assert f"finished at step 4 of 8: {run.out}" in again.stderr
+
+
 def test_evaluation_may_begin_later(run: Run) -> None:
     assert run("eval.path=null", "train.stop_at_step=2").returncode == 0
     done = run("--resume", "auto", "train.stop_at_step=4")
@@ -514,7 +523,7 @@ def test_two_ranks_train_like_one(run: Run, images: Path, tmp_path: Path) -> Non
         (["train.epochs=.inf"], "train.epochs=inf"),
         (["run.out=${nope}"], "do not resolve"),
         (["train.epochs=0.1", "optimizer.warmup_epochs=0"], "train.epochs=0.1 is less than one step"),
-        (["--resume", "nowhere.pt"], "--resume nowhere.pt: no such file"),
+        (["--resume", "nowhere.pt"], "--resume nowhere.pt does not exist: name a checkpoint-*.pt"),
         (["optimizer.backend=apex"], "unrelated package"),
         (["run.out=/proc/byolt"], "/proc/byolt"),
         (["train.device=cuda"], "cuda"),
@@ -595,7 +604,7 @@ def test_print_config_derives(run: Run) -> None:
     assert done.returncode == 0
     assert "# peak learning rate: 0.0625" in done.stdout
     assert "# images: 32" in done.stdout and "# steps: 4, warm-up: 1" in done.stdout
-    assert "# images per rank and micro-batch: 16 on 1 rank(s)" in done.stdout
+    assert "# images per rank and micro-batch: 16 on 1 rank\n" in done.stdout
 
 
 def test_print_config_says_why_the_images_cannot_be_counted(run: Run, images: Path, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser
-from byolt.files.console import say
+from byolt.files.console import count, say
 from byolt.files.paths import home_path
 from byolt.model import distributed
 from byolt.model.run import provenance
@@ -34,7 +34,7 @@ from byolt.pipelines.backends import make_backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.loader import CorruptBudgetError
 from byolt.pipelines.sources import open_source
-from byolt.tools.benchmarks.peers import run_harness
+from byolt.tools.benchmarks.peers import check_harness, run_harness
 from byolt.tools.benchmarks.picture import save_picture
 from byolt.tools.benchmarks.stages import table
 from byolt.tools.benchmarks.together import ROUNDS, bottleneck, measure, stall
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         stalled = stall(costs)
         sentence = bottleneck(costs, on_gpu)
-        print(f"\n{threads} thread{'s'[: threads > 1]}\n{table(costs)}")
+        print(f"\n{count(threads, 'thread')}\n{table(costs)}")
         print(f"{'stall':14} {100 * stalled:>8.1f} %\n{sentence}", flush=True)
         row: dict[str, Any] = {"threads": threads, "stall": stalled, "bottleneck": sentence}
         if args.torchvision:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if peers:
             compared = {peer["peer"]: peer["cpu_ms"] for peer in peers if "cpu_ms" in peer}
             comparisons["Peers, each in a process of its own"] = compared
-        title = f"{hardware}, {threads} thread(s), {config.augment.size} px"
+        title = f"{hardware}, {count(threads, 'thread')}, {config.augment.size} px"
         save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
     return {
         "date": time.strftime("%Y-%m-%d %H:%M"),
@@ -164,6 +164,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if min(args.batches, *(args.threads or [1])) < 1:
             raise ValueError("--batches and --threads must be at least 1")
+        if args.peers is not None:
+            check_harness()
         report = run(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")

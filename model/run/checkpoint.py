@@ -114,7 +114,7 @@ def load(path: Path) -> dict[str, Any]:
                 )
             if not header.startswith(_MAGIC) or len(header) < _HEADER_BYTES:
                 raise CheckpointError(
-                    f"checkpoint {path} is not a byolt checkpoint (version {VERSION}), or its header is damaged"
+                    f"checkpoint {path} is not a byolt checkpoint (checkpoint-*.pt of a run), or its header is damaged"
                 )
             data = file.read()
             if hashlib.sha256(data).hexdigest().encode() != header[len(_MAGIC) : -1]:

@@ -62,7 +62,10 @@ class Run:
         """Evaluates the untrained encoder of a new run; starts to measure the speed."""
         expected, path = self.config.data.expected_images, self.config.data.path
         if self.step >= self.last_step:
-            self.meter.say(f"nothing left to train: step {self.step} is the last")
+            key = "stop_at_step" if self.config.train.stop_at_step else "epochs"
+            past = f"past step {self.last_step}, at which train.{key} ends the run"
+            last = "the last" if self.step == self.last_step else past
+            self.meter.say(f"nothing left to train: step {self.step} is {last}")
         if expected not in (None, self.num_images):
             self.meter.say(
                 f"the schedules are computed for the {self.num_images:,} images of {path}; the recipe expects "

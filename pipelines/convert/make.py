@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from byolt.files.atomic import sha256_of, writing
-from byolt.files.console import shown
+from byolt.files.console import count, shown
 from byolt.files.lock import Lock
 from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
@@ -58,8 +58,8 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         A line that says what was made.
 
     Raises:
-        ValueError: A mistake in the options or in SRC; DST holds something else.
-        UnusableInputError: No image can be used, or with `strict` one cannot.
+        ValueError: A mistake in the options or in SRC, which may hold no image; DST holds something else.
+        UnusableInputError: With `strict`, an image cannot be used.
         OSError: The disk is full or fails.
     """
     src, dst = options.src, options.dst
@@ -107,7 +107,7 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         start = time.perf_counter()
         todo = [task for part in tasks.values() for task in part if read_note(task) is None]
         _run(todo, options.workers, len(inputs.images))
-        summary = commit(dst, tasks, inputs, settings, options.strict)
+        summary = commit(options, tasks, inputs, settings)
         seconds = time.perf_counter() - start
         shutil.rmtree(work)
     made = sum(len(task.images) for task in todo)
@@ -137,12 +137,13 @@ def _run(tasks: list[ShardTask], workers: int, num_images: int) -> None:
 
 
 def commit(
-    dst: Path, tasks: dict[str, list[ShardTask]], inputs: Inputs, settings: dict[str, Any], strict: bool
+    options: ConversionOptions, tasks: dict[str, list[ShardTask]], inputs: Inputs, settings: dict[str, Any]
 ) -> str:
     """Writes the quarantine list, then the manifest of each part; returns a summary."""
+    dst = options.dst
     parts = {name: [_finished(task) for task in part] for name, part in tasks.items()}
     refused = inputs.refused + [row for part in parts.values() for note in part for row in note.refused]
-    if strict and refused:  # in shards that an earlier start made, without --strict
+    if options.strict and refused:  # in shards that an earlier start made, without --strict
         raise strict_error(refused)
     _write_quarantine(dst, refused)
     manifests = {}
@@ -150,8 +151,8 @@ def commit(
         shards = [note.shard for note in part if note.shard is not None]
         if not shards:
             shutil.rmtree(dst / WORK)  # another SRC may be tried
-            raise UnusableInputError(
-                f"SRC: no file{f' for {name}' if name else ''} is an image, see {dst / QUARANTINE}"
+            raise ValueError(
+                f"SRC {options.src}: no file{f' for {name}' if name else ''} is an image, see {dst / QUARANTINE}"
             )
         records = join(note.records for note in part if note.shard is not None)
         manifests[name] = Manifest(shards, records, inputs.classes, settings)
@@ -167,7 +168,7 @@ def commit(
         if labeled
         else "no labels"
     )
-    return f"{dst}: {samples} samples in {number} shards, {classes}, {len(refused)} in quarantine"
+    return f"{dst}: {samples} samples in {count(number, 'shard')}, {classes}, {len(refused)} in quarantine"
 
 
 def _finished(task: ShardTask) -> FinishedShard:
@@ -225,7 +226,7 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
         raise strict_error(refused)
     records = join(part.records for part in found)
     imageless = sum(part.imageless for part in found)
-    counts = f"{len(refused)} in quarantine, {imageless} names without an image"
+    counts = f"{len(refused)} in quarantine, {count(imageless, 'name')} without an image"
     if dotted := sum(part.dotted for part in found):
         counts += f", {DOTTED.format(dotted)}"
     if kinds := sum((Counter(part.kinds) for part in found), Counter()):
@@ -240,7 +241,7 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
     settings = {"indexed": True, **({NAMED_LABELS: True} if classes else {})}
     Manifest(shards, records, classes, settings).save(out)
     labeled = int((records["label"] >= 0).sum())
-    return f"{out}: {len(records):,} samples in {len(paths)} shards, {labeled:,} labeled, {counts}"
+    return f"{out}: {count(len(records), 'sample')} in {count(len(paths), 'shard')}, {labeled:,} labeled, {counts}"
 
 
 def _link(paths: list[Path], folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from byolt.files.console import shown
+from byolt.files.console import count, shown
 from byolt.files.regular import read_regular
 from byolt.pipelines.formats.encoded import inspect
 
@@ -42,7 +42,7 @@ class FolderSource:
             digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
         if problems:
             raise ValueError(
-                f"data path {self.folder}: {len(problems)} files are not usable ({shown(problems, '; ')}): "
+                f"data path {self.folder}: {count(len(problems), 'unusable file')} ({shown(problems, '; ')}): "
                 f"tools/make_shards.py {self.folder} DST leaves them out and lists them in a quarantine file"
             )
         self.labels = np.array(labels, np.int64)

@@ -56,6 +56,12 @@ def loader(request: Request) -> Iterator[tuple[Tensor, Tensor]]:
             yield batch.view1, batch.view2
 
 
+def check_harness(harness: Path = HARNESS) -> None:
+    """Refuses --peers where the harness is missing, before anything is measured."""
+    if not harness.is_file():
+        raise ValueError(f"--peers needs {harness}, which is in a checkout and not in an installed package")
+
+
 def run_harness(
     peers: list[str], config: schema.Config, workers: int, batches: int, repeats: int, harness: Path = HARNESS
 ) -> list[dict[str, Any]]:
@@ -76,8 +82,7 @@ def run_harness(
     Raises:
         ValueError: the harness is missing, failed, or could not run our loader.
     """
-    if not harness.is_file():
-        raise ValueError(f"--peers needs {harness}, which is in a checkout and not in an installed package")
+    check_harness(harness)
     with tempfile.TemporaryDirectory() as scratch:
         out, settings = Path(scratch) / "peers.json", Path(scratch) / "config.yaml"
         settings.write_text(schema.to_yaml(config))

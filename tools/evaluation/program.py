@@ -43,7 +43,7 @@ def evaluate(args: argparse.Namespace) -> int:
         train = inputs.open_labeled("--train", args.train, args.max_images)
         inputs.check_splits(args.train, train, args.data, test)
         inputs.number_classes(train, test)
-        world = distributed.init(args.device)
+        world = distributed.init(args.device, setting="--device")
         distributed.on_main(lambda: result.check_writable(args.out), world)
     except (CheckpointError, ValueError, OSError) as error:
         say(f"evaluate: {error}", file=sys.stderr)

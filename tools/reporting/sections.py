@@ -99,14 +99,15 @@ def _settings(run: RunFiles) -> ReportSection:
         *earlier, start = run.starts
         versions = start.get("versions")
         named = versions.items() if isinstance(versions, dict) else []
-        ranks = f"{start.get('ranks', 1)} rank(s), {start.get('precision', 'precision not recorded')}"
+        number = start.get("ranks", 1)
+        ranks = f"{number} rank{'s' * (number != 1)}, {start.get('precision', 'precision not recorded')}"
         before = "; ".join(f"step {row['step']:,}: {row.get('time')}" for row in earlier)
         section.facts = [
             ("command", str(start.get("command"))),
             ("started", f"{start.get('time')} at step {start['step']:,}"),
             *([("started before", before)] if before else []),
             ("hardware", f"{start.get('hardware')}; {ranks}"),
-            ("images", str(start.get("backend"))),
+            ("data", str(start.get("backend"))),
             ("versions", ", ".join(f"{name} {version}" for name, version in named)),
         ]
     else:
