@@ -41,8 +41,8 @@ def compile_view(
             total = 0.0
             for tap in range(taps):
                 total += of_place[tap]
-            for tap in range(taps):
-                weights[to, tap] = of_place[tap] / total * unit
+            for tap in range(taps):  # rounded first, as in earlier versions: the digests of their runs hold
+                weights[to, tap] = np.float32(of_place[tap]) / total * unit
         return first, weights
 
     def color(r: Floats, g: Floats, b: Floats, operations: Any, values: Floats) -> None:
