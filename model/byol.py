@@ -33,7 +33,7 @@ class MLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_features) -> (N, out_features)."""
-        first, norm, _, last = self
+        first, norm, _, last = self  # batch norm applies the ReLU, in one kernel on a GPU
         return last(norm(first(x), relu=True))
 
 
@@ -96,8 +96,8 @@ class BYOL(nn.Module):
     ) -> None:
         super().__init__()
         projector = MLP(int(encoder.num_features), projector_hidden, projector_size)  # type: ignore[arg-type]
-        head = MLP(projector_size, predictor_hidden, projector_size) if predictor else nn.Identity()
-        self.online = Online(encoder, projector, head)
+        q = MLP(projector_size, predictor_hidden, projector_size) if predictor else nn.Identity()
+        self.online = Online(encoder, projector, q)
         self.target = Target(self.online)
 
     def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:

@@ -34,9 +34,8 @@ class StepResult(NamedTuple):
     finite: Tensor  # bool, the same on every rank; if False, the step changed nothing
     gradient_norm: Tensor  # float32, over all parameters, before LARS, the same on every rank
     gauges: Gauges | None
-    features1: list[
-        Tensor
-    ]  # (n, F) of each micro-batch's first view, detached, until the next step: for a probe
+    # (n, F) of each micro-batch's first view, detached, valid until the next step: for a probe.
+    features1: list[Tensor]
 
 
 class _Outputs(NamedTuple):

@@ -67,7 +67,9 @@ class BatchNorm(nn.BatchNorm2d):
         shortcut = getattr(shortcut, "second", shortcut)
         pools = shortcut is None and input.ndim == 4 and _is_stem_pool(pool)
         output, second = norm_triton.normalize(input, self, shortcut, shortcut_norm, self.views, relu, pools)
-        if second is not None:  # for the next block's shortcut
+        # The output has two uses, the next block's convolution and its shortcut. As two tensors of the same memory,
+        # their gradients arrive apart, and the backward kernel adds them: autograd would in a pass of its own.
+        if second is not None:
             output.second = second  # type: ignore[attr-defined]
         return output if pool is None or pools else pool(output)
 
@@ -125,7 +127,7 @@ def each_view(network: nn.Module, view1: Tensor, view2: Tensor) -> tuple[Tensor,
 
     if not is_fused(view1) or view1.shape != view2.shape or not keeps_apart():
         return network(view1), network(view2)
-    BatchNorm.views = 2
+    BatchNorm.views = 2  # of all layers during this call: torchvision's forward methods cannot pass it on
     try:
         output1, output2 = network(torch.cat([view1, view2])).chunk(2)
     finally:
