@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from byolt.pipelines.plain import plain_images
     from byolt.pipelines.sources import open_source
 
+__version__ = "0.1.0"
+
 __all__ = [
     "BYOL",
     "byol_loss",
@@ -47,4 +49,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*__all__, *(name for name in globals() if name.startswith("__"))])

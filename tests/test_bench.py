@@ -21,7 +21,7 @@ from byolt.pipelines.sources import open_source
 from byolt.pipelines.views import draw
 from byolt.tools import bench
 from byolt.tools.benchmarks import together as bench_together
-from byolt.tools.benchmarks.peers import CONFIG, ROOT, compare, loader, run_harness
+from byolt.tools.benchmarks.peers import CONFIG, ROOT, check_harness, compare, loader, run_harness
 from byolt.tools.benchmarks.stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
 from byolt.tools.benchmarks.together import LONGEST_WAIT, bottleneck, median, stall, wait_until_idle
 
@@ -227,6 +227,14 @@ def test_harness_is_given_the_whole_run(tmp_path: Path, monkeypatch: pytest.Monk
     with Loader(config, source, make_backend(config, *where)[0]) as batches:
         (expected,) = next(iter(batches))
     assert torch.equal(first, expected.view1) and torch.equal(second, expected.view2)
+
+
+def test_missing_harness_is_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "check_harness", lambda: check_harness(Path("nowhere.py")))
+    monkeypatch.setattr(bench, "run", lambda args: pytest.fail("it measured"))
+    assert bench.main(["--peers"]) == 2 and "--peers needs nowhere.py" in capsys.readouterr().err
 
 
 def test_missing_harness_is_named() -> None:

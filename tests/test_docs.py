@@ -16,6 +16,7 @@ import torch
 import yaml
 from PIL import Image
 
+import byolt
 from byolt.configs import schema
 from byolt.model.resnet import make_encoder
 from byolt.model.run.trained import export_trained
@@ -225,8 +226,9 @@ def test_repository_files_agree_with_one_another() -> None:
     for template in (ROOT / ".github" / "ISSUE_TEMPLATE").iterdir():
         assert {"name", "description", "body"} <= yaml.safe_load(template.read_text()).keys()
     citation, package = yaml.safe_load((ROOT / "CITATION.cff").read_text()), setup()["metadata"]
-    assert (citation["version"], citation["license"]) == (package["version"], package["license"])
-    assert f"## {package['version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert (citation["version"], citation["license"]) == (byolt.__version__, package["license"])
+    assert package["version"] == "attr: byolt.__version__"
+    assert f"## {byolt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
     assert "Version 2.0, January 2004" in (ROOT / "LICENSE").read_text()
 
 

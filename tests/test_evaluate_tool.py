@@ -115,6 +115,7 @@ def test_every_protocol_finds_the_colors(
     assert document["encoder_sha256"] == load_trained(run / "encoder.safetensors").digest
     shown = capsys.readouterr().out
     assert "100.00" in shown and f"evaluate-{protocol}" in " ".join(shown.split())
+    assert shown.splitlines()[-1].startswith(f"{tmp_path}/evaluate-{protocol}")
     settings = result["settings"]
     if protocol == "linear":
         assert settings["train_images"] == 66 and settings["held_out_images"] == 6 and settings["steps"] == 61
@@ -312,7 +313,7 @@ def test_labels_that_are_ids_are_refused(
 ) -> None:
     source = open_source(run / "train")
     source.labels, source.classes = source.labels + 10**12, None
-    monkeypatch.setattr(inputs, "open_source", lambda path: source)
+    monkeypatch.setattr(inputs, "open_split", lambda option, path: source)
     assert _main(run, tmp_path, "--protocol", "knn") == 2
     assert "the largest label is 1,000,000,000,002" in capsys.readouterr().err
 
@@ -328,7 +329,7 @@ def test_only_labels_that_occur_are_classes(
         return source
 
     plain = _measure(run, tmp_path / "plain", "--protocol", "knn", *FAST["knn"])
-    monkeypatch.setattr(inputs, "open_source", open_with_odd_labels)
+    monkeypatch.setattr(inputs, "open_split", lambda option, path: open_with_odd_labels(path))
     odd = _measure(run, tmp_path / "odd", "--protocol", "knn", *FAST["knn"])
     assert odd["classes"] == 3 and odd["results"] == plain["results"]
     train, test = open_with_odd_labels(str(run / "train")), open_with_odd_labels(str(run / "val"))

@@ -66,7 +66,9 @@ def test_torchvision(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
     path = _run(tmp_path, "resnet18", stem)
     out = tmp_path / "exported"
     assert export.main([str(path), "--to", "torchvision", "--out", str(out)]) == 0
-    assert "checked with torchvision: features differ by 0 of" in capsys.readouterr().out
+    assert (
+        "checked with torchvision: largest relative difference of a feature: 0\n" in capsys.readouterr().out
+    )
     assert sorted(p.name for p in out.iterdir()) == ["README.md", "model.safetensors"]
     card = (out / "README.md").read_text()
     lines = (
@@ -127,7 +129,10 @@ def test_without_timm_the_export_says_that_it_was_not_checked(
     with patch.dict("sys.modules", {"timm": None}):
         assert export.main([str(trained), "--to", "timm", "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr().out
-    assert "checked with torchvision: features differ by 0" in shown and "not checked with timm" in shown
+    assert (
+        "checked with torchvision: largest relative difference of a feature: 0" in shown
+        and "not checked with timm" in shown
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architecture"] == "resnet18" and config["num_features"] == 512
 
@@ -167,8 +172,8 @@ def test_card_says_what_was_measured_and_how_sure_that_is(trained: Path, tmp_pat
     assert "- kNN during training (k = 200, temperature 0.1): top-1 41.50 %" in card and "7.25" not in card
     assert "From metrics.jsonl beside the checkpoint, step 30: not checked to be of these weights" in card
     assert "linear" not in card.split("## Load")[0].split("## Measured")[1]
-    assert "30 steps of 64 images; 1.5 (by metrics.jsonl) of 20 epochs" in card
-    assert "`datasets/some`, 1,280 images by metrics.jsonl" in card
+    assert "30 steps of 64 images; 1.5 of 20 epochs (from metrics.jsonl)" in card
+    assert "`datasets/some`, 1,280 images (from metrics.jsonl)" in card
     recipe = card.split("```yaml\n")[1].split("```")[0]
     assert schema.from_yaml(recipe) == load_trained(trained).config
 

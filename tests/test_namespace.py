@@ -57,6 +57,7 @@ def test_public_names_are_found_when_used() -> None:
         isolated("import byolt; print(*(m for m in sys.modules if m[:6] == 'byolt.'))", [ROOT], ROOT) == "\n"
     )
     assert sorted(byolt.__all__) == byolt.__all__ or set(byolt.__all__) == set(byolt._MODULES)
+    assert {name for name in dir(byolt) if name[:2] != "__"} == set(byolt.__all__)
     for name in byolt.__all__:
         assert getattr(byolt, name).__module__ == byolt._MODULES[name] and name in dir(byolt)
     (seen,) = (node for node in ast.parse(inspect.getsource(byolt)).body if isinstance(node, ast.If))

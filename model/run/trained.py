@@ -22,9 +22,9 @@ class Trained(NamedTuple):
     encoder: nn.Module  # on the CPU, in eval mode
     config: schema.Config  # of the run
     step: int  # optimizer steps done
-    digest: (
-        str  # sha256 of the encoder's weights: the same for a checkpoint and for the encoder exported from it
-    )
+    # sha256 of the encoder's weights: the same for a checkpoint and for the encoder exported from it. The digest that a
+    # run prints covers its whole state and is another number.
+    digest: str
 
 
 def export_trained(path: Path, encoder: nn.Module, config: schema.Config, step: int) -> None:

@@ -6,6 +6,7 @@ do not depend on the number of ranks. Those of fine-tuning agree to rounding, be
 
 import itertools
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from byolt.files.console import say
 from byolt.model import distributed
 from byolt.model.quality.knn import knn_votes
 from byolt.model.quality.linear import MOMENTUM, HeadSweep, fit_logistic
@@ -53,6 +55,8 @@ def evaluate_knn(
     bank, bank_labels = plain_features(setup, setup.train, "training features")
     queries, labels = plain_features(setup, setup.test, "test features")
     outcomes = []
+    if max(ks) > len(bank) and setup.world.is_main:
+        say(f"note: k = {max(ks)} is more than the training images: k = {len(bank)} is used", sys.stderr)
     for k in dict.fromkeys(min(k, len(bank)) for k in ks):
         parts = [
             (i, knn_votes(bank, bank_labels, part, setup.classes, k, temperature))

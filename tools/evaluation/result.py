@@ -85,7 +85,9 @@ def report(
     except Exception as error:  # the numbers are written already
         picture.unlink(missing_ok=True)  # an earlier one shows other numbers
         say(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)
-    say(f"{path}, {picture.name}")
+    say(path)
+    if picture.exists():
+        say(picture)
 
 
 def _about(path: str, source: Source, used: int) -> dict[str, Any]:
@@ -126,7 +128,7 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]], outcomes: l
         table.add_row(row["name"], *top1, mean, *top5)
     console.print(table)
     shared = [
-        f"{key} {value}"
+        f"{key.replace('_', ' ')} {value}"
         for key, value in outcomes[0].settings.items()
         if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
     ]

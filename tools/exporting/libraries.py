@@ -121,7 +121,7 @@ def check_equal(trained: Trained, folder: Path, target: str) -> str:
         raise RuntimeError(
             f"{target} gives other features than the encoder: relative difference {difference:.2g}"
         )
-    return f"checked with {LIBRARIES[target]}: features differ by {difference:.2g} of the largest at most"
+    return f"checked with {LIBRARIES[target]}: largest relative difference of a feature: {difference:.2g}"
 
 
 def _noise(config: schema.Config) -> Tensor:
@@ -171,9 +171,10 @@ def crop_of(config: schema.Config) -> tuple[float, str]:
                 header = inspect(source.read(int(number)))
                 sides.append(min(header.height, header.width))
     small = bool(sides) and statistics.median(sides) <= config.augment.size
-    found = f"most images measured on are {'no larger' if small else 'larger'} than a view"
+    found = f"most evaluation images are {'no larger' if small else 'larger'} than a view"
     crop = 1.0 if small else 0.875
-    return crop, f"config.json has crop_pct {crop:g}: {found if sides else 'the images were not available'}."
+    found = found if sides else "the evaluation images were not available"
+    return crop, f"config.json has crop_pct {crop:g}: {found}."
 
 
 def timm_config(trained: Trained, target: str, crop: float) -> dict[str, Any]:

@@ -50,7 +50,7 @@ tags: [image-feature-extraction, self-supervised, byol]
 The online encoder of a BYOL run ([arXiv 2006.07733](https://arxiv.org/abs/2006.07733)), without projector and
 predictor: images to {trained.encoder.num_features} features. Trained without labels.
 
-- Images: {_code(config.data.path)}{f", {images:,} images by metrics.jsonl" if images else ""}
+- Images: {_code(config.data.path)}{f", {images:,} images (from metrics.jsonl)" if images else ""}
 - Length: {_epochs_done(trained)}
 - Stem: {config.model.stem}; views of {size} px
 - Preprocessing: center crop of 7/8 of the short side, or of all of it if that is {size} px or less; bicubic to
@@ -124,8 +124,12 @@ def _during_training(trained: Trained) -> list[str]:
 def _epochs_done(trained: Trained) -> str:
     """Length of the training; the epochs are known only if metrics.jsonl is beside the checkpoint."""
     epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
-    done = f"{epochs[-1]:.1f} (by metrics.jsonl)" if epochs else "an unknown number"
-    return f"{trained.step} steps of {train.batch_size} images; {done} of {train.epochs:g} epochs"
+    done = (
+        f"{epochs[-1]:.1f} of {train.epochs:g} epochs (from metrics.jsonl)"
+        if epochs
+        else f"planned: {train.epochs:g} epochs"
+    )
+    return f"{trained.step} steps of {train.batch_size} images; {done}"
 
 
 def _rows(trained: Trained) -> list[dict[str, float]]:

@@ -50,7 +50,7 @@ def features_section(images: ImageFeatures, principal: spectrum.Principal, rank:
         )
     if embedded is not None:
         png = figures.scatter(embedded, marks)
-        section.figures.append(Figure("Map: t-SNE", png, f"{tsne} {colored}", legend))
+        section.figures.append(Figure("Map: t-SNE", png, f"{tsne} {colored}" if chosen else tsne, legend))
     return section
 
 
@@ -88,11 +88,12 @@ def neighbors_section(images: ImageFeatures) -> ReportSection:
     rows = []
     for query in queries:
         label = int(images.labels[query])
-        row = [Thumbnail(images.thumbnails[query], images.name(label))]
+        row = [Thumbnail(images.thumbnails[query], images.name(label) if known else "")]
         for other, cosine in zip(indices[query].tolist(), cosines[query].tolist(), strict=True):
             theirs = int(images.labels[other])
             verdict = "" if min(label, theirs) < 0 else "right" if label == theirs else "wrong"
-            row.append(Thumbnail(images.thumbnails[other], f"{images.name(theirs)} {cosine:.2f}", verdict))
+            name = images.name(theirs) + " " if known else ""
+            row.append(Thumbnail(images.thumbnails[other], f"{name}{cosine:.2f}", verdict))
         rows.append(row)
     half = (len(rows) + 1) // 2
     section.sheets = [part for part in (rows[:half], rows[half:]) if part]
