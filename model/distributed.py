@@ -104,7 +104,7 @@ def _place(device: str, local_rank: int, setting: str) -> torch.device:
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ValueError(
-            f"{setting}={device}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: use cpu"
+            f"{setting}={device}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: set it to cpu"
             + ", or lower torchrun's --nproc-per-node" * (gpus > 0)
         )
     place = torch.device("cuda", local_rank)

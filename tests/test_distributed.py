@@ -291,7 +291,7 @@ def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"train\.device=tpu must be auto, cpu or cuda"):
         distributed.init("tpu")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(ValueError, match=r"^train\.device=cuda: process 0 .* finds 0 GPUs: use cpu$"):
+    with pytest.raises(ValueError, match=r"^train\.device=cuda: process 0 .* finds 0 GPUs: set it to cpu$"):
         distributed.init("cuda")
     for name in distributed._TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)

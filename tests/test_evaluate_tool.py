@@ -156,7 +156,7 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "transfer", "--l2", "99999"], "--l2 99999 must be at most 10000"),
         (
             ["--protocol", "knn", "--device", "cuda"],
-            "--device=cuda: process 0 of this machine finds 0 GPUs: use cpu",
+            "--device=cuda: process 0 of this machine finds 0 GPUs: set it to cpu",
         ),
         (["--protocol", "linear", "--batch-size", "0"], "--batch-size 0 must be a finite number above 0"),
         (["--protocol", "linear", "--lr", "1", "0"], "--lr 0.0 must be a finite number above 0"),
@@ -642,12 +642,15 @@ def test_where_nothing_decodes_the_data_set_is_named(
     )
 
 
-def test_rows_are_named_by_the_neighbors_that_voted(run: Path, tmp_path: Path) -> None:
+def test_rows_are_named_by_the_neighbors_that_voted(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     document = _measure(run, tmp_path, "--protocol", "knn", "--k", "200", "20", "100")
     assert [(row["name"], row["settings"]["k"]) for row in document["results"]] == [
         ("k = 72", 72),
         ("k = 20", 20),
     ]
+    assert "note: k = 200 is more than the training images: k = 72 is used" in capsys.readouterr().err
 
 
 def test_a_class_of_one_image_is_learned(run: Path, fourth: list[str]) -> None:

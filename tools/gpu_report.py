@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from byolt.files.paths import home_path
 from byolt.model.run import provenance
 from byolt.tools.benchmarks.gpu_parts import PARTS, ROOT, Job, Part, Row
 from byolt.tools.benchmarks.picture import save_bars
@@ -104,7 +105,9 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     parser.add_argument("--quick", action="store_true", help="tiny networks and images")
     parser.add_argument("--data", default="synthetic:10000:375x500", help="data.path of ResNet-50's parts")
     parser.add_argument("--seconds", type=float, default=300.0, help="of all parts together (default 300)")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/<card>; with --quick runs/gpu_report")
+    parser.add_argument(
+        "--out", type=home_path, help="default: benchmarks/<card>; with --quick runs/gpu_report"
+    )
     args, begun = parser.parse_args(argv), time.monotonic()
     if args.device == "cuda" and not torch.cuda.is_available():
         print("gpu_report: torch finds no GPU; to try it without one: --quick --device cpu", file=sys.stderr)
