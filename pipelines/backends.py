@@ -54,8 +54,8 @@ def make_backend(config: Config, device: torch.device, dtype: torch.dtype) -> tu
                 raise ValueError(f"data.backend=dali needs NVIDIA DALI ({error}): {how}") from None
             reason = f"data.backend=auto: torch on the CPU, because DALI is not installed; {how}"
         else:
-            why = " (installed)," if choice == "auto" else ""
-            reason = f"data.backend={choice}: DALI{why} on the {_place(device)}, {count(threads, 'thread')}"
+            why = " (it is installed)" if choice == "auto" else ""
+            reason = f"data.backend={choice}: DALI on the {_place(device)}, {count(threads, 'thread')}{why}"
             load = config.data.hw_decoder_load
             return DaliBackend(config.augment, device, dtype, threads, load), reason
     return TorchBackend(config.augment, device, dtype, threads), reason

@@ -10,6 +10,7 @@ from PIL import Image
 from test_train import TINY, images  # noqa: F401 (a fixture)
 
 from byolt.configs import schema
+from byolt.model.run import pictures
 from byolt.tools import ablate
 from byolt.tools.ablation import recipes, results
 from byolt.tools.reporting.figures import MARKS
@@ -183,11 +184,11 @@ def test_comparison_draws_each_run_where_it_has_the_key(
 ) -> None:
     figures: list[Any] = []
 
-    def save(figure: Any, path: Path, plain: Any = results.save_png) -> None:
+    def save(figure: Any, path: Path, plain: Any = pictures.save_png) -> None:
         figures.append(figure)
         plain(figure, path)
 
-    monkeypatch.setattr(results, "save_png", save)
+    monkeypatch.setattr(pictures, "save_png", save)
     first = [
         {"step": 0, "knn_top1": 20.0},
         {"step": 1, "loss": 3.5},

@@ -19,6 +19,6 @@ def test_backend_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_back_end_says_what_it_is() -> None:
     pytest.importorskip("byolt.pipelines.dali_backend", reason="NVIDIA DALI is not installed")
-    for choice, why in {"auto": " (installed),", "dali": ""}.items():
+    for choice, why in {"auto": " (it is installed)", "dali": ""}.items():
         _, reason = make_backend(make_config(data={"backend": choice}), torch.device("cpu"), torch.float32)
-        assert reason == f"data.backend={choice}: DALI{why} on the CPU, 1 thread"
+        assert reason == f"data.backend={choice}: DALI on the CPU, 1 thread{why}"

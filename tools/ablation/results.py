@@ -8,16 +8,12 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from byolt.configs import schema
 from byolt.files.rows import read_rows
-from byolt.model.run.pictures import save_png
 from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
-from byolt.tools.reporting.figures import MARKS, STYLE
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl
 _COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
@@ -109,6 +105,14 @@ def save_curves(path: Path, runs: Mapping[str, list[Rows]], panels: Mapping[str,
 
     `runs` are rows of metrics of each seed, by ablation; `panels` are labels of vertical axes, by keys of the rows.
     """
+    from matplotlib import (
+        rc_context,  # here: a finished ablation is read, and a mistake refused, without it and torch
+    )
+    from matplotlib.figure import Figure
+
+    from byolt.model.run.pictures import save_png
+    from byolt.tools.reporting.figures import MARKS, STYLE
+
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(panels), 4))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
