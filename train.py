@@ -206,10 +206,8 @@ def prepare(
     changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
     for note in filter(None, (reason, train_step.note, changed if start.changed else "")):
         run.meter.say(note)
-    begun = f"new run (no checkpoint in {out})" if args.resume else "new run"
     run.meter.say(
-        f"{f'resumed from {start.path}' if start.path else begun}: steps {start.step} to "
-        f"{max(start.step, last_step)} of {total_steps}, {len(source)} images, "
+        f"{start.origin}: steps {start.step} to {max(start.step, last_step)} of {total_steps}, {len(source)} images, "
         f"{world.size} x {device.type}, {precision}"
     )
     return run, loader

@@ -38,6 +38,7 @@ class Start(NamedTuple):
     step: int  # steps done
     knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in percent
     changed: list[str]  # what rounds otherwise than before: the digest will differ from that of one whole run
+    origin: str = "new run"  # for a message
 
 
 def begin(
@@ -68,12 +69,14 @@ def begin(
     """
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
-        return Start(None, 0, None, [])
+        return Start(
+            None, 0, None, [], f"new run (no checkpoint in {config.run.out})" if resume else "new run"
+        )
     fixed.check_same_run(config, fingerprint, path, state, allowed)
     restore(path, state, train_step, probe)
     then = state["rounding"]
     changed = [f"{key}: {then[key]} -> {now}" for key, now in rounding.items() if then.get(key, now) != now]
-    return Start(path, state["step"], state["knn_untrained"], changed)
+    return Start(path, state["step"], state["knn_untrained"], changed, f"resumed from {path}")
 
 
 def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path | None, dict[str, Any]]:
