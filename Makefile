@@ -19,7 +19,7 @@ test: .venv/test.done  ## all tests but the slow ones and those that break whole
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not faults"
 
 test-slow: .venv/test.done  ## the slow ones
-	$(BIN)/pytest -m "slow and not faults"
+	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not faults"
 
 test-faults: .venv/test.done  ## whole runs, killed, stopped and damaged
 	$(BIN)/pytest -m faults

@@ -31,6 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
+# The interpreter takes three times as long for torchvision's antialias.
+byol_first = pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
 # Factor of the interpreter's ceilings on a GPU, where float32 division is within 2 units in the last place and
 # multiplications are fused with additions. The other ceilings have that room already.
 ROOM = 4 if ON_GPU else 1
@@ -115,11 +117,8 @@ def test_composition_equals_reference(reference: dict[str, np.ndarray]) -> None:
     ("profile", "size"),
     [
         ("byol", 8),
-        pytest.param("byol", 29, marks=pytest.mark.slow),
-        pytest.param("byol", 45, marks=pytest.mark.slow),
-        ("torchvision", 29),
-        pytest.param("torchvision", 8, marks=pytest.mark.slow),
-        pytest.param("torchvision", 45, marks=pytest.mark.slow),
+        *(pytest.param("byol", size, marks=pytest.mark.slow) for size in (29, 45)),
+        *(pytest.param("torchvision", size, marks=pytest.mark.slow) for size in (8, 29, 45)),
     ],
 )
 def test_images_of_any_shape_in_one_batch(profile: Profile, size: int) -> None:
@@ -136,9 +135,8 @@ def test_images_of_any_shape_in_one_batch(profile: Profile, size: int) -> None:
         assert np.abs(view - expected(images, drawn, augment)).max() < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("height", "width"), [(500, 20), (20, 500), pytest.param(500, 400, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("height", "width"), [(500, 20), (20, 500), (500, 400)])
 def test_antialias_over_many_taps(height: int, width: int) -> None:
     """84 taps where 500 pixels become 24."""
     images, augment = pictures(1, height, width), augment_of(24, "torchvision")
@@ -147,7 +145,7 @@ def test_antialias_over_many_taps(height: int, width: int) -> None:
     assert np.abs(ours - expected(images, params, augment)).max() < 2e-6 * ROOM
 
 
-@both_profiles
+@byol_first
 def test_windows_at_the_borders_and_thin_ones(profile: Profile) -> None:
     """Pixels outside the window are never read: other ones around it change nothing, to the bit."""
     (image,) = pictures(1, 40, 50)
@@ -173,7 +171,7 @@ def test_windows_at_the_borders_and_thin_ones(profile: Profile) -> None:
 @pytest.mark.parametrize(
     "name", ["brightness", "contrast", "saturation", "hue", "gray", "blur", "solarize", "flip"]
 )
-@both_profiles
+@byol_first
 def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
     """Of the blur 11 pixels on either side of 24: most of what it adds up is beyond the border."""
     count, neutral = 4, 1 if profile == "torchvision" else 0
@@ -192,7 +190,8 @@ def test_each_operation_over_its_range(profile: Profile, name: str) -> None:
     assert np.abs(ours - expected(images, params_of(count, 26, 24), augment)).max() > 0.01
 
 
-@pytest.mark.parametrize("profile", ["byol", pytest.param("torchvision", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@both_profiles
 def test_every_order_of_the_color_operations(profile: Profile) -> None:
     count = len(JITTER_ORDERS)
     images = pictures(1, 30, 30) * count
