@@ -242,6 +242,7 @@ def test_normalization() -> None:
     assert np.abs(run(images, params, augment=augment) - plain).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """However many views share the scratch memory, and in a second run, the result is the same to the bit."""
     count = 4
@@ -284,7 +285,7 @@ def test_launches_of_a_batch(size: int, count: int, parts: int, monkeypatch: pyt
     assert sum(kernels["_color"].grids) == 2 * count * -(-size * size // 1024)
 
 
-@both_profiles
+@byol_first
 def test_part_of_an_image_gives_what_the_whole_gives(profile: Profile) -> None:
     (image,), augment = pictures(1, 90, 80), augment_of(32, profile)
     params = params_of(1, 41, 33, top=30, left=20)

@@ -204,6 +204,7 @@ def test_labels_that_are_ids_end_knn_but_not_training(run: Run, images: Path) ->
         assert "Traceback" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_neither_checkpoint_nor_first_batch_stays_alive_in_the_loop(run: Run) -> None:
     assert run("train.stop_at_step=2", "eval.path=null").returncode == 0
     kept: dict[str, weakref.ref] = {}
