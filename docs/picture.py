@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from byolt.files.rows import read_metrics
-from byolt.model.run.pictures import save_comparison
+from byolt.tools.ablation.results import save_curves
 
 PANELS = {"loss": "BYOL loss", "knn_top1": "kNN top-1 (%)", "projection_std": "spread of the projections"}
 
@@ -19,7 +19,8 @@ def main(run: Path, out: Path) -> None:
     """Puts RUN/views.png and the curves of RUN/metrics.jsonl into one PNG of 1,000 pixels in width."""
     with tempfile.TemporaryDirectory() as scratch:
         curves = Path(scratch) / "curves.png"
-        save_comparison(curves, {"quickstart": [read_metrics(run / "metrics.jsonl")]}, PANELS)
+        rows = read_metrics(run / "metrics.jsonl")
+        save_curves(curves, {"quickstart": [rows]}, PANELS, "The curves of the run")
         parts = [Image.open(path).convert("RGB") for path in (run / "views.png", curves)]
         parts = [part.resize((1000, round(1000 * part.height / part.width))) for part in parts]
     page = Image.new("RGB", (1000, sum(part.height for part in parts)), "white")

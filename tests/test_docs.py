@@ -242,3 +242,13 @@ def test_no_message_advises_a_package_index() -> None:
         p for p in files if re.search(r"""pip install ["']?byolt\b""", p.read_text()) and p != Path(__file__)
     ]
     assert not wrong
+
+
+def test_the_pictures_script_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (60, 30)).save(tmp_path / "views.png")
+    rows = ['{"step": 0, "knn_top1": 20.0}', '{"step": 1, "loss": 3.5, "projection_std": 0.1}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(tmp_path), str(tmp_path / "out.png")])
+    runpy.run_path(str(ROOT / "docs" / "picture.py"), run_name="__main__")
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.width == 1000 and picture.height > 500

@@ -100,14 +100,18 @@ def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str,
     (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
 
 
-def save_curves(path: Path, runs: Mapping[str, list[Rows]], panels: Mapping[str, str]) -> None:
+def save_curves(
+    path: Path,
+    runs: Mapping[str, list[Rows]],
+    panels: Mapping[str, str],
+    title: str = "One color and marker per ablation, one line per seed",
+) -> None:
     """Draws curves over the steps: one panel per number, one color and marker per ablation, one line per seed.
 
     `runs` are rows of metrics of each seed, by ablation; `panels` are labels of vertical axes, by keys of the rows.
     """
-    from matplotlib import (
-        rc_context,  # here: a finished ablation is read, and a mistake refused, without it and torch
-    )
+    # Imported here: a finished ablation is read, and a mistake refused, without matplotlib and torch.
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     from byolt.model.run.pictures import save_png
@@ -116,7 +120,7 @@ def save_curves(path: Path, runs: Mapping[str, list[Rows]], panels: Mapping[str,
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(panels), 4))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        figure.suptitle("One color and marker per ablation, one line per seed")
+        figure.suptitle(title)
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
             for (name, seeds), mark in zip(runs.items(), cycle(MARKS)):
                 for number, rows in enumerate(seeds):
