@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from test_loader import make_config
+from test_make_shards import write_tar
 
 from byolt.files.console import shown
 from byolt.pipelines.convert import rules
@@ -32,15 +33,6 @@ def image(seed: int, kind: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 9, 3), np.uint8)).save(buffer, kind)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as out:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return path
 
 
 def run(*args: object) -> int:
