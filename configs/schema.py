@@ -37,6 +37,7 @@ Profile = Literal["byol", "torchvision"]
 Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8"]
 Stem = Literal["imagenet", "cifar"]
 UpdateBackend = Literal["auto", "triton", "foreach", "apex"]
+Trust = Literal["scale", "clip"]
 
 
 class Section(BaseModel):
@@ -150,9 +151,14 @@ class OptimizerConfig(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Heavy-ball momentum of LARS (reference: 0.9)."""
     weight_decay: Annotated[float, Field(ge=0)]
-    """Weight decay (wd); not applied to biases and batch-norm parameters."""
+    """Weight decay (wd); not applied to biases and batch-norm parameters unless decay_all is set."""
+    decay_all: bool = False
+    """Apply the weight decay to biases and batch-norm parameters, too (lightly's CIFAR benchmark does)."""
+    trust: Trust = "scale"
+    """scale: LARS multiplies the update g + wd p of a weight tensor p by eta |p| / |g + wd p| (reference). clip: by
+    min(eta |p| / (|g| + wd |p|) / lr, 1), which caps the step only (solo-learn's clip_lr)."""
     trust_coefficient: _Positive = 1e-3
-    """eta of LARS, which scales the update g + wd p of a weight tensor p by eta |p| / |g + wd p| (reference: 1e-3)."""
+    """eta of LARS (reference: 1e-3; solo-learn with clip: 0.02)."""
     backend: UpdateBackend = "auto"
     """Kernels of the update: triton fuses LARS, EMA and the finite check (CUDA only), foreach is torch's multi-tensor
     operations, apex is NVIDIA's amp_C, built from source. auto: triton on CUDA, foreach elsewhere."""

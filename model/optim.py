@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from byolt.configs.schema import UpdateBackend
+from byolt.configs.schema import Trust, UpdateBackend
 
 if TYPE_CHECKING:
     from byolt.model.kernels.lars import FusedUpdate
     from byolt.model.kernels.lars_apex import Apex
 
 BACKENDS: tuple[str, ...] = get_args(UpdateBackend)
+TRUSTS: tuple[str, ...] = get_args(Trust)
 
 
 class Foreach:
@@ -38,13 +39,17 @@ class Foreach:
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with momentum whose step is scaled per tensor by |p| / |u|, as in the reference.
+    """SGD with momentum whose step is scaled per tensor by its norm, as in the reference, or capped.
 
-        u = g + weight_decay p;   u *= trust_coefficient |p| / |u|   (factor 1 if either norm is 0)
+        u = g + weight_decay p;   u *= factor
         m = momentum m + u;       p -= lr m
 
-    Parameters with ndim <= 1 (biases, batch norm) use u = g: no decay, no scaling. `step` reads `lr` from
-    param_groups. All parameters with a gradient are float32 tensors on one device.
+    The factor of trust "scale" is trust_coefficient |p| / |u| (1 if either norm is 0). That of trust "clip" is
+    min(trust_coefficient |p| / (|g| + weight_decay |p|) / lr, 1): a small gradient gives a step of plain SGD
+    (clip_lr in github.com/vturrisi/solo-learn, solo/utils/lars.py; 1 if |p| or the denominator is 0).
+
+    Parameters with ndim <= 1 (biases, batch norm) use u = g: no decay unless decay_all is set, no factor. `step` reads
+    `lr` from param_groups. All parameters with a gradient are float32 tensors on one device.
 
     Set the attribute `found_inf` (torch.amp's name), a 0-dim float32 tensor on that device, to gate a step: where it
     is not 0, parameters and momentum keep their values even if gradients are NaN. The host does not read it.
@@ -56,6 +61,8 @@ class LARS(torch.optim.Optimizer):
         weight_decay: >= 0.
         trust_coefficient: > 0.
         backend: "triton", "foreach", "apex", or "auto" (`resolve_backend`). All give the same numbers up to rounding.
+        trust: "scale" or "clip".
+        decay_all: the decay also acts on parameters with ndim <= 1.
 
     Raises:
         ValueError: an argument is out of its range, or the backend is not available.
@@ -74,6 +81,8 @@ class LARS(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         trust_coefficient: float = 1e-3,
         backend: str = "auto",
+        trust: str = "scale",
+        decay_all: bool = False,
     ) -> None:
         if not lr >= 0:
             raise ValueError(f"lr={lr} must be at least 0")
@@ -85,6 +94,8 @@ class LARS(torch.optim.Optimizer):
             raise ValueError(f"trust_coefficient={trust_coefficient} must be above 0")
         if backend not in BACKENDS:
             raise ValueError(f"optimizer.backend={backend!r} must be one of {', '.join(BACKENDS)}")
+        if trust not in TRUSTS:
+            raise ValueError(f"optimizer.trust={trust!r} must be one of {', '.join(TRUSTS)}")
         self.backend = backend
         if backend == "apex":
             from byolt.model.kernels.lars_apex import Apex
@@ -95,6 +106,8 @@ class LARS(torch.optim.Optimizer):
             "momentum": momentum,
             "weight_decay": weight_decay,
             "trust_coefficient": trust_coefficient,
+            "trust": trust,
+            "decay_all": decay_all,
         }
         super().__init__(params, defaults)
 
@@ -130,12 +143,18 @@ class LARS(torch.optim.Optimizer):
         """Returns u of each parameter in new tensors."""
         u = self._operations.copy([p.grad for p in params if p.grad is not None])
         adapted = [i for i, p in enumerate(params) if p.ndim > 1]
+        others = [i for i, p in enumerate(params) if p.ndim <= 1]
+        decay, eta, norms = group["weight_decay"], group["trust_coefficient"], self._operations.norms
+        if others and group["decay_all"]:
+            self._operations.add_([u[i] for i in others], [params[i] for i in others], decay)
         if adapted:
             weights, scaled = [params[i] for i in adapted], [u[i] for i in adapted]
-            self._operations.add_(scaled, weights, group["weight_decay"])
-            factors = trust_ratios(
-                self._operations.norms(weights), self._operations.norms(scaled), group["trust_coefficient"]
-            )
+            if group["trust"] == "clip":
+                factors = clipped_ratios(norms(weights), norms(scaled), eta, decay, group["lr"])
+                self._operations.add_(scaled, weights, decay)
+            else:
+                self._operations.add_(scaled, weights, decay)
+                factors = trust_ratios(norms(weights), norms(scaled), eta)
             torch._foreach_mul_(scaled, list(factors.unbind()))
         return u
 
@@ -163,6 +182,14 @@ def trust_ratios(weight_norms: Tensor, update_norms: Tensor, trust_coefficient: 
     """Returns trust_coefficient |w| / |u| per pair; 1 where either norm is 0. No epsilon, no clipping."""
     nonzero = (weight_norms > 0) & (update_norms > 0)
     return torch.where(nonzero, trust_coefficient * weight_norms / update_norms, 1.0)
+
+
+def clipped_ratios(
+    weight_norms: Tensor, gradient_norms: Tensor, trust_coefficient: float, weight_decay: float, lr: float
+) -> Tensor:
+    """Returns min(trust_coefficient |w| / (|g| + weight_decay |w|) / lr, 1) per pair; 1 for a zero |w| or divisor."""
+    longest, steps = trust_coefficient * weight_norms, lr * (gradient_norms + weight_decay * weight_norms)
+    return torch.where((longest > 0) & (steps > longest), longest / steps, 1.0)
 
 
 def resolve_backend(backend: str, device: torch.device) -> str:

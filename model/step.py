@@ -188,6 +188,8 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
         weight_decay=settings.weight_decay,
         trust_coefficient=settings.trust_coefficient,
         backend=settings.backend,
+        trust=settings.trust,
+        decay_all=settings.decay_all,
     )
     cuda_graph, note = choose_graph(config, world, precision)
     step = TrainStep(

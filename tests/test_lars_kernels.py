@@ -141,11 +141,11 @@ def error(ours: list[Tensor], wanted: list[Tensor]) -> float:
 class Model:
     """Online parameters, the targets of all but the last two, and buffers, under one back end."""
 
-    def __init__(self, backend: str, only: slice = slice(None)) -> None:
+    def __init__(self, backend: str, only: slice = slice(None), **settings: Any) -> None:
         self.online = odd_parameters()[only]
         self.target = [t.detach() for t in odd_parameters(1)[only][:-2]]
         self.buffers = [torch.arange(100.0, device=DEVICE), torch.tensor(7, device=DEVICE)]
-        self.optimizer = LARS(self.online, lr=0.0, **SETTINGS, backend=backend)
+        self.optimizer = LARS(self.online, lr=0.0, **SETTINGS, backend=backend, **settings)
         # The stand-in for amp_C takes a CPU's tensors, which make_update refuses to give to the real one.
         make = FusedUpdate if backend == "triton" else SeparateUpdate
         self.update = make(self.optimizer, self.target, self.online[:-2], self.buffers)
@@ -162,9 +162,9 @@ class Model:
         return [*(p.detach() for p in self.online), *momenta, *self.target]
 
 
-def compare(backend: str, steps: int, only: slice = slice(None)) -> None:
+def compare(backend: str, steps: int, only: slice = slice(None), **settings: Any) -> None:
     """Against the multi-tensor definition, under schedules of learning rate and tau; some steps are not finite."""
-    theirs, ours = Model("foreach", only), Model(backend, only)
+    theirs, ours = Model("foreach", only, **settings), Model(backend, only, **settings)
     for step in range(steps):
         results = []
         for model in (theirs, ours):
@@ -183,9 +183,10 @@ def test_back_ends_agree_over_200_steps(backend: str, amp_c: AmpC) -> None:
     assert (set(amp_c.calls) == {"scale", "axpby", "l2norm"}) == (backend == "apex")
 
 
+@pytest.mark.parametrize("settings", [{}, {"trust": "clip", "decay_all": True}], ids=["scale", "clip"])
 @pytest.mark.parametrize("backend", ["triton", "apex"])
-def test_back_ends_agree_on_odd_sizes_and_layouts(backend: str, amp_c: AmpC) -> None:
-    compare(backend, 5)
+def test_back_ends_agree_on_odd_sizes_and_layouts(backend: str, settings: Any, amp_c: AmpC) -> None:
+    compare(backend, 5, **settings)
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in multiply")

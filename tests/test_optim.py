@@ -31,27 +31,34 @@ def _set_gradients(parameters: list[torch.nn.Parameter], seed: int) -> None:
         p.grad = torch.randn(p.shape, generator=generator)
 
 
-def _reference(p: Tensor, g: Any, m: Tensor, lr: float, decay: float, eta: float) -> tuple[Tensor, Tensor]:
+def _reference(
+    p: Tensor, g: Any, m: Tensor, lr: float, decay: float, eta: float, trust: str, decay_all: bool
+) -> tuple[Tensor, Tensor]:
     """One step of one parameter in float64, straight from the class's docstring."""
     p, g, m = p.double(), g.double(), m.double()
-    if p.ndim > 1:
-        g = g + decay * p
-        if p.norm() > 0 and g.norm() > 0:
-            g = g * (eta * p.norm() / g.norm())
-    m = 0.9 * m + g
+    u = g + decay * p if p.ndim > 1 or decay_all else g
+    if p.ndim > 1 and trust == "scale" and p.norm() > 0 and u.norm() > 0:
+        u = u * (eta * p.norm() / u.norm())
+    elif p.ndim > 1 and trust == "clip" and lr > 0:
+        u = u * min(eta * p.norm() / (g.norm() + decay * p.norm()) / lr, 1)
+    m = 0.9 * m + u
     return p - lr * m, m
 
 
 @both_back_ends
-def test_five_steps_equal_the_formula(backend: str) -> None:
+@pytest.mark.parametrize(("trust", "decay_all"), [("scale", False), ("clip", False), ("clip", True)])
+def test_five_steps_equal_the_formula(trust: str, decay_all: bool, backend: str) -> None:
+    """The learning rate rises from 0, so that the caps of `clip` bind in later steps only."""
     parameters = _parameters()
-    optimizer = LARS(parameters, lr=0.0, weight_decay=0.05, trust_coefficient=0.02, backend=backend)
+    options = {"trust": trust, "decay_all": decay_all, "backend": backend}
+    optimizer = LARS(parameters, lr=0.0, weight_decay=0.05, trust_coefficient=0.02, **options)
     expected = [(p.detach().double(), torch.zeros_like(p).double()) for p in parameters]
-    for step in range(5):
+    for step, lr in enumerate((0.0, 0.01, 0.03, 0.1, 0.2)):
         _set_gradients(parameters, seed=step)
-        lr = optimizer.param_groups[0]["lr"] = 0.3 * step
+        optimizer.param_groups[0]["lr"] = lr
         expected = [
-            _reference(p, q.grad, m, lr, 0.05, 0.02) for (p, m), q in zip(expected, parameters, strict=True)
+            _reference(p, q.grad, m, lr, 0.05, 0.02, trust, decay_all)
+            for (p, m), q in zip(expected, parameters, strict=True)
         ]
         optimizer.step()
     for p, (value, momentum) in zip(parameters, expected, strict=True):
@@ -70,13 +77,37 @@ def test_hand_computed_step(backend: str) -> None:
 
 
 @both_back_ends
+@pytest.mark.parametrize(
+    ("lr", "moved"),
+    [
+        (1.0, (3 - 0.6 * 0.5 / 6, 4 - 5.8 * 0.5 / 6)),  # capped: the factor is 0.1 * 5 / (5 + 0.2 * 5)
+        (0.05, (3 - 0.05 * 0.6, 4 - 0.05 * 5.8)),  # plain SGD: that factor / 0.05 is above 1
+    ],
+)
+def test_clip_caps_large_steps_only(lr: float, moved: tuple[float, float], backend: str) -> None:
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))  # norm 5
+    weight.grad = torch.tensor([[0.0, 5.0]])
+    LARS([weight], lr, weight_decay=0.2, trust_coefficient=0.1, trust="clip", backend=backend).step()
+    assert weight.tolist() == [pytest.approx(moved, rel=1e-7)]
+
+
+@both_back_ends
+def test_decay_all_reaches_biases(backend: str) -> None:
+    bias = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    bias.grad = torch.zeros(2)
+    LARS([bias], lr=0.5, weight_decay=0.2, decay_all=True, backend=backend).step()
+    assert bias.tolist() == pytest.approx([2.7, 3.6])
+
+
+@both_back_ends
 @pytest.mark.parametrize(("weight", "gradient"), [([[0.0, 0.0]], [[1.0, 2.0]]), ([[1.0, 2.0]], [[0.0, 0.0]])])
+@pytest.mark.parametrize("trust", ["scale", "clip"])
 def test_factor_is_one_where_a_norm_is_zero(
-    weight: list[list[float]], gradient: list[list[float]], backend: str
+    weight: list[list[float]], gradient: list[list[float]], trust: str, backend: str
 ) -> None:
     p = torch.nn.Parameter(torch.tensor(weight))
     p.grad = torch.tensor(gradient)
-    LARS([p], lr=0.5, backend=backend).step()
+    LARS([p], lr=0.5, trust=trust, backend=backend).step()
     torch.testing.assert_close(
         p.detach(), torch.tensor(weight) - 0.5 * torch.tensor(gradient), rtol=0, atol=0
     )
@@ -266,6 +297,7 @@ def test_ema_refuses_unpaired_lists() -> None:
         ({"weight_decay": -1e-6}, "weight_decay=-1e-06"),
         ({"trust_coefficient": 0.0}, "trust_coefficient=0"),
         ({"backend": "apex"}, "optimizer.backend=apex needs.*unrelated package.*set optimizer.backend=auto"),
+        ({"trust": "cap"}, "optimizer.trust='cap' must be one of scale, clip"),
         ({"backend": "fused"}, "optimizer.backend='fused' must be one of auto, triton"),
     ],
 )

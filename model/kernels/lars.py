@@ -49,8 +49,8 @@ class FusedUpdate:
         self.saved = torch.empty(sum(words), dtype=torch.int32, device=device).split(words)
         self.weights, self.kept = _Table(device), _Table(device)
         # Two rows per group: of its matrices and kernels, and of its parameters with ndim <= 1.
-        self.settings = torch.zeros(len(optimizer.param_groups), 2, 4, device=device)
-        self.constants: list[list[float]] = []
+        self.settings = torch.zeros(len(optimizer.param_groups), 2, kernels.WIDTH.value, device=device)
+        self.constants: list[list[tuple[float, ...]]] = []
         # Gradients of another memory layout than their parameter's are copied; the copies live until the next refresh.
         self.copies: list[Tensor] = []
         self.captured: tuple[int | bool, ...] | None = None
@@ -117,13 +117,17 @@ class FusedUpdate:
         return state["momentum"]
 
     def _refresh_constants(self) -> None:
-        """Uploads momentum, weight decay and trust coefficient of every group if one has changed."""
-        names = ("momentum", "weight_decay", "trust_coefficient")
-        constants = [[group[name] for name in names] for group in self.optimizer.param_groups]
+        """Uploads every group's settings, without the learning rate, if one has changed."""
+        constants: list[list[tuple[float, ...]]] = []
+        for group in self.optimizer.param_groups:
+            momentum, decay = group["momentum"], group["weight_decay"]
+            trust = group["trust_coefficient"], float(group["trust"] == "clip")
+            constants.append(
+                [(momentum, decay, *trust), (momentum, decay if group["decay_all"] else 0, 0, 0)]
+            )
         if constants != self.constants:
             self.constants = constants
-            values = [[(m, decay, trust), (m, 0, 0)] for m, decay, trust in constants]
-            _upload(np.array(values, np.float32), self.settings[..., 1:])
+            _upload(np.array(constants, np.float32), self.settings[..., 1:])
 
     def __call__(
         self, finite: Tensor | None = None, inverse_scale: Tensor | None = None

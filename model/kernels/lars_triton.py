@@ -1,7 +1,7 @@
-"""LARS, EMA and the finite gate in Triton, over a table of addresses; lars_table.py builds it and launches the kernels.
+"""LARS, EMA and the finite gate in Triton, over a table of addresses; lars.py builds it and launches the kernels.
 
     norms   per block of a tensor: sums of p^2, u^2 and g^2                                       reads p, g
-    ratios  per tensor: trust |p| / |u|; over all tensors: the gradient's norm and whether it is finite
+    ratios  per tensor: the factor of its update; over all tensors: the gradient's norm and whether it is finite
     update  per block, if finite: momentum, parameter, target                   reads p, g, m, t; writes p, m, t
             if not finite: batch norm's statistics return to their kept values
 
@@ -24,11 +24,13 @@ FIRST = tl.constexpr(5)  # index of its first block
 BLOCKS = tl.constexpr(6)  # number of its blocks
 SETTINGS = tl.constexpr(7)  # its row of settings
 
-# A row of settings: 4 float32 values.
+# A row of settings: 5 float32 values.
+WIDTH = tl.constexpr(5)
 LR = tl.constexpr(0)
 MOMENTUM = tl.constexpr(1)
 DECAY = tl.constexpr(2)
-TRUST = tl.constexpr(3)  # 0: the raw gradient is the update
+TRUST = tl.constexpr(3)  # trust coefficient; 0: the factor is 1
+CLIP = tl.constexpr(4)  # 1: trust caps the step, 0: it scales the step
 
 BLOCK = tl.constexpr(4096)  # elements per program
 _PARTS = tl.constexpr(2048)  # partial sums that are added together
@@ -65,7 +67,7 @@ def norms(table, blocks, settings, inverse_scale, sums, count, aligned: tl.const
     block = tl.program_id(0)
     row, _, offset = _place(table, blocks, block)
     inside = _inside(row, offset, aligned)
-    decay = tl.load(settings + tl.load(row + SETTINGS) * 4 + DECAY)
+    decay = tl.load(settings + tl.load(row + SETTINGS) * WIDTH + DECAY)
     p = tl.load(_pointer(row, P, tl.float32, aligned) + offset, inside, 0.0)
     g = tl.load(_pointer(row, G, tl.float32, aligned) + offset, inside, 0.0) * tl.load(inverse_scale)
     u = g + decay * p
@@ -89,14 +91,22 @@ def ratios(table, settings, sums, factors, norm, finite, rows, count):
     number = tl.program_id(0)
     if number < rows:
         row = table + number * COLUMNS
-        trust = tl.load(settings + tl.load(row + SETTINGS) * 4 + TRUST)
+        setting = settings + tl.load(row + SETTINGS) * WIDTH
+        trust = tl.load(setting + TRUST)
         begin = tl.load(row + FIRST).to(tl.int32)
         end = begin + tl.load(row + BLOCKS).to(tl.int32)
         weight_norm = tl.sqrt(_total(sums, begin, end))
-        update_norm = tl.sqrt(_total(sums + count, begin, end))
-        adapted = (trust > 0) & (weight_norm > 0) & (update_norm > 0)
-        factor = trust * weight_norm / tl.where(adapted, update_norm, 1.0)
-        tl.store(factors + number, tl.where(adapted, factor, 1.0))
+        longest = trust * weight_norm
+        if tl.load(setting + CLIP) > 0:
+            gradient_norm = tl.sqrt(_total(sums + 2 * count, begin, end))
+            step = tl.load(setting + LR) * (gradient_norm + tl.load(setting + DECAY) * weight_norm)
+            capped = (longest > 0) & (step > longest)
+            tl.store(factors + number, tl.where(capped, longest / tl.where(capped, step, 1.0), 1.0))
+        else:
+            update_norm = tl.sqrt(_total(sums + count, begin, end))
+            adapted = (trust > 0) & (weight_norm > 0) & (update_norm > 0)
+            factor = longest / tl.where(adapted, update_norm, 1.0)
+            tl.store(factors + number, tl.where(adapted, factor, 1.0))
     else:
         gradient_norm = tl.sqrt(_total(sums + 2 * count, 0, count))
         tl.store(norm, gradient_norm)
@@ -113,7 +123,7 @@ def update(
         if tl.load(finite):
             row, number, offset = _place(table, blocks, block)
             inside = _inside(row, offset, aligned)
-            setting = settings + tl.load(row + SETTINGS) * 4
+            setting = settings + tl.load(row + SETTINGS) * WIDTH
             weight = _pointer(row, P, tl.float32, aligned) + offset
             velocity = _pointer(row, M, tl.float32, aligned) + offset
             p = tl.load(weight, inside)

@@ -27,8 +27,9 @@ class OnlineProbe:
         self._world = world
         self.head = make_head(num_features, num_classes, seed=0).to(world.device)
         self._optimizer = LARS(
-            self.head.parameters(), 0.0, settings.momentum, settings.weight_decay, settings.trust_coefficient
-        )
+            self.head.parameters(), 0.0, settings.momentum, settings.weight_decay, settings.trust_coefficient,
+            trust=settings.trust, decay_all=settings.decay_all,
+        )  # fmt: skip
 
     def __call__(self, features: Tensor, labels: Tensor, lr: float, finite: Tensor) -> Tensor:
         """Updates the classifier once.
