@@ -16,15 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-try:
-    from byolt.configs import command_line, derived, fixed, schema
-    from byolt.files import failpoint
-    from byolt.files.console import say
-    from byolt.files.lock import Lock
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
-    )
+import byolt.tools.environment  # noqa: F401
+from byolt.configs import command_line, derived, fixed, schema
+from byolt.files import failpoint
+from byolt.files.console import say
+from byolt.files.lock import Lock
 
 if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and signals handled before
     from byolt.model.distributed import World

@@ -1,4 +1,4 @@
-"""Paths as people type them: ~ for the home folder, braces and wildcards for several files."""
+"""Paths as people type them: ~ for the home folder, braces and wildcards for several files, addresses of storage."""
 
 import difflib
 import glob
@@ -8,6 +8,15 @@ from itertools import islice
 from pathlib import Path
 
 _MOST = 100_000  # names of one pattern; ImageNet has 1,000 shards at most
+_COPIES = {  # by scheme, the command that makes a local copy
+    "s3": "aws s3 cp --recursive",
+    "gs": "gcloud storage cp --recursive",
+    "http": "wget",
+    "https": "wget",
+    "hf": "hf download",
+    "file": "nothing: write the path without file://",
+    "pipe": "that command, its output written to a file",
+}
 
 
 def home_path(text: str) -> Path:
@@ -38,6 +47,15 @@ def expand_pattern(text: str) -> list[str]:
             raise ValueError(f"data path {text!r}: {name!r} matches no file{searched(name)}")
         found += matches
     return found
+
+
+def remote(text: str) -> str | None:
+    """Why an address (s3://..., https://..., pipe:...) is not read, with the remedy; None for a local path."""
+    scheme = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe):", text)
+    if not scheme or os.path.exists(text):
+        return None
+    copy = _COPIES.get(scheme[1] or scheme[2], "your tool for this kind of storage")
+    return f"only local files are read. Copy the data set first, with {copy}"
 
 
 def searched(path: str) -> str:

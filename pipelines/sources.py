@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from byolt.files.paths import expand_home, nearest, searched
+from byolt.files.paths import expand_home, nearest, remote, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
@@ -83,12 +83,8 @@ def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
         if not match:
             raise ValueError(f"data path {text!r}: write synthetic images as synthetic:NUM:HxW")
         return partial(SyntheticSource, *map(int, match.groups()))
-    remote = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe):", text)
-    if remote and not os.path.exists(text):
-        copy = _COPIES.get(remote[1] or remote[2], "your tool for this kind of storage")
-        raise ValueError(
-            f"data path {text!r}: only local files are read. Copy the data set first, with {copy}"
-        )
+    if reason := remote(text):
+        raise ValueError(f"data path {text!r}: {reason}")
     files, fields = split_path(text)
     if any(file.endswith(".beton") for file in files):
         return partial(BetonSource, files, **fields)
@@ -134,17 +130,6 @@ def _named(key: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{key}: {str(error).removeprefix('data path ')}") from None
-
-
-_COPIES = {
-    "s3": "aws s3 cp --recursive",
-    "gs": "gcloud storage cp --recursive",
-    "http": "wget",
-    "https": "wget",
-    "hf": "hf download",
-    "file": "nothing: write the path without file://",
-    "pipe": "that command, its output written to a file",
-}
 
 
 def _folder_of(text: str, files: list[str]) -> str:

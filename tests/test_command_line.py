@@ -13,6 +13,8 @@ from byolt.configs import command_line
 from byolt.configs.command_line import SettingsParser, check_resume, world_size
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ["train.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
+COMMANDS = [name for name in COMMANDS if not name.endswith(("__init__.py", "environment.py"))]
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 
@@ -102,12 +104,17 @@ def test_train_refuses_tasks_without_ranks_before_torch(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30  # it takes half a second; the bound detects a hang
 
 
-def test_a_forgotten_environment_is_one_line(tmp_path: Path) -> None:
-    code, error = start(
-        "train.py", "--config", QUICKSTART, tmp_path=tmp_path, python=("-S",)
-    )  # without site-packages
-    assert code == 1 and error.count("\n") == 1
+@pytest.mark.parametrize("program", COMMANDS)
+def test_a_forgotten_environment_is_one_line(program: str, tmp_path: Path) -> None:
+    code, error = start(program, "--help", tmp_path=tmp_path, python=("-S",), PYTHONPATH="")
+    assert code == 1 and error.count("\n") == 1  # -S: without site-packages
     assert "error: No module named" in error and ". .venv/bin/activate" in error
+
+
+def test_a_missing_module_of_our_own_has_its_traceback() -> None:
+    code = "import byolt.tools.environment, byolt.files.nowhere"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("Traceback") and "activate" not in done.stderr
 
 
 @pytest.mark.parametrize("key", ["data.path", "eval.path"])
@@ -140,13 +147,6 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
 def test_mistakes_of_the_tools_are_told_before_torch(command: str, answer: str, tmp_path: Path) -> None:
     code, error = start(f"tools/{command.split()[0]}", *command.split()[1:], tmp_path=tmp_path)
     assert code == 2 and answer in error.splitlines()[-1]
-
-
-@pytest.mark.parametrize("tool", ["evaluate.py", "report.py", "make_shards.py"])
-def test_a_tool_without_its_environment_is_one_line(tool: str, tmp_path: Path) -> None:
-    code, error = start(f"tools/{tool}", tmp_path=tmp_path, python=("-S",), PYTHONPATH="")
-    assert code == 1 and error.count("\n") == 1
-    assert "error: No module named 'byolt'" in error and ". .venv/bin/activate" in error
 
 
 def test_resume_names_a_checkpoint(tmp_path: Path) -> None:

@@ -117,6 +117,71 @@ def test_folder_of_webdataset_tars_is_one_set(tmp_path: Path) -> None:
     assert labels(tmp_path / "again") == expected
 
 
+@pytest.mark.parametrize("pattern", ["*[02].tar", "p{0,2}.tar"])
+def test_a_pattern_names_some_tars_of_a_folder(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    for number in range(3):
+        write_tar(tmp_path / f"src/p{number}.tar", web_dataset(4, "", "{}", 4 * number))
+    (tmp_path / "src/notes.txt").write_text("beside the tars")
+    assert run(tmp_path / "src" / pattern, tmp_path / "dst") == 0
+    assert labels(tmp_path / "dst") == {image(i): str(i % 4) for i in (*range(4), *range(8, 12))}
+    assert quarantine(tmp_path / "dst") == {}
+
+
+def test_a_pattern_that_names_all_shards_of_a_data_set_is_the_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "src/a").mkdir(parents=True)
+    (tmp_path / "src/a/1.jpg").write_bytes(image(1))
+    assert run(tmp_path / "src", tmp_path / "set") == 0
+    assert "set: 1 sample in 1 shard, 1 class, 0 in quarantine" in capsys.readouterr().out
+    assert run(tmp_path / "set/*.tar", tmp_path / "again") == 0
+    assert labels(tmp_path / "again") == {image(1): "a"}
+    assert members_of(tmp_path / "again") == members_of(tmp_path / "set")
+    assert verify([str(tmp_path / "set")]) == 0
+    assert "1 sample is whole" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (
+            "s3://bucket/set",
+            "SRC s3://bucket/set: only local files are read. Copy the data set first, with aws",
+        ),
+        ("pipe:cat x.tar", "its output written to a file"),
+        ("none*.tar", "SRC 'none*.tar': 'none*.tar' matches no file in "),
+        ("{a,b}/*.tar", "name one folder, tar or zip, or several tars of one folder"),
+        ("a/*", "a/1.tar, a/2.txt: name one folder, tar or zip"),
+        ("a/{1,3}.tar", "a/3.tar does not exist"),
+        ("a", "a.tar: write the pattern in quotes"),
+    ],
+)
+def test_a_pattern_or_address_that_cannot_be_used(
+    source: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/1.tar", "a/2.txt", "b/1.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    more = ["a/2.tar", "a.tar"] if source == "a" else []
+    if more:
+        with pytest.raises(SystemExit, match="2"):  # argparse
+            run(source, "dst", *more)
+    else:
+        assert run(source, "dst") == 2
+    said = capsys.readouterr().err
+    assert message in said and not (tmp_path / "dst").exists()
+    assert "does not exist" not in said or "a/3.tar" in said
+    if "://" in source:
+        assert run(source, "--index") == verify([source]) == 2
+        assert capsys.readouterr().err.count("only local files are read") == 2
+
+
 def test_one_damaged_label_does_not_make_the_others_names(tmp_path: Path) -> None:
     content = web_dataset(8, "")
     content[4] = ("000001.cls", b"\xff1")

@@ -13,7 +13,7 @@ def test_home_is_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert home_path("~/x") == Path("/home/me/x")
     assert home_path("~nobody-has-this-name") == Path("~nobody-has-this-name")
     args = make_shards.parse(["~/photos", "~/sets/photos"])
-    assert (args.src, args.dst) == (Path("/home/me/photos"), Path("/home/me/sets/photos"))
+    assert (args.src, args.dst) == ("/home/me/photos", Path("/home/me/sets/photos"))
 
 
 def test_every_tool_expands_the_home() -> None:

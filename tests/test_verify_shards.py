@@ -98,7 +98,7 @@ def test_wrong_record_is_named(
     error = capsys.readouterr().err
     assert "sample 2: " in error
     assert message in error
-    assert "1 problems" in error
+    assert "1 problem in 8 samples" in error
 
 
 def _cut(path: Path) -> None:

@@ -7,6 +7,9 @@ start the same command again. The table and the curves go to OUT/ablation.json, 
 runs of this recipe in OUT, including those of earlier commands.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import itertools
 import subprocess

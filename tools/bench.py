@@ -13,6 +13,9 @@ then shows how much they compete, not how long the step waits, and the step uses
 command line sets another, so that the benchmark takes a minute or two.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import json
 import os

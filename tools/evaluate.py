@@ -10,15 +10,13 @@ as in the reference. The tool prints top-1, top-5 and the mean per class, and wr
 confusion matrix (.png) beside the checkpoint or to --out.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import sys
 
-try:
-    from byolt.configs import command_line
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
-    )
+from byolt.configs import command_line
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import check_paths

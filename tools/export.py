@@ -8,6 +8,9 @@ Nothing is pickled. tools/evaluate.py also reads model.safetensors. timm cannot 
 encoder --to torchvision.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import sys
 

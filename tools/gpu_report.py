@@ -7,6 +7,9 @@ Each part (tools/benchmarks/gpu_parts.py) runs in a process of its own, for a li
 out of memory, only its own figures are missing, and the table says why.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import json
 import multiprocessing

@@ -7,18 +7,17 @@
 A killed conversion continues when it is started again, and its result is the same to the byte.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import os
 import sys
 from concurrent import futures
 
-try:
-    from byolt.files.console import say
-    from byolt.files.paths import home_path
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
-    )
+from byolt.files.console import say, shown
+from byolt.files.paths import home_path
+from byolt.pipelines.convert.from_files import expand_source
 from byolt.pipelines.convert.make import index, make
 from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions
 from byolt.pipelines.convert.shard_writer import UnusableInputError
@@ -41,9 +40,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option = parser.add_argument
     option(
         "src",
-        type=home_path,
+        type=os.path.expanduser,
         help="folder (class sub-folders or flat), tar or zip of images; tar or folder of class tars; WebDataset tar or "
-        "folder of them; data set; .beton files separated by commas; with --index: the folder",
+        "folder of them; tars of a folder by a quoted pattern ('tars/*.tar', 'tars/{00..09}.tar'); data set; .beton "
+        "files separated by commas; with --index: the folder",
     )
     option("dst", type=home_path, nargs="?", help="folder to make")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
@@ -72,7 +72,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--shard-size", type=int, default=256, metavar="MB", help="size of a shard (default 256)")
     option("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all CPUs)")
     option("--strict", action="store_true", help="stop at the first file that cannot be used")
-    args = parser.parse_args(argv)
+    args, more = parser.parse_known_args(argv)
+    if more:
+        tars = any(word.endswith(".tar") for word in more)
+        parser.error(f"unrecognized arguments: {shown(more)}" + ": write the pattern in quotes" * tars)
     if args.index != (args.dst is None):
         parser.error("--index takes one folder" if args.index else "DST is missing")
     if args.manifest and not args.index:
@@ -93,7 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(args)
     manifest = options.pop("manifest")
     try:
+        args.src, options["only"] = expand_source(args.src)
         if options.pop("index"):
+            if options["only"]:
+                raise ValueError(f"--index {args.src}: name the folder of the tars")
             say(index(args.src, args.workers, args.strict, manifest))
         else:
             say(make(ConversionOptions(**options), _say))

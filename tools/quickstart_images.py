@@ -10,6 +10,9 @@ drawing is shifted to it, so the mean color does not tell the class. Every image
 keyed by (seed, split, class, index), so a larger set contains the smaller one, byte for byte.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import sys
 import tempfile

@@ -6,16 +6,14 @@ The features are those of --data, else of the run's eval.path, else of its train
 and the images need no labels: the report names what is missing.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path
 
-try:
-    from byolt.files.atomic import replacing
-except ModuleNotFoundError as error:
-    sys.exit(
-        f"error: {error}: activate the environment (. .venv/bin/activate), or install byolt into this one"
-    )
+from byolt.files.atomic import replacing
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import check_paths, open_source

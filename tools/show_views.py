@@ -9,6 +9,9 @@ samples in that epoch in float32; a GPU run may convert them to bf16. By default
 shown. An image that does not decode is an error here; training would replace it.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import sys
 from pathlib import Path

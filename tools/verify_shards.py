@@ -6,13 +6,16 @@ DATASET is a folder with a manifest, or .beton files separated by commas (and "?
 compared with the manifest beside it; without one, as ffcv writes it, its structure and every image are checked.
 """
 
+if not __package__:  # a script
+    import environment  # noqa: F401
+
 import argparse
 import os
 import sys
 import time
 from concurrent import futures
 
-from byolt.files.console import say, shown
+from byolt.files.console import count, say, shown
 from byolt.pipelines.convert.verify import verify
 
 
@@ -40,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     for problem in problems[: args.limit]:
         say(problem, file=sys.stderr)
     if problems:
-        return _say(f"{args.dataset}: {len(problems)} problems in {samples:,} samples", 1)
+        return _say(f"{args.dataset}: {count(len(problems), 'problem')} in {count(samples, 'sample')}", 1)
     seconds = time.perf_counter() - start
     how = f"{'not ' * args.no_decode}decoded, {seconds:.1f} s, {samples / seconds:,.0f} images/s"
-    say(f"{args.dataset}: {samples:,} samples are whole ({how})")
+    say(f"{args.dataset}: {count(samples, 'sample')} {'is' if samples == 1 else 'are'} whole ({how})")
     return 0
 
 

@@ -16,12 +16,13 @@ import shutil
 import stat
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from byolt.files.atomic import writing
 from byolt.files.console import shown
+from byolt.files.paths import expand_pattern, remote, searched
 from byolt.pipelines.convert.from_shards import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
@@ -42,7 +43,38 @@ _Place = tuple[int | zipfile.ZipInfo, int, int, str]  # place, length, modified 
 _Member = tuple[str, str, int | zipfile.ZipInfo, int, str]  # name, kind, place, length, target of a hard link
 
 
-def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = None) -> Inputs:
+def expand_source(text: str) -> tuple[Path, tuple[str, ...]]:
+    """SRC as it was typed; a pattern (tars/*.tar, tars/{00..09}.tar) names tars of one folder.
+
+    Returns:
+        The folder or file, and the names in it that the pattern matches; () for all of it.
+
+    Raises:
+        ValueError: SRC is not local, or its pattern matches no file, or others than the tars of one folder.
+    """
+    if reason := remote(text):
+        raise ValueError(f"SRC {text}: {reason}")
+    if ".beton" in text:  # has patterns of its own, see `beton.split_path`
+        return Path(text), ()
+    try:
+        found = [Path(name) for name in expand_pattern(text)]
+    except ValueError as error:
+        raise ValueError(f"SRC {str(error).removeprefix('data path ')}") from None
+    if len(found) == 1 and (found[0] == Path(text) or found[0].suffix != ".tar"):
+        return found[0], ()
+    folders = {path.parent for path in found}
+    if len(folders) > 1 or any(path.suffix != ".tar" for path in found):
+        raise ValueError(
+            f"SRC {text!r} names {shown(found)}: name one folder, tar or zip, or several tars of one folder"
+        )
+    if missing := [path for path in found if not path.exists()]:
+        raise ValueError(f"SRC {text!r}: {shown(missing)} does not exist{searched(text)}")
+    return folders.pop(), tuple(path.name for path in found)
+
+
+def list_files(
+    source: Path, inside: str, scratch: Path, listed: Path | None = None, only: Collection[str] = ()
+) -> Inputs:
     """Lists the files of `source` below its folder `inside` ("" for all).
 
     Args:
@@ -50,6 +82,7 @@ def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = N
         inside: Folder within the source that holds the class folders or the images.
         scratch: Folder for the copy of a compressed tar.
         listed: A list of labels, see `labels.listed_labels`; None for those that class folders give.
+        only: Tars of the folder that are read instead of everything in it; () for everything.
 
     Raises:
         ValueError: The source is none of these, is damaged, is empty, or has its images a level further down;
@@ -64,6 +97,8 @@ def list_files(source: Path, inside: str, scratch: Path, listed: Path | None = N
     if source.is_dir():
         path = source / inside
         places, refused = _walk_folder(path, hidden)
+        if only:
+            places, refused, hidden = {name: places[name] for name in only if name in places}, [], []
         tars = _tars_in(places, True)
     elif not source.is_file():
         raise ValueError(f"SRC {source} is neither a folder nor a regular file")

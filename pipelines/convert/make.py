@@ -19,6 +19,7 @@ from typing import Any
 from byolt.files.atomic import sha256_of, writing
 from byolt.files.console import count, shown
 from byolt.files.lock import Lock
+from byolt.files.paths import searched
 from byolt.files.progress import Meter
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished
@@ -69,7 +70,7 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
             raise ValueError(f"DST {folder} is SRC {src}, or inside of it: name another folder")
     if options.engine == "ffcv":
         ffcv_engine.require()
-    data_set = is_data_set(src)
+    data_set = is_data_set(src) and {*options.only} in (set(), {path.name for path in src.glob("*.tar")})
     if data_set:
         if options.labels:
             raise ValueError(
@@ -78,7 +79,7 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         if options.inside:
             raise ValueError(f"--inside {options.inside}: SRC {src} is a data set, which has no folders")
     elif not src.exists():
-        raise ValueError(f"SRC {src} does not exist")
+        raise ValueError(f"SRC {src} does not exist{searched(str(src))}")
     work = dst / WORK
     is_new = not dst.exists()
     work.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,10 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         if note := lock.take():
             say(note)
         try:
-            inputs = list_data_set(src) if data_set else list_files(src, options.inside, work, options.labels)
+            if data_set:
+                inputs = list_data_set(src)
+            else:
+                inputs = list_files(src, options.inside, work, options.labels, options.only)
             settings = recorded_settings(inputs, options)
             if options.strict and inputs.refused:
                 raise strict_error(inputs.refused)
@@ -158,17 +162,15 @@ def commit(
         manifests[name] = Manifest(shards, records, inputs.classes, settings)
     for name, manifest in manifests.items():
         manifest.save(dst / name)
-    samples = " + ".join(f"{len(manifest.samples):,}" for manifest in manifests.values())
+    *others, last = (len(manifest.samples) for manifest in manifests.values())
+    samples = " + ".join([*(f"{number:,}" for number in others), count(last, "sample")])
     number = sum(len(manifest.shards) for manifest in manifests.values())
     labeled = sum(int((manifest.samples["label"] >= 0).sum()) for manifest in manifests.values())
-    classes = (
-        f"{len(inputs.classes)} classes"
-        if inputs.classes
-        else f"{labeled:,} labels"
-        if labeled
-        else "no labels"
-    )
-    return f"{dst}: {samples} samples in {count(number, 'shard')}, {classes}, {len(refused)} in quarantine"
+    if inputs.classes:
+        labels = f"{len(inputs.classes):,} class{'es' * (len(inputs.classes) != 1)}"
+    else:
+        labels = count(labeled, "label") if labeled else "no labels"
+    return f"{dst}: {samples} in {count(number, 'shard')}, {labels}, {len(refused)} in quarantine"
 
 
 def _finished(task: ShardTask) -> FinishedShard:

@@ -25,6 +25,7 @@ class ConversionOptions:
 
     src: Path
     dst: Path
+    only: tuple[str, ...] = ()  # tars of the folder `src` to read; () for all of it
     format: str = "webdataset"  # or "beton"
     raw_fraction: float = 0.0
     engine: str = "own"  # or "ffcv"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from byolt.files.atomic import sha256_of
+from byolt.files.paths import remote
 from byolt.pipelines.convert.plan import SUFFIXES
 from byolt.pipelines.convert.rules import prove
 from byolt.pipelines.convert.workers import spread
@@ -40,6 +41,8 @@ def verify(dataset: str, decode: bool, workers: int) -> Verified:
     Raises:
         ValueError: The manifest itself cannot be used, or the structure of a .beton without one.
     """
+    if reason := remote(dataset):
+        raise ValueError(f"{dataset}: {reason}")
     files, fields = split_path(dataset)
     folder = Path(dataset)
     if folder.is_dir() or not files[0].endswith(".beton"):
