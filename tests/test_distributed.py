@@ -24,7 +24,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 TRAININGS: dict[str, dict[str, int]] = {
     "plain": {"accumulation": 1},
     "accumulated": {"accumulation": 2},
-    "fused": {"accumulation": 1, "batch": 4, "steps": 1},  # Triton's interpreter takes seconds
+    "fused": {"accumulation": 1, "batch": 4, "steps": 1},
 }
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -70,7 +70,7 @@ def _state(model: BYOL) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
+def _worker(rank: int, port: int, folder: str, fused: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -90,8 +90,9 @@ def _worker(rank: int, port: int, folder: str) -> None:
         "labels": distributed.gather_rows(torch.arange(3 - rank), world),
         "eval": (convert_sync_batchnorm(norm, world)(torch.full((1, 3, 2, 2), 2.0 + rank))),
     }
-    out["fused"] = _train(world, **TRAININGS["fused"], fused=True)
-    out["fused norms"] = {name: _one_norm(world, *case) for name, case in NORMS.items()}
+    if fused:
+        out["fused"] = _train(world, **TRAININGS["fused"], fused=True)
+        out["norms"] = {name: _one_norm(world, *case) for name, case in NORMS.items()}
     distributed.barrier(world)
     torch.save(out, Path(folder) / f"{rank}.pt")
     distributed.shutdown(world)
@@ -144,18 +145,29 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Results of two spawned ranks; all tests of two ranks share this spawn."""
-    folder = tmp_path_factory.mktemp("ranks")
-    # A forkserver imports torch once for both.
+def _spawn(folder: Path, fused: bool = False) -> list[dict[str, Any]]:
+    """Results of two ranks, which import torch once, in a forkserver."""
     torch.multiprocessing.set_forkserver_preload(
         ["torch.nn.parallel", "byolt.model.byol", "byolt.model.step"]
     )
     torch.multiprocessing.start_processes(
-        _worker, (_free_port(), str(folder)), nprocs=2, start_method="forkserver"
+        _worker, (_free_port(), str(folder), fused), nprocs=2, start_method="forkserver"
     )
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return _spawn(tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """With the kernels for GPUs, by Triton's interpreter, which takes seconds."""
+    return _spawn(tmp_path_factory.mktemp("fused"), fused=True)
+
+
+FUSED = pytest.param("fused", marks=pytest.mark.slow)
 
 
 def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
@@ -173,8 +185,9 @@ def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
-@pytest.mark.parametrize("name", TRAININGS)
-def test_two_ranks_equal_one_with_the_whole_batch(ranks: list[dict[str, Any]], name: str) -> None:
+@pytest.mark.parametrize("name", ["plain", "accumulated", FUSED])
+def test_two_ranks_equal_one_with_the_whole_batch(request: pytest.FixtureRequest, name: str) -> None:
+    ranks = request.getfixturevalue("fused" if name == "fused" else "ranks")
     whole = _train(ALONE, **TRAININGS[name])
     assert bool(whole["finite"])
     for rank in ranks:
@@ -187,15 +200,15 @@ def test_two_ranks_equal_one_with_the_whole_batch(ranks: list[dict[str, Any]], n
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
-@pytest.mark.parametrize("kind", ["norms", "fused norms"])
 @pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("kernels", ["ranks", FUSED])
 def test_batch_norm_over_uneven_shares_equals_one_of_the_whole(
-    ranks: list[dict[str, Any]], kind: str, name: str
+    request: pytest.FixtureRequest, kernels: str, name: str
 ) -> None:
     """By the definition, and by the kernels for GPUs where they take the batch."""
     whole, dtype = _one_norm(ALONE, *NORMS[name]), NORMS[name][2]
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 0.03, torch.float64: 1e-10}[dtype]
-    found = [rank[kind][name] for rank in ranks]
+    found = [rank["norms"][name] for rank in request.getfixturevalue(kernels)]
     for what in ("output", "gradient"):
         both = torch.cat([rank[what] for rank in found])
         assert both.dtype == dtype

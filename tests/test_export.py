@@ -55,6 +55,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _run(tmp_path_factory.mktemp("run"), "resnet18", "imagenet")
 
 
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ResNet-18 with the 3x3 stem."""
+    return _run(tmp_path_factory.mktemp("cifar"), "resnet18", "cifar")
+
+
 def _features(path: Path) -> tuple[Tensor, Tensor]:
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -178,9 +184,8 @@ def test_card_says_what_was_measured_and_how_sure_that_is(trained: Path, tmp_pat
     assert schema.from_yaml(recipe) == load_trained(trained).config
 
 
-def test_names_and_paths_are_inert_in_the_card(tmp_path: Path) -> None:
-    path = _run(tmp_path, "resnet18", "cifar")
-    state = checkpoint.load(path)
+def test_names_and_paths_are_inert_in_the_card(cifar: Path, tmp_path: Path) -> None:
+    path, state = tmp_path / cifar.name, checkpoint.load(cifar)
     state["config"]["data"]["path"] = "/home/alice/a`\n\n# Injected <b>\n"
     state["config"]["run"]["out"] = "/home/alice/```\n<script>"
     state["config"]["eval"]["path"] = "../alice/val"
@@ -212,8 +217,10 @@ def test_names_and_paths_are_inert_in_the_card(tmp_path: Path) -> None:
         json.dumps(_document("HERE", train=None)),
     ],
 )  # fmt: skip
-def test_damaged_results_are_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    path = _run(tmp_path, "resnet18", "cifar")
+def test_damaged_results_are_one_line(
+    text: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (path := tmp_path / cifar.name).hardlink_to(cifar)
     (tmp_path / "evaluate-knn.json").write_text(text.replace("HERE", load_trained(path).digest))
     assert export.main([str(path), "--to", "torchvision", "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
@@ -234,12 +241,13 @@ def test_what_is_exported_is_loaded_like_a_run_s(trained: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("side", "crop", "said"), [(32, 1.0, "no larger than a view"), (33, 0.875, " larger than a view")]
 )
-def test_crop_is_that_of_the_images_measured_on(side: int, crop: float, said: str, tmp_path: Path) -> None:
-    path = _run(tmp_path, "resnet18", "imagenet")
+def test_crop_is_that_of_the_images_measured_on(
+    side: int, crop: float, said: str, trained: Path, tmp_path: Path
+) -> None:
+    path, state = tmp_path / trained.name, checkpoint.load(trained)
     (tmp_path / "val").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (side + 9, side)).save(tmp_path / "val" / f"{name}.png")
-    state = checkpoint.load(path)
     state["config"]["eval"]["path"] = str(tmp_path / "val")
     checkpoint.write(path, state)
     with patch.dict("sys.modules", {"timm": None}):
@@ -252,10 +260,9 @@ def test_crop_is_that_of_the_images_measured_on(side: int, crop: float, said: st
     ("value", "part"), [(0.0, "the encoder has collapsed"), (float("nan"), "its features are not finite")]
 )
 def test_an_encoder_of_no_use_is_refused(
-    value: float, part: str, tmp_path: Path, capsys: pytest.CaptureFixture
+    value: float, part: str, cifar: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    path = _run(tmp_path, "resnet18", "cifar")
-    state = checkpoint.load(path)
+    path, state = tmp_path / cifar.name, checkpoint.load(cifar)
     for key, weights in state["model"].items():
         if key.startswith("online.encoder.layer4") and weights.is_floating_point():
             weights.fill_(value)

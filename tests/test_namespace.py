@@ -96,6 +96,7 @@ print(byolt.__file__)
 """
 
 
+@pytest.mark.slow
 def test_beside_a_users_own_modules(tmp_path: Path) -> None:
     """As an editable install has it: the link to the checkout's byolt, found from another folder."""
     write_users_folder(tmp_path / "mine")

@@ -478,6 +478,7 @@ def test_finished_run_is_not_run_again(finished: tuple[Run, SimpleNamespace]) ->
     assert again.stdout == done.stdout
 
 
+@pytest.mark.faults
 def test_signal_saves_and_exits(run: Run) -> None:
     process = subprocess.Popen(
         run.command("train.epochs=10000"), env=environment(), stderr=subprocess.PIPE, text=True
