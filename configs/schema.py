@@ -58,9 +58,10 @@ class DataConfig(Section):
     resident: Literal["auto", "always", "never"] = "auto"
     """Keep all images decoded in memory. auto: if no image is larger than 96 px and all fit in 4 GiB. Not available
     with data.backend=torch, which decodes an image for every view."""
-    order: Literal["full", "block"] = "full"
-    """Order of samples. full: a permutation of the data set; block: long consecutive reads, shuffled within a window
-    (pipelines/order.py)."""
+    order: Literal["full", "block", "lanes"] = "full"
+    """Order of samples. full: a permutation of the data set. block: long consecutive reads, shuffled within windows of
+    16,384 samples. lanes: the same in gcd(batch_size, 64) lanes, a window of up to 131,072 samples, in which each rank
+    reads its own part of the data set (pipelines/order.py)."""
     threads: Annotated[int, Field(ge=1, le=256)] = 4
     """CPU threads per rank that decode and, without a GPU, augment."""
     hw_decoder_load: Probability = 1.0

@@ -89,8 +89,12 @@ class Loader:
         """
         order.steps_per_epoch(len(source), config.train.batch_size)
         self._config, self._source = config, source
-        self._images = config.images_per_rank(world_size)
+        config.images_per_rank(world_size)  # refuses a batch that the ranks cannot share
         self._rank, self._world_size = rank, world_size
+        self._order = order.RankOrder(
+            config.run.seed, len(source), config.train.batch_size, config.data.order,
+            config.train.accumulation, rank, world_size,
+        )  # fmt: skip
         self._corrupt_log = corrupt_log
         self._corrupt = self._listed(first_step)
         self._listed_before = len(self._corrupt)
@@ -160,23 +164,13 @@ class Loader:
                     self._count_corrupt(number, broken[number])
             with torch.cuda.stream(self._stream):  # None changes nothing
                 while not self._stop.is_set():
-                    for ids, epoch in self._micro_batches(self._next_step):
+                    epoch, rows = self._order.batches(self._next_step)
+                    for ids in rows:
                         batch = make(ids, epoch)
                         self._queue.put((batch, self._stream.record_event() if self._stream else None))
                     self._next_step += 1
         except BaseException as error:  # of any kind: the waiting step must see it
             self._queue.put(error)
-
-    def _micro_batches(self, step: int) -> Iterator[tuple[_Ids, int]]:
-        """This rank's micro-batches of a global batch, and the epoch: micro-batch j of rank r is row j * ranks + r."""
-        config = self._config
-        epoch, place = order.position(step, len(self._source), config.train.batch_size)
-        ids = order.global_batch(
-            config.run.seed, epoch, place, len(self._source), config.train.batch_size, config.data.order
-        )
-        rows = ids.reshape(config.train.accumulation, self._world_size, self._images)
-        for micro in rows[:, self._rank]:
-            yield micro, epoch
 
     def _from_memory(self, resident: Resident, ids: _Ids, epoch: int) -> Batch:
         ids = resident.sound(ids)
