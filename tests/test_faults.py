@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -23,7 +24,9 @@ from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 from byolt.files.rows import read_rows
 from byolt.model.byol import Online
 from byolt.model.run import provenance
+from byolt.pipelines.convert import verify
 from byolt.tools.make_shards import main as make_shards
+from byolt.tools.verify_shards import main as verify_shards
 
 pytestmark = pytest.mark.faults
 HALF = 4  # steps of the interrupted run: one epoch
@@ -32,6 +35,13 @@ HALF = 4  # steps of the interrupted run: one epoch
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "dst"
+    assert make_shards([str(images), str(folder), "--workers", "1"]) == 0
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +303,80 @@ def test_shard_damaged_during_a_run(what: str, tmp_path: Path, images: Path) -> 
     assert not (run.out / "corrupt.jsonl").exists()
 
 
+def test_make_shards_while_a_run_reads_dst(
+    tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Refused or harmless, even where DST is removed and made of other images; resuming on those is refused."""
+    dst = tmp_path / "shards"
+    again = [str(images), str(dst), "--workers", "1"]
+    assert make_shards(again) == 0
+    (tmp_path / "whole").mkdir()
+    undisturbed = Run(tmp_path / "whole", dst)()
+    run = Run(tmp_path, dst)
+    process = run.start("run.checkpoint_minutes=9")
+    process.wait_for("^step 2/")
+    process.signal(signal.SIGSTOP)
+    assert make_shards(again) == 0 and "already done" in capsys.readouterr().out
+    assert make_shards([*again, "--quality", "50"]) == 2
+    assert "holds a finished data set: quality was 95, now 50" in capsys.readouterr().err
+    assert make_shards([str(dst), "--index"]) == 2
+    (dst / "manifest.json").rename(tmp_path / "manifest.json")
+    assert make_shards(again) == 2
+    assert "already holds shard-000000.tar without a manifest" in capsys.readouterr().err
+    shutil.rmtree(dst)
+    others = write_images(tmp_path / "others", 40)
+    assert make_shards([str(others), str(dst), "--workers", "1"]) == 0
+    process.signal(signal.SIGCONT)
+    assert process.wait() == 0, process.text
+    assert process.digest == undisturbed.digest
+    assert not (run.out / "corrupt.jsonl").exists()
+    assert run("--resume", "auto").wait() == 2
+
+
+MOMENTS = ("sha256_of", "index_tar", "_check_sample")
+REPLACED: dict[str, Callable[[Path], object]] = {
+    "by another": lambda shard: (shard.parent.parent / "other.tar").replace(shard),
+    "by a folder": lambda shard: (shard.unlink(), shard.mkdir()),
+    "removed": Path.unlink,
+    "cut": lambda shard: os.truncate(shard, 600),
+    "emptied": lambda shard: os.truncate(shard, 0),
+    "overwritten": lambda shard: shard.write_bytes(bytes(shard.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED)
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_verify_names_a_shard_that_is_replaced_meanwhile(
+    moment: str,
+    when: str,
+    how: str,
+    tmp_path: Path,
+    shards: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shard = shutil.copytree(shards, tmp_path / "dst") / "shard-000000.tar"
+    shutil.copy(shard, tmp_path / "other.tar")  # the same content in another file
+    plain, replaced = getattr(verify, moment), []
+
+    def replace() -> None:
+        if not replaced:
+            replaced.append(REPLACED[how](shard))
+
+    def disturbed(*arguments: object) -> object:
+        if when == "before":
+            replace()
+        try:
+            return plain(*arguments)
+        finally:
+            replace()
+
+    monkeypatch.setattr(verify, moment, disturbed)
+    assert verify_shards([str(tmp_path / "dst"), "--workers", "1"]) == 1
+    assert replaced and str(shard) in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["checkpoint write:300:ENOSPC", "rename checkpoint-000000006.pt:0:ENOSPC"])
 def test_full_disk_while_saving_stops_the_run(where: str, halved: Run, whole: Process) -> None:
     process = halved("--resume", "auto", BYOLT_FAIL=where)
@@ -321,25 +405,42 @@ def test_full_disk_while_logging_stops_the_run(halved: Run, whole: Process) -> N
     assert finish(halved).digest == whole.digest
 
 
-def test_disk_that_is_really_full(run: Run) -> None:
-    """A file system of 9 MB: two checkpoints fit, the temporary of a third does not."""
-    run.out.mkdir()
-    mount = f"mount -t tmpfs -o size=9m none {run.out}"
-    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode:
+def mounted(*commands: str) -> subprocess.CompletedProcess[str]:
+    """Runs the first command, a mount, and the others in a mount namespace of their own."""
+    if subprocess.run(
+        ["unshare", "-rm", "sh", "-c", commands[0]], capture_output=True, check=False
+    ).returncode:
         pytest.skip("no file system can be mounted here")
-    train = " ".join([sys.executable, *run.arguments()])
-    done = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f"{mount}; {train}; echo code $?; cd {run.out}; ls -A"],
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", "; ".join(commands)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
+
+
+def test_disk_that_is_really_full(run: Run) -> None:
+    """A file system of 9 MB: two checkpoints fit, the temporary of a third does not."""
+    run.out.mkdir()
+    train = shlex.join([sys.executable, *run.arguments()])
+    mount = f"mount -t tmpfs -o size=9m none {run.out}"
+    done = mounted(mount, train, "echo code $?", f"cd {run.out}", "ls -A")
     assert "code 1\n" in done.stdout, done.stderr
     assert "checkpoint-000000003.pt cannot be written, " in done.stderr
     left = done.stdout.splitlines()
     assert [name for name in left if "checkpoint" in name] == [f"checkpoint-00000000{k}.pt" for k in (1, 2)]
+
+
+def test_shared_memory_of_1_mb(run: Run, images: Path, whole: Process) -> None:
+    """A container's /dev/shm may be that small: no process of ours needs more."""
+    convert = [ROOT / "tools/make_shards.py", images, run.folder / "shards", "--workers", "2"]
+    programs = ([*map(str, convert), "--split", "a=.5,b=.5"], run.arguments())
+    commands = [shlex.join([sys.executable, *program]) for program in programs]
+    done = mounted("mount -t tmpfs -o size=1m none /dev/shm", *commands)
+    assert done.stdout.startswith(f"{run.folder}/shards: 16 + 16 samples in 2 shards"), done.stderr
+    assert done.stdout.endswith(f"digest: step {whole.digest.replace(' ', ' sha256 ')}\n"), done.stderr
 
 
 @pytest.mark.parametrize("place", ["/proc/byolt", "FILE", "FILE/run"])

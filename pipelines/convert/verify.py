@@ -92,11 +92,21 @@ def _check_shard(
     if path.exists() and not path.is_file():
         return [f"{path} is not a regular file"]
     try:
-        size = path.stat().st_size
-        sha256 = sha256_of(path)
+        before = path.stat()
+        problems = _compare_shard(path, shard, records, first, decode, classes)
+        after = path.stat()
     except OSError as error:
-        return [f"{path}: {error.strerror}"]
+        return [f"{path}: {error.strerror or error}"]
+    if any(getattr(before, name) != getattr(after, name) for name in ("st_ino", "st_size", "st_mtime_ns")):
+        problems.append(f"{path}: it was replaced or written to while it was verified: verify it again")
+    return problems
+
+
+def _compare_shard(
+    path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool, classes: list[str] | None
+) -> list[str]:
     problems = []
+    size, sha256 = path.stat().st_size, sha256_of(path)
     if size != shard.size:
         problems.append(f"{path}: {size:,} bytes, the manifest states {shard.size:,}")
     if sha256 != shard.sha256:
