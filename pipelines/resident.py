@@ -66,10 +66,11 @@ class Resident:
         self._memory = Memory()
         self._max_pixels = max_pixels
         self.broken: dict[int, str] = {}
-        sizes = source.heights * source.widths * 3
+        heights, widths = source.heights.astype(np.int64), source.widths.astype(np.int64)
+        sizes = heights * widths * 3
         self._starts = np.cumsum(sizes) - sizes
         self._pixels = self._allocate(int(sizes.sum()), torch.device("cpu"))
-        self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), source.heights, source.widths], 1)
+        self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), heights, widths], 1)
         for _ in self._pool.map(lambda i: self._load(source, i), range(len(source))):
             pass
         sound = np.setdiff1d(np.arange(len(source)), list(self.broken))

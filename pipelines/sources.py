@@ -25,6 +25,7 @@ from byolt.files.paths import expand_home, nearest, remote, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.folder import FolderSource
+from byolt.pipelines.formats.index import UNLABELED
 from byolt.pipelines.formats.synthetic import SyntheticSource
 from byolt.pipelines.manifest import MANIFEST, Manifest
 
@@ -37,7 +38,7 @@ class Source(Protocol):
 
     Attributes:
         labels: int64 (len,), -1 for a sample without a label.
-        heights: int64 (len,), pixels as stored, EXIF orientation ignored; widths likewise.
+        heights: Integers (len,), pixels as stored, EXIF orientation ignored; widths likewise.
         classes: Name of each label, or None.
         fingerprint: Hex digest that identifies the data set; a run resumes only if it is unchanged.
     """
@@ -202,8 +203,14 @@ class TarSource:
         self._shards, self._samples = manifest.shards, manifest.samples
         self.paths = [self.folder / shard.name for shard in manifest.shards]
         self.classes = manifest.classes
-        self.lengths, self.labels, self.heights, self.widths = (
-            manifest.samples[name].astype(np.int64) for name in ("length", "label", "height", "width")
+        self.lengths, self.heights, self.widths = (
+            manifest.samples[name]
+            for name in ("length", "height", "width")  # mapped: all ranks share the pages
+        )
+        labels = manifest.samples["label"]
+        unlabeled = labels.max() == UNLABELED
+        self.labels = (
+            np.broadcast_to(np.int64(UNLABELED), len(labels)) if unlabeled else labels.astype(np.int64)
         )
         self.fingerprint = _fingerprint(manifest)
         self._descriptors: dict[int, int] = {}

@@ -1,5 +1,6 @@
 """The manifest: it comes back as it was saved, and every contradiction in it is refused by name."""
 
+import hashlib
 import io
 import json
 import tempfile
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from test_index import members, write_tar
 
 from byolt.files.atomic import sha256_of, writing
+from byolt.pipelines import manifest as module
 from byolt.pipelines.formats.index import SAMPLE, index_tar
 from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest, Shard
 
@@ -47,6 +49,13 @@ def _edit(key: str, value: object) -> Callable[[Path], object]:
     return damage
 
 
+def _swap(folder: Path) -> None:
+    """Exchanges two records, with the sha256 of the result."""
+    samples = np.load(folder / SAMPLES)[[0, 2, 1, 3]]
+    np.save(folder / SAMPLES, samples)
+    _edit("samples_sha256", hashlib.sha256(samples.data).hexdigest())(folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -60,11 +69,20 @@ def _edit(key: str, value: object) -> Callable[[Path], object]:
         (_edit("num_samples", 5), "states 5 samples"),
         (_edit("samples", 3), "a.tar states 3 samples, but has 4 records"),
         (_edit("size", 2000), "sample 1 is outside a.tar"),
+        (_swap, "sample 2 is out of order"),
         (_edit("name", "../a.tar"), "plain"),
         (_edit("classes", ["x"]), "outside the 1 classes"),
     ],
 )
-def test_damaged_manifest(folder: Path, damage: Callable[[Path], object], message: str) -> None:
+@pytest.mark.parametrize("piece", [1, module._PIECE], ids=["in pieces", "whole"])
+def test_damaged_manifest(
+    folder: Path,
+    damage: Callable[[Path], object],
+    message: str,
+    piece: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_PIECE", piece)
     damage(folder)
     with pytest.raises(ValueError, match=message):
         Manifest.load(folder)
