@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from whole_runs import ROOT, Process, Run, digest_of, write_images
+from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 
 from byolt.model.byol import Online
 from byolt.model.quality import probe
@@ -101,25 +103,44 @@ def test_signal_saves_one_checkpoint_on_all_ranks(
     assert finish(halved) == whole
 
 
-def test_killed_rank_is_restarted_by_torchrun(run: Run, whole: str) -> None:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    done = subprocess.run(
-        [sys.executable, *start, *run.arguments("--resume", "auto")],
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "BYOLT_FAIL": "step:5:SIGKILL:1",
-        },
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"resumed from {run.out}/checkpoint-00000000" in done.stderr
-    assert f"digest: step {whole.replace(' ', ' sha256 ')}\n" in done.stdout
-    assert run.leftovers() == []
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_ranks_killed_at_random_are_restarted_by_torchrun(run: Run, whole: str) -> None:
+    """One kill while the ranks start, and one in training, of any rank, in any order."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
+    output = run.folder / "torchrun"
+    with output.open("w") as file:
+        launcher = subprocess.Popen(
+            [sys.executable, *start, *run.arguments("--resume", "auto")],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=file,
+        )
+    seen: set[int] = set()
+    try:
+        for step in chance.sample([None, chance.randrange(2, STEPS - 1)], 2):
+            end = time.monotonic() + 90
+            while True:
+                ranks = _children(launcher.pid)
+                reached = step is None or re.search(rf"^step {step}/", output.read_text(), re.MULTILINE)
+                if reached and len(ranks) == 2 and not seen & {*ranks}:
+                    break
+                assert time.monotonic() < end, output.read_text()
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 3 if step is None else 0.1))
+            os.kill(chance.choice(ranks), signal.SIGKILL)
+            seen |= {*ranks}
+        assert launcher.wait(90) == 0, output.read_text()
+    finally:
+        launcher.terminate()  # it ends its ranks
+    text = output.read_text()
+    assert f"digest: step {whole.replace(' ', ' sha256 ')}\n" in text
+    assert f"resumed from {run.out}/checkpoint-0000000" in text and run.leftovers() == []
 
 
 def test_killed_rank_is_named(halved: Run, whole: str) -> None:
