@@ -49,7 +49,7 @@ class Stop:
         self.signal = number
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 finished, 1 failed, 2 a mistake in settings or data, 128 + N stopped by signal N."""
     parser = command_line.SettingsParser(description="Pre-trains an encoder with BYOL.")
     add, home = parser.add_argument, os.path.expanduser
@@ -59,7 +59,7 @@ def main() -> int:
     add("--trace", type=int, metavar="STEPS", help="write a Chrome trace of STEPS steps to run.out")
     add("--print-config", action="store_true", help="print the resolved config and exit")
     add("overrides", nargs="*", metavar="section.key=value", help="override settings")
-    args = parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args(argv)
     try:
         config = schema.load(args.config, args.overrides)
         world_size = command_line.world_size()

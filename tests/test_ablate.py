@@ -1,14 +1,20 @@
 """Ablations: which settings each changes, and the table of what came out."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from test_train import TINY, images  # noqa: F401 (a fixture)
 
+from byolt import train
 from byolt.configs import schema
 from byolt.model.run import pictures
 from byolt.tools import ablate
@@ -31,7 +37,7 @@ def test_an_ablation_changes_what_its_name_says_and_nothing_else(name: str) -> N
     sections = {"tau": "optimizer.", "no_predictor": "model.predictor", "baseline": "nothing"}
     allowed = sections.get(name.split("_")[0]) or sections.get(name) or "augment.view"
     assert all(key.startswith(allowed) for key in changed)
-    recipe = {"baseline", "tau_0.99"}  # the recipe's own tau is .99
+    recipe = {"baseline", "tau_0.99", "no_blur"}  # the recipe has tau .99 and no blur
     assert bool(changed) == (name not in recipe)
 
 
@@ -68,37 +74,69 @@ def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "x").exists()
 
 
-INTERRUPTED = """
-import os, signal, time
-told = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: told.append(signal.Signals(number).name))
-for process in PROCESSES:
-    os.kill(process, signal.SIGINT)
-time.sleep(1)
-with open("LOG", "a") as log:
-    print("saved", *told, file=log)
-raise SystemExit(130)
-"""
-
-
-@pytest.mark.parametrize("processes", ["os.getpid(), os.getppid()", "os.getppid(),"])
-def test_ctrl_c_lets_train_py_save_and_is_one_line(
-    processes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+def test_ctrl_c_ends_the_command_after_the_run_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    """Of the terminal, which signals both; and kill -INT of the tool alone."""
-    train, log = tmp_path / "train.py", tmp_path / "log"
-    train.write_text(INTERRUPTED.replace("PROCESSES", processes).replace("LOG", str(log)))
-    monkeypatch.setattr(ablate, "TRAIN", train)
+    started: list[str] = []
+
+    def run(arguments: list[str]) -> int:
+        stop = train.Stop()
+        started.append(arguments[-1])
+        signal.raise_signal(signal.SIGINT)
+        return 128 + stop.signal
+
+    monkeypatch.setattr(train, "main", run)
+    before = signal.getsignal(signal.SIGINT)
     command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--only", "baseline", "no_blur"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        assert ablate.main(command) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert ablate.main(command) == 130
+    assert started == [f"run.out={tmp_path}/x/baseline-0"]
     assert capsys.readouterr().err == "ablate: interrupted; the same command continues\n"
-    [said] = log.read_text().splitlines()  # it was not killed, and the next was not started
-    assert said.split()[0] == "saved" and said.split().count("SIGINT") == processes.count("getpid")
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_time_limit_stops_the_run_and_the_next_is_not_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def run(arguments: list[str]) -> int:
+        stop = train.Stop()
+        while not stop.signal:
+            time.sleep(0.01)
+        return 128 + stop.signal
+
+    monkeypatch.setattr(train, "main", run)
+    command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--minutes", "0.002"]
+    assert ablate.main([*command, "--only", "baseline", "no_blur"]) == 3
+    said = "0.002 minutes are over, 2 of 2 runs are left; the same command continues"
+    assert capsys.readouterr().err == f"ablate: {said}\n"
+
+
+def test_a_list_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text("high: [optimizer.base_lr=2.0]\nlow: ['optimizer.base_lr=.5', train.epochs=20]\n")
+    ablations = recipes.read_list(path)
+    assert recipes.overrides_of("low", 64, ablations) == ["optimizer.base_lr=.5", "train.epochs=20"]
+    assert recipes.fitting(64, ablations) == ["high", "low"]
+    command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--list", str(path), "--only", "lw"]
+    assert ablate.main(command) == 2
+    assert "did you mean low?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "a: 1", "a: [train.epochs]", "a/b: [train.epochs=1]", "[", "a: {b: c}"])
+def test_a_list_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"^--list .*list.yaml"):
+        recipes.read_list(tmp_path / "list.yaml")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("lists/*.yaml")), ids=lambda path: path.stem)
+def test_shipped_lists_fit_their_config(path: Path) -> None:
+    config = path.with_name("..") / path.name
+    for name in (ablations := recipes.read_list(path)):
+        schema.load(config, recipes.overrides_of(name, 512, ablations))
+    assert (
+        f"--config configs/{path.name}" in path.read_text()
+        and f"--list configs/lists/{path.name}" in path.read_text()
+    )
 
 
 def test_the_table_holds_earlier_runs_of_the_same_recipe(
@@ -111,7 +149,7 @@ def test_the_table_holds_earlier_runs_of_the_same_recipe(
         (folder / "metrics.jsonl").write_text(f'{{"step": 9, "knn_top1": {accuracy}, "loss": "x"}}')
         (folder / "encoder.safetensors").touch()
 
-    def train(arguments: list[str]) -> int:
+    def run(arguments: list[str]) -> int:
         finished(tmp_path / "no_blur-3", 30.0)
         return 0
 
@@ -124,7 +162,7 @@ def test_the_table_holds_earlier_runs_of_the_same_recipe(
     finished(tmp_path / "baseline-5", 1.0, epochs, "run.seed=5", *baseline)
     (tmp_path / "baseline-5" / "encoder.safetensors").unlink()  # still running
     (tmp_path / "baseline-x").mkdir()
-    monkeypatch.setattr(ablate, "train", train)
+    monkeypatch.setattr(ablate, "train", run)
     command = ["--config", str(RECIPE), "--out", str(tmp_path), "--seeds", "3", "--only", "no_blur", epochs]
     assert ablate.main(command) == 0
     report = json.loads((tmp_path / "ablation.json").read_text())
@@ -139,7 +177,7 @@ def test_the_table_holds_earlier_runs_of_the_same_recipe(
 def test_help_says_how_to_continue(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         ablate.main(["--help"])
-    assert "start the same command again" in capsys.readouterr().out
+    assert "start the same command again" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.slow
@@ -147,6 +185,7 @@ def test_two_runs_and_their_table(
     tmp_path: Path,
     images: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     recipe = tmp_path / "tiny.yaml"
     text = TINY.replace("OUT", "unused").replace("DATA", str(images)).replace("BACKEND", "torch")
@@ -154,6 +193,12 @@ def test_two_runs_and_their_table(
     names = ["tau_1", "no_predictor", "train.stop_at_step=4"]  # overrides may come after them
     command = ["--config", str(recipe), "--out", str(tmp_path / "runs"), "--seeds", "3", "--only", *names]
     assert ablate.main(command) == 0
+    digests = [line for line in capsys.readouterr().out.splitlines() if line.startswith("digest: ")]
+    alone = [sys.executable, str(RECIPE.parent.parent / "train.py"), "--config", str(recipe), "run.seed=3"]
+    alone += ["model.predictor=false", f"run.out={tmp_path / 'alone'}", "train.stop_at_step=4"]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    said = subprocess.run(alone, check=True, capture_output=True, text=True, env=os.environ | threads).stdout
+    assert said.splitlines()[-1] == digests[-1] != digests[0]  # the run before it leaves no trace
     report = json.loads((tmp_path / "runs/ablation.json").read_text())
     assert list(report["results"]) == ["tau_1", "no_predictor"]
     for [result] in report["results"].values():

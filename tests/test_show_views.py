@@ -37,7 +37,7 @@ from byolt.tools.viewing.samples import (
 from byolt.tools.viewing.sheets import COLORS, Cell, Page, comparison, contact_sheet, operation_strips, short
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIG = str(ROOT / "configs" / "r18_cifar10.yaml")
+CONFIG = str(ROOT / "configs" / "r8_cifar10.yaml")
 SETTINGS = ["augment.size=16", "run.seed=7", "data.threads=1", "train.batch_size=4", "train.device=cpu"]
 TORCH = "data.backend=torch"
 SIZES = [(40, 40), (30, 50), (64, 20), (300, 20), (20, 300), (33, 47), (48, 36)]  # width, height

@@ -1,4 +1,4 @@
 """The commands that a user types, one file each. The parts of a command are in the folder named after it.
 
-May import everything but train.py.
+May import everything; only ablate.py imports train.py.
 """

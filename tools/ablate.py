@@ -1,19 +1,25 @@
-"""Trains the paper's ablations with one recipe, and compares their results with the paper's.
+"""Trains the paper's ablations with one recipe, or a list of one's own, and compares the results.
 
     python tools/ablate.py --config configs/r18_cifar10.yaml --out runs/ablation --only baseline tau_0 --seeds 0 1
+    python tools/ablate.py --config r18_cifar10 --out runs/list --list configs/lists/r18_cifar10.yaml --minutes 60
 
-Each ablation is a run of train.py in OUT/NAME-SEED with one or two settings changed. To continue after a stop,
-start the same command again. The table and the curves go to OUT/ablation.json, .md and .png; they show all finished
-runs of this recipe in OUT, including those of earlier commands.
+Each ablation is a run of train.py in OUT/NAME-SEED with some settings changed; one process makes all runs, one after
+the other. To continue after a stop or a time limit, start the same command again. The table and the curves go to
+OUT/ablation.json, .md and .png; they show all finished runs of this recipe in OUT, including those of earlier commands.
 """
 
 if not __package__:  # a script
     import environment  # noqa: F401
 
 import argparse
+import gc
 import itertools
-import subprocess
+import os
+import signal
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from byolt.configs import schema
@@ -21,103 +27,157 @@ from byolt.configs.command_line import SettingsParser
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
-from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
+from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides_of, read_list
 from byolt.tools.ablation.results import Rows, finished_runs, save_results
 
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 Runs = dict[tuple[str, int], tuple[Path, list[str]]]  # by ablation and seed: run.out, overrides
+OUT_OF_TIME = 3  # exit code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 invalid request, 130 interrupted, otherwise that of the run that failed."""
-    parser = SettingsParser(
-        prog="ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="the recipe; see configs/")
-    parser.add_argument("--out", type=home_path, required=True, help="folder of all runs")
-    parser.add_argument(
-        "--only",
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help=f"ablations to run: {', '.join(ABLATIONS)} (default: all that fit the batch size)",
-    )
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (default: the recipe's seed)"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings for all runs")
-    args = parser.parse_intermixed_args(argv)
+    """Returns the exit code.
+
+    0 done, 2 invalid request, 3 the time limit is over and runs are left, 130 interrupted, otherwise that of the run
+    that failed.
+    """
+    args = make_parser().parse_intermixed_args(argv)
     common = [*args.overrides, *(word for word in args.only if "=" in word)]
     names = [word for word in args.only if "=" not in word]
     try:
+        if args.minutes is not None and not args.minutes > 0:
+            raise ValueError(f"--minutes {args.minutes:g} must be above 0")
+        ablations = read_list(args.list) if args.list else ABLATIONS
         recipe = schema.load(args.config, common)
         batch_size = recipe.train.batch_size
-        runs = plan(args, common, names or fitting(batch_size), args.seeds or [recipe.run.seed], batch_size)
+        names = names or fitting(batch_size, ablations)
+        runs = plan(args, common, names, args.seeds or [recipe.run.seed], batch_size, ablations)
     except (ValueError, OSError) as error:
         say(f"ablate: {error}", file=sys.stderr)
         return 2
-    try:
-        finished, _ = finished_runs(args.config, common, args.out, batch_size)
-        for (name, seed), (_, overrides) in runs.items():
-            if (name, seed) in finished:
-                continue
-            say(f"── {name}, seed {seed}: {' '.join(overrides)}")
-            code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
-            if code:
-                say(f"ablate: {name} ended with code {code}; the same command continues", file=sys.stderr)
-                return code
-        report(args, common, runs, batch_size)
-    except KeyboardInterrupt:
-        say("ablate: interrupted; the same command continues", file=sys.stderr)
-        return 130
-    return 0
+    done, code = {}, 0
+    finished, _ = finished_runs(args.config, common, args.out, batch_size, ablations)
+    with deadline(args.minutes) as is_over:
+        for (name, seed), (out, overrides) in runs.items():
+            if (name, seed) not in finished:
+                if is_over():
+                    code = OUT_OF_TIME
+                    break
+                say(f"── {name}, seed {seed}: {' '.join(overrides)}")
+                code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
+                if code == 128 + signal.SIGUSR1 and is_over():
+                    code = OUT_OF_TIME
+                if code:
+                    break
+            done[name, seed] = out
+    if code not in (0, OUT_OF_TIME):
+        interrupted = code == 128 + signal.SIGINT
+        what = "interrupted" if interrupted else f"{name} ended with code {code}"
+        say(f"ablate: {what}; the same command continues", file=sys.stderr)
+        return code
+    report(args, common, done, batch_size, ablations)
+    if code:
+        left = f"{len(runs) - len(done)} of {len(runs)} runs are left"
+        say(f"ablate: {args.minutes:g} minutes are over, {left}; the same command continues", file=sys.stderr)
+    return code
+
+
+def make_parser() -> SettingsParser:
+    parser = SettingsParser(
+        prog="ablate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", required=True, help="the recipe; see configs/")
+    add("--out", type=home_path, required=True, help="folder of all runs")
+    add("--list", type=home_path, metavar="FILE",
+        help="YAML of NAME: [section.key=value, ...] instead of the paper's ablations; see configs/lists")  # fmt: skip
+    names = (
+        f"ablations to run: {', '.join(ABLATIONS)}, or names in FILE (default: all that fit the batch size)"
+    )
+    add("--only", nargs="+", default=[], metavar="NAME", help=names)
+    add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (default: the recipe's seed)")
+    add("--minutes", type=float, help="time limit of this command; the run that it stops saves a checkpoint")
+    add("overrides", nargs="*", metavar="section.key=value", help="settings for all runs")
+    return parser
 
 
 def plan(
-    args: argparse.Namespace, common: list[str], names: list[str], seeds: list[int], batch_size: int
+    args: argparse.Namespace,
+    common: list[str],
+    names: list[str],
+    seeds: list[int],
+    batch_size: int,
+    ablations: Mapping[str, Ablation],
 ) -> Runs:
-    """All runs of the command.
+    """All runs of the command: all ablations with the first seed, then with the next.
 
     Raises:
         ValueError: an ablation or its settings are invalid.
     """
     runs: Runs = {}
-    for name, seed in itertools.product(names, seeds):
+    for seed, name in itertools.product(seeds, names):
         out = args.out / f"{name}-{seed}"
-        overrides = [*overrides_of(name, batch_size), f"run.seed={seed}", f"run.out={out}"]
+        overrides = [*overrides_of(name, batch_size, ablations), f"run.seed={seed}", f"run.out={out}"]
         schema.load(args.config, [*common, *overrides])
         runs[name, seed] = (out, overrides)
     return runs
 
 
-def train(arguments: list[str]) -> int:
-    """Runs train.py; returns its exit code.
+@contextmanager
+def deadline(minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Sends this process SIGUSR1 after some minutes, on which train.py saves and ends; yields whether they are over.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C, after train.py has saved and ended.
+    The signal is repeated every five seconds, because a run that is just starting does not yet listen.
     """
-    process = subprocess.Popen([sys.executable, str(TRAIN), *arguments])
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN), signal.getsignal(signal.SIGALRM)
+    if minutes:
+        signal.signal(signal.SIGALRM, lambda number, frame: os.kill(os.getpid(), signal.SIGUSR1))
+        signal.setitimer(signal.ITIMER_REAL, 60 * minutes, 5)
     try:
-        return process.wait()
-    except KeyboardInterrupt:
-        # Usually the terminal has sent SIGINT to train.py, too. A second SIGINT would end it before it has saved;
-        # SIGTERM does not.
-        process.terminate()
-        process.wait()
-        raise
+        yield lambda: time.monotonic() >= end
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before[1])
+        signal.signal(signal.SIGUSR1, before[0])
 
 
-def report(args: argparse.Namespace, common: list[str], runs: Runs, batch_size: int) -> None:
-    """Prints and writes the results of this command's runs and of earlier ones."""
-    same, others = finished_runs(args.config, common, args.out, batch_size)
-    same |= {key: out for key, (out, _) in runs.items()}
+def train(arguments: list[str]) -> int:
+    """Runs train.py's `main` in this process; returns its exit code, 128 + N after signal N, on which it has saved."""
+    import torch  # not before the request is checked
+
+    from byolt.train import main as run
+
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    }
+    try:
+        return run(arguments)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        gc.collect()  # of the finished run: threads, decoded images, memory of the GPU
+        torch.cuda.empty_cache()
+
+
+def report(
+    args: argparse.Namespace,
+    common: list[str],
+    done: dict[tuple[str, int], Path],
+    batch_size: int,
+    ablations: Mapping[str, Ablation],
+) -> None:
+    """Prints and writes the results of this command's finished runs and of earlier ones."""
+    same, others = finished_runs(args.config, common, args.out, batch_size, ablations)
+    same |= done
     curves: dict[str, list[Rows]] = {}
     seeds: dict[str, list[int]] = {}
-    for name, seed in sorted(same, key=lambda key: (list(ABLATIONS).index(key[0]), key[1])):
+    for name, seed in sorted(same, key=lambda key: (list(ablations).index(key[0]), key[1])):
         curves.setdefault(name, []).append(read_metrics(same[name, seed] / "metrics.jsonl"))
         seeds.setdefault(name, []).append(seed)
-    save_results(args.out, curves, {"config": args.config, "overrides": common, "seeds": seeds})
-    if left_out := sorted(set(others) - {out.name for out, _ in runs.values()}):
+    if curves:
+        request = {"config": args.config, "overrides": common, "seeds": seeds}
+        save_results(args.out, curves, request, ablations)
+    if left_out := sorted(set(others) - {out.name for out in done.values()}):
         say(f"not in the table, because their settings differ: {', '.join(left_out)}")
 
 

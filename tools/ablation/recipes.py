@@ -1,16 +1,23 @@
-"""The paper's ablations: which settings each changes, and the accuracy that the paper reports."""
+"""The paper's ablations, or a list of one's own: which settings each changes, and the accuracy in the paper."""
 
 import contextlib
 import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
+
+import yaml
+
+from byolt.files.regular import open_regular
 
 
 class Ablation(NamedTuple):
     """Settings that differ from the recipe, and their accuracy in the paper."""
 
     overrides: tuple[str, ...]
-    paper: float | None  # top-1 in percent: ImageNet, ResNet-50, 300 epochs, linear evaluation
-    source: str
+    paper: float | None = None  # top-1 in percent: ImageNet, ResNet-50, 300 epochs, linear evaluation
+    source: str = "-"
 
 
 def _both_views(*settings: str) -> tuple[str, ...]:
@@ -53,18 +60,40 @@ ABLATIONS = {
 }
 
 
-def overrides_of(name: str, batch_size: int) -> list[str]:
+def read_list(path: Path) -> dict[str, Ablation]:
+    """Reads a list of ablations, "NAME: [section.key=value, ...]" in YAML.
+
+    Raises:
+        ValueError: the file cannot be read or has another form.
+    """
+    try:
+        with open(path, encoding="utf-8", opener=open_regular) as file:
+            named = yaml.safe_load(file)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--list {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"--list {path} must hold NAME: [section.key=value, ...]")
+    for name, overrides in named.items():
+        texts = isinstance(overrides, list) and all(
+            isinstance(word, str) and "=" in word for word in overrides
+        )
+        if not texts or not re.fullmatch(r"\w[\w.+-]*", str(name)):
+            raise ValueError(f"--list {path}: {name}: {overrides!r} must be NAME: [section.key=value, ...]")
+    return {str(name): Ablation(tuple(overrides)) for name, overrides in named.items()}
+
+
+def overrides_of(name: str, batch_size: int, ablations: Mapping[str, Ablation] = ABLATIONS) -> list[str]:
     """The overrides of one ablation of a recipe with this batch size, for train.py.
 
     Raises:
         ValueError: the ablation is unknown, or the recipe's batch is not two or more times the ablation's.
     """
-    if name not in ABLATIONS:
-        near = difflib.get_close_matches(name, ABLATIONS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"not one of {', '.join(ABLATIONS)}"
+    if name not in ablations:
+        near = difflib.get_close_matches(name, ablations, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"not one of {', '.join(ablations)}"
         raise ValueError(f"--only {name}: {hint}")
     overrides = []
-    for override in ABLATIONS[name].overrides:
+    for override in ablations[name].overrides:
         key, _, value = override.partition("=")
         if key == "batch":
             parts, rest = divmod(batch_size, int(value))
@@ -75,11 +104,11 @@ def overrides_of(name: str, batch_size: int) -> list[str]:
     return overrides
 
 
-def fitting(batch_size: int) -> list[str]:
+def fitting(batch_size: int, ablations: Mapping[str, Ablation] = ABLATIONS) -> list[str]:
     """The names of all ablations that a recipe with this batch size allows; see `overrides_of`."""
     names = []
-    for name in ABLATIONS:
+    for name in ablations:
         with contextlib.suppress(ValueError):
-            overrides_of(name, batch_size)
+            overrides_of(name, batch_size, ablations)
             names.append(name)
     return names

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from byolt.configs import schema
 from byolt.files.rows import read_rows
-from byolt.tools.ablation.recipes import ABLATIONS, fitting, overrides_of
+from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides_of
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl
 _COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
@@ -26,7 +26,11 @@ _PANELS = {
 
 
 def finished_runs(
-    config: str, common: list[str], out: Path, batch_size: int
+    config: str,
+    common: list[str],
+    out: Path,
+    batch_size: int,
+    ablations: Mapping[str, Ablation] = ABLATIONS,
 ) -> tuple[dict[tuple[str, int], Path], list[str]]:
     """The ablation runs in OUT/NAME-SEED that reached their end; `common` are overrides of the recipe for all runs.
 
@@ -35,7 +39,7 @@ def finished_runs(
     """
     same: dict[tuple[str, int], Path] = {}
     others = []
-    names = fitting(batch_size)
+    names = fitting(batch_size, ablations)
     for folder in sorted(out.glob("*-*")):
         name, _, seed = folder.name.rpartition("-")
         if name not in names or not re.fullmatch("[0-9]+", seed):
@@ -45,11 +49,19 @@ def finished_runs(
         starts = read_rows(folder / "starts.jsonl")
         try:
             made = schema.from_settings(starts[-1].get("config") if starts else None)
-            recipe = schema.load(config, [*common, *overrides_of(name, batch_size), f"run.seed={seed}"])
+            settings = [*common, *overrides_of(name, batch_size, ablations), f"run.seed={seed}"]
+            recipe = schema.load(config, settings)
         except ValueError:
             others.append(folder.name)
             continue
-        if made == recipe.model_copy(update={"run": recipe.run.model_copy(update={"out": made.run.out})}):
+        free = {"run": ("out",), "data": ("threads",)}  # these do not change a run's numbers
+        same_place = {
+            section: getattr(recipe, section).model_copy(
+                update={key: getattr(getattr(made, section), key) for key in keys}
+            )
+            for section, keys in free.items()
+        }
+        if made == recipe.model_copy(update=same_place):
             same[name, int(seed)] = folder
         else:
             others.append(folder.name)
@@ -64,13 +76,15 @@ def last_values(rows: Rows) -> dict[str, float | None]:
     return last
 
 
-def table_of(results: Mapping[str, list[dict[str, float | None]]]) -> tuple[Table, str]:
+def table_of(
+    results: Mapping[str, list[dict[str, float | None]]], ablations: Mapping[str, Ablation] = ABLATIONS
+) -> tuple[Table, str]:
     """The table for a terminal, and the same in Markdown, from the `last_values` of each seed, by ablation."""
     columns = ("ablation", *(name for name, _ in _COLUMNS.values()), "paper top-1 %", "source")
     table = Table(*columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, seeds in results.items():
-        ablation = ABLATIONS[name]
+        ablation = ablations[name]
         cells = [name, *(_mean([seed[key] for seed in seeds], d) for key, (_, d) in _COLUMNS.items())]
         cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
         table.add_row(*cells)
@@ -87,17 +101,26 @@ def _mean(values: list[float | None], digits: int) -> str:
     return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
-def save_results(out: Path, curves: Mapping[str, list[Rows]], request: dict[str, Any]) -> None:
+def save_results(
+    out: Path,
+    curves: Mapping[str, list[Rows]],
+    request: dict[str, Any],
+    ablations: Mapping[str, Ablation] = ABLATIONS,
+) -> None:
     """Prints the table; writes it, the request and the curves to OUT/ablation.json, .md and .png.
 
     `curves` are rows of metrics of each seed, by ablation.
     """
     save_curves(out / "ablation.png", curves, _PANELS)
     results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}
-    table, markdown = table_of(results)
+    table, markdown = table_of(results, ablations)
     Console().print(table)
     (out / "ablation.md").write_text(markdown)
     (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
+
+
+def _epochs_per_step(rows: Rows) -> float | None:
+    return next((row["epoch"] / row["step"] for row in rows if row.get("step") and "epoch" in row), None)
 
 
 def save_curves(
@@ -106,9 +129,10 @@ def save_curves(
     panels: Mapping[str, str],
     title: str = "One color and marker per ablation, one line per seed",
 ) -> None:
-    """Draws curves over the steps: one panel per number, one color and marker per ablation, one line per seed.
+    """Draws curves over the epochs: one panel per number, one color and marker per ablation, one line per seed.
 
-    `runs` are rows of metrics of each seed, by ablation; `panels` are labels of vertical axes, by keys of the rows.
+    Where the rows of a run have no epoch, the axis is the step. `runs` are rows of metrics of each seed, by ablation;
+    `panels` are labels of vertical axes, by keys of the rows.
     """
     # Imported here: a finished ablation is read, and a mistake refused, without matplotlib and torch.
     from matplotlib import rc_context
@@ -117,21 +141,24 @@ def save_curves(
     from byolt.model.run.pictures import save_png
     from byolt.tools.reporting.figures import MARKS, STYLE
 
+    scales = [[_epochs_per_step(rows) for rows in seeds] for seeds in runs.values()]
+    in_epochs = all(scale for seeds in scales for scale in seeds)
     with rc_context(STYLE):
         figure = Figure(figsize=(4.2 * len(panels), 4))
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         figure.suptitle(title)
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
-            for (name, seeds), mark in zip(runs.items(), cycle(MARKS)):
-                for number, rows in enumerate(seeds):
-                    points = [(row["step"], row[key]) for row in rows if key in row]
+            for (name, seeds), mark, units in zip(runs.items(), cycle(MARKS), scales):
+                for number, (rows, scale) in enumerate(zip(seeds, units, strict=True)):
+                    unit = scale if in_epochs and scale else 1
+                    points = [(row["step"] * unit, row[key]) for row in rows if key in row]
                     steps, values = zip(*points, strict=True) if points else ((), ())
                     every = max(1, len(points) // 10)
                     legend = name if number == 0 else None
                     axis.plot(
                         steps, values, color=mark.color, marker=mark.marker, markevery=every, label=legend
                     )
-            axis.set_xlabel("step")
+            axis.set_xlabel("epoch" if in_epochs else "step")
             axis.set_ylabel(label)
         axes[0].legend()
         save_png(figure, path)
