@@ -9,9 +9,10 @@ import os
 import re
 import shlex
 import sys
+from itertools import pairwise
 from typing import NoReturn
 
-from byolt.configs import schema
+from byolt.configs import schema, slurm
 
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -20,8 +21,7 @@ class SettingsParser(argparse.ArgumentParser):
     """A parser that answers `--batch_size 64` with `train.batch_size=64`."""
 
     def error(self, message: str) -> NoReturn:
-        words = sys.argv[1:]
-        for word, following in zip(words, [*words[1:], "-"], strict=True):
+        for word, following in pairwise([*sys.argv[1:], "-"]):
             option, _, value = word.partition("=")
             known = any(name.startswith(option) for name in self._option_string_actions)  # or an abbreviation
             if known or not option.startswith("--") or not message.startswith("unrecognized"):
@@ -58,22 +58,25 @@ def check_resume(resume: str | None) -> None:
 
 
 def world_size() -> int:
-    """Number of ranks; torchrun sets it.
+    """Number of ranks, by torchrun's variables; the tasks of an srun step get them here (`slurm.join`).
 
     Raises:
-        ValueError: torchrun's number is not valid, or srun or mpirun started several processes without ranks.
+        ValueError: the number is not valid, srun's tasks cannot join, or mpirun started several processes.
     """
+    tasks = next((os.environ[name] for name in _LAUNCHERS if name in os.environ), "1")
+    command = _torchrun(int(tasks)) if tasks.isdecimal() else ""
+    slurm.join(os.environ, command)
     text = os.environ.get("WORLD_SIZE", "1")
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(
             f"in the environment, WORLD_SIZE={text} is not a valid number of ranks: use torchrun"
         )
-    name = next((name for name in _LAUNCHERS if name in os.environ), "")
-    tasks = os.environ.get(name, "1")
-    if "RANK" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+    if "RANK" not in os.environ and command and int(tasks) > 1:
+        name = next(name for name in _LAUNCHERS if name in os.environ)
+        remedy = "srun, whose tasks become ranks, or with torchrun" if "SLURM" in name else "torchrun"
         raise ValueError(
             f"in the environment, {name}={tasks}, but there is no RANK: the {tasks} processes would be runs of their "
-            f"own. Start the ranks with torchrun, or a single process with srun --ntasks=1:\n  {_torchrun(int(tasks))}"
+            f"own. Start the ranks with {remedy}, or a single process with srun --ntasks=1:\n  {command}"
         )
     return int(text)
 

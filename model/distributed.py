@@ -42,9 +42,9 @@ class World:
 def init(
     device: str = "auto", timeout: float = 600.0, deterministic: bool = False, setting: str = "train.device"
 ) -> World:
-    """Joins the processes that torchrun started, if any, and sets torch's global options.
+    """Joins the processes that torchrun or srun started, if any, and sets torch's global options.
 
-    Rank, size and addresses come from torchrun's environment variables.
+    Rank, size and addresses come from torchrun's environment variables; `slurm.join` sets them for srun's tasks.
 
     Args:
         device: "cuda", "cpu", or "auto": CUDA if there is a GPU.
@@ -53,7 +53,8 @@ def init(
         setting: the setting or option that chose the device, for messages.
 
     Raises:
-        ValueError: the device is unknown or missing, or torchrun's variables are incomplete.
+        ValueError: the device is unknown or missing, torchrun's variables are incomplete, or the first rank is not
+            reached at their address.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"{setting}={device} must be auto, cpu or cuda")
@@ -72,7 +73,12 @@ def init(
         return World(rank, local_rank, size, place, "none")
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    store, _, _ = next(rendezvous("env://", timeout=limit))
+    try:
+        store, _, _ = next(rendezvous("env://", timeout=limit))
+    except dist.DistError as error:
+        address = f"MASTER_ADDR={given['MASTER_ADDR']} MASTER_PORT={given['MASTER_PORT']}"
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"rank {rank} of {size} did not meet the others at {address}: {reason}") from None
     # After a restart by torchrun the store still has the dead processes' addresses, on which gloo fails or hangs.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     dist.init_process_group(
@@ -102,10 +108,12 @@ def _place(device: str, local_rank: int, setting: str) -> torch.device:
     gpus = torch.cuda.device_count()
     if device == "cpu" or (device == "auto" and gpus == 0):
         return torch.device("cpu")
+    if gpus == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        local_rank = 0  # srun --gpus-per-task=1 shows each task its own GPU only
     if local_rank >= gpus:
         raise ValueError(
             f"{setting}={device}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: set it to cpu"
-            + ", or lower torchrun's --nproc-per-node" * (gpus > 0)
+            + ", or start fewer (torchrun's --nproc-per-node, srun's --ntasks-per-node)" * (gpus > 0)
         )
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)

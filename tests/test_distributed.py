@@ -313,6 +313,37 @@ def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         distributed.init("cpu")
 
 
+def test_address_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as busy:
+        busy.bind(("", 0))
+        busy.listen()
+        port = busy.getsockname()[1]
+        given = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        for name, value in {**given, "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"^rank 0 of 2 .* MASTER_PORT={port}: .*EADDRINUSE") as caught:
+            distributed.init("cpu", timeout=5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("number", "slurm"), [(0, True), (3, False)])
+def test_a_task_that_sees_its_own_gpu_only_takes_it(
+    number: int, slurm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun --gpus-per-task=1; but four tasks of four visible GPUs take one each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1 if slurm else 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda place: None)
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert distributed._place("auto", 3, "train.device") == torch.device("cuda", number)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    if slurm:
+        with pytest.raises(
+            ValueError, match=r"finds 1 GPU: set it to cpu, or start fewer \(torchrun's --nproc"
+        ):
+            distributed._place("auto", 3, "train.device")
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_how_torch_computes_is_settled_before_cuda_starts(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch

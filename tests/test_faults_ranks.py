@@ -143,6 +143,18 @@ def test_ranks_killed_at_random_are_restarted_by_torchrun(run: Run, whole: str) 
     assert f"resumed from {run.out}/checkpoint-0000000" in text and run.leftovers() == []
 
 
+def test_tasks_of_srun_train_as_the_ranks_of_torchrun_do(run: Run, whole: str) -> None:
+    """Two tasks on two nodes, both of them this machine."""
+    step = {"SLURM_JOB_ID": str(random.randrange(10**6)), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    step |= {"SLURM_STEP_NODELIST": "localhost,node[2-9]", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    tasks = [
+        run.start(**step, SLURM_NODEID=str(task), SLURM_PROCID=str(task), SLURM_LOCALID="0")
+        for task in (1, 0)
+    ]
+    assert all_end(tasks) == [0, 0], tasks[0].text + tasks[1].text
+    assert tasks[1].digest == whole and "2 x cpu" in tasks[1].text and tasks[0].text == ""
+
+
 def test_killed_rank_is_named(halved: Run, whole: str) -> None:
     ranks = halved.start_ranks(2, "--resume", "auto", BYOLT_FAIL="step:6:SIGKILL:1")
     assert all_end(ranks) == [1, -signal.SIGKILL]
