@@ -18,7 +18,7 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
     Raises:
         ValueError: names the key and the valid ones.
     """
-    known = [key for key in [*_flatten(config.model_dump()), "data.fingerprint"] if _is_fixed(key)]
+    known = [key for key in [*flatten(config.model_dump()), "data.fingerprint"] if _is_fixed(key)]
     known = [key for key in known if not key.startswith("model.")]
     for key in allowed:
         if key.startswith("model."):
@@ -46,8 +46,8 @@ def check_same_run(
     Raises:
         ValueError: settings differ; lists each with both values.
     """
-    then = _flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
-    now = _flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
+    then = flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
+    now = flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
     changed = [
         key
         for key in sorted(then.keys() | now.keys())
@@ -68,9 +68,9 @@ def _is_fixed(key: str) -> bool:
     return key.startswith(FIXED) and key not in FREE
 
 
-def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

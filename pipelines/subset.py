@@ -3,6 +3,9 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +171,42 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
                         aliases |= _original(text, "file")
                     names[number[sample.image.offset]] = aliases
     return names
+
+
+def file_names(source: Source) -> Callable[[int], str]:
+    """A function that names the file of a sample, for captions.
+
+    The name is that of the original file, if make_shards recorded it; or else of the image in its shard; or else
+    `source.describe`.
+    """
+    manifest = Manifest.load(source.folder) if isinstance(source, TarSource) else None
+
+    def name(i: int) -> str:
+        with suppress(OSError, ValueError):
+            if isinstance(source, FolderSource):
+                return source.describe(i).rpartition(" (sample ")[0]
+            if isinstance(source, BetonSource):
+                note = source.note(i)
+                return next(iter(_original(note, "file") or _original(note, "key")), source.describe(i))
+            if isinstance(source, TarSource) and manifest:
+                record = manifest.samples[i]
+                return _name_in_tar(source.paths[record["shard"]], int(record["offset"]))
+        return source.describe(i)
+
+    return name
+
+
+def _name_in_tar(path: Path, offset: int) -> str:
+    """The original file's name in the .json behind the image at `offset`, or else the image's own."""
+    with tar.opened(path) as descriptor:
+        image, *others = islice(tar.walk(path, descriptor, offset - tar.BLOCK), 5)
+        folder, slash, base = image.name.rpartition("/")
+        key = folder + slash + base.partition(".")[0]
+        for member in others:
+            if member.name == f"{key}.json":
+                text = tar.read_at(path, descriptor, member.length, member.offset)
+                return next(iter(_original(text, "file")), image.name)
+    return image.name
 
 
 def _original(text: bytes, *entries: str) -> set[str]:

@@ -139,11 +139,11 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("command", "answer"),
     [
-        ("evaluate.py x.pt", "the following arguments are required: --protocol"),
         (
-            "evaluate.py x.pt --protocol knn",
-            "x.pt cannot be read: no such file; give a checkpoint-*.pt or encoder.safetensors",
+            "evaluate.py x.pt",
+            "x.pt cannot be read: no such file; give a run's folder, or a checkpoint-*.pt or encoder.safetensors",
         ),
+        ("evaluate.py .", ". has no encoder: it holds neither encoder.safetensors nor a checkpoint-*.pt"),
         (
             "evaluate.py torch.py --protocol knn --data photos",
             "--data: 'photos' does not exist in ",

@@ -20,7 +20,7 @@ from byolt.model import distributed
 from byolt.model.byol import make_byol
 from byolt.model.quality.linear import fit_logistic
 from byolt.model.run import checkpoint
-from byolt.model.run.trained import load_trained, weights_digest
+from byolt.model.run.trained import export_trained, load_trained, weights_digest
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools import evaluate
@@ -347,7 +347,8 @@ def test_what_is_no_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytes
     other = tmp_path / "other.safetensors"
     checkpoint.export_encoder(other, {"w": torch.zeros(1)}, {})
     for path, part in (
-        (run, "is a folder: name its encoder.safetensors"),
+        (tmp_path, "has no encoder: checkpoint"),
+        (run / "val", "has no encoder: it holds neither encoder.safetensors nor a checkpoint-*.pt"),
         (damaged, "is damaged"),
         (other, "has no 'steps' in its header"),
         (tmp_path / "nowhere.safetensors", "cannot be read"),
@@ -651,6 +652,31 @@ def test_rows_are_named_by_the_neighbors_that_voted(
         ("k = 20", 20),
     ]
     assert "note: k = 200 is more than the training images: k = 72 is used" in capsys.readouterr().err
+
+
+def test_a_runs_folder_is_evaluated_by_knn_as_the_run_does(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without options: the newest encoder, the run's k and its own data; the picture shows that k."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = schema.load(run / "config.yaml", ["eval.k=7", "eval.temperature=0.2", f"run.out={folder}"])
+    model = make_byol(config.model)
+    for step in (18, 36):
+        state = {"step": step, "model": model.state_dict(), "config": config.model_dump(mode="json")}
+        checkpoint.save(folder, step, state, keep=2)
+    export_trained(folder / "encoder.safetensors", model.online.encoder, config, 18)
+    titles = []
+    monkeypatch.setattr(
+        "byolt.tools.evaluation.result.save_confusion", lambda *given: titles.append(given[-1])
+    )
+    for more in ([], ["--k", "20", "7"]):
+        assert evaluate.main([str(folder), "--device", "cpu", "--threads", "1", *more]) == 0
+        document = json.loads((folder / "evaluate-knn-step36.json").read_text())
+        assert document["checkpoint"] == "checkpoint-000000036.pt" and document["drawn"] == "k = 7"
+        settings = [(row["settings"]["k"], row["settings"]["temperature"]) for row in document["results"]]
+        assert settings == [(20, 0.2), (7, 0.2)] if more else [(7, 0.2), (72, 0.2), (20, 0.2)]
+    assert len(titles) == 2 and all(title.splitlines()[1].startswith("k = 7: top-1 ") for title in titles)
 
 
 def test_a_class_of_one_image_is_learned(run: Path, fourth: list[str]) -> None:

@@ -159,6 +159,104 @@ def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None
     assert "note" not in page.classes  # nothing is missing
 
 
+def _result(folder: Path, name: str, protocol: str, *rows: dict, step: int = 8, **more: object) -> None:
+    document = {
+        "protocol": protocol, "untrained": False, "step": step, "results": rows, "test": {"path": "<val>"}, **more,
+    }  # fmt: skip
+    (folder / f"evaluate-{name}.json").write_text(json.dumps(document))
+    Image.new("RGB", (40, 20)).save(folder / f"evaluate-{name}.png")
+
+
+def _knn(k: int, top1: float) -> dict:
+    return {"name": f"k = {k}", "images": 9, "top1": top1, "top1_interval": [40, 60], "mean_per_class": 51}
+
+
+def test_results_of_evaluate_stand_beside_those_of_the_training(folder: Path) -> None:
+    _rows(folder, [ROWS[0], {**ROWS[1], "probe_top1": 71.25}, ROWS[2]])
+    _result(folder, "knn-step8", "knn", _knn(200, 50.125), _knn(20, 55), drawn="k = 20")
+    _result(folder, "linear-fast-step8", "linear-fast", {"name": "lr = 0.4", "images": 9, "top1": 66.0})
+    _result(folder, "knn-step2", "knn", _knn(20, 45), step=2)
+    _result(folder, "knn-untrained", "knn", _knn(20, 30), untrained=True)
+    _result(folder, "bad", "knn", {**_knn(20, 30), "top1": float("nan")})
+    (folder / "evaluate-evil.json").write_text("[" * 100_000)
+    text, page = _report(folder)
+    start = text.index("Accuracy, side by side")
+    section = text[start : text.index("Curves", start)]
+    for row in (
+        "in training: kNN step 8 62.5 - - held-out images",
+        "in training: online probe step 2 71.2 - - augmented training images",
+        "knn: k = 20 untrained 30.0 40.0 to 60.0 51.0 9 images of <val>",
+        "knn: k = 20 step 2 45.0 40.0 to 60.0 51.0 9 images of <val>",
+        "knn: k = 200 step 8 50.1 40.0 to 60.0 51.0 9 images of <val>",
+        "linear-fast: lr = 0.4 step 8 66.0 - - 9 images of <val>",
+        "probe a linear classifier that learns beside the network, tested on each batch of augmented training images",
+        "linear a linear classifier, trained to the end on the frozen features",
+        "evaluate-bad.json is not a result of tools/evaluate.py (nan is not between 0 and 100); it is skipped.",
+        "evaluate-evil.json is not a result",
+        "Confusion: knn, k = 20 Of the images of each true class (row)",
+        "Confusion: linear-fast, lr = 0.4",
+    ):
+        assert row in section, row
+    assert "Confusion: knn, k = 200" not in text and text.count("Confusion: ") == 2  # as drawn, of the newest
+    assert page.classes["plot"] == 9 + 2
+
+
+def test_a_run_without_evaluations_says_how_to_get_them(folder: Path) -> None:
+    _rows(folder, ROWS)
+    assert "tools/evaluate.py RUN measures kNN and, with --protocol linear" in _report(folder)[0]
+
+
+def _two_runs(tmp_path: Path) -> tuple[Path, Path]:
+    """Two runs of the same name, which differ in one setting, one version and their rows."""
+    for name, tau in (("first", 0.9), ("second", 0.99)):
+        folder = tmp_path / name / "run$x"
+        folder.mkdir(parents=True)
+        config = _config(folder, tmp_path)
+        settings = config.model_dump(mode="json")
+        settings["optimizer"]["base_tau"] = tau
+        _save(folder, schema.from_settings(settings), 8)
+        _rows(folder, ROWS if name == "first" else [*ROWS[:2], {"step": 4, "loss": 1.25, "probe_top1": 33.0}])
+        start = {"step": 0, "hardware": "abacus", "versions": {"torch": name, "numpy": "1"}}
+        (folder / "starts.jsonl").write_text(json.dumps(start) + "\n")
+    return tmp_path / "first" / "run$x", tmp_path / "second" / "run$x"
+
+
+def test_runs_are_compared(tmp_path: Path) -> None:
+    first, second = _two_runs(tmp_path)
+    _result(first, "knn-step8", "knn", _knn(20, 55))
+    assert report.main([str(first), str(second)]) == 0
+    page = Inert((first / "comparison.html").read_text())
+    text = " ".join(" ".join(page.text).split())
+    assert "2 runs compared first/run$x · second/run$x" in text
+    assert (
+        "first/run$x step 8 of 8, finished 3.5000 25.0 → 62.5 - knn, k = 20: 55.0 (step 8) "
+        "second/run$x step 4 of 8, not finished 1.2500 25.0 33.0 -"
+    ) in text
+    differing = text[text.index("Settings that differ") : text.index("Curves")].strip()
+    assert differing == (
+        "Settings that differ setting first/run$x second/run$x optimizer.base_tau 0.9 0.99 "
+        "version of torch first second"
+    )
+    for title in (
+        "Loss",
+        "Accuracy, kNN, held-out images",
+        "Accuracy, online probe, training images",
+        "Gradient",
+    ):
+        assert title in text
+    assert page.classes["plot"] == page.tags["img"] == 12
+
+
+def test_equal_runs_have_equal_settings(tmp_path: Path) -> None:
+    first, second = _two_runs(tmp_path)
+    for name in ("checkpoint-000000008.pt", "starts.jsonl"):
+        (second / name).write_bytes((first / name).read_bytes())
+    assert report.main([str(first), str(second), "--out", str(tmp_path / "c.html")]) == 0
+    assert (
+        "None but run.out: settings, hardware and versions are the same." in (tmp_path / "c.html").read_text()
+    )
+
+
 def test_an_unfinished_run_says_what_is_missing(folder: Path) -> None:
     _rows(folder, ROWS[1:2])
     text, page = _report(folder)
@@ -331,6 +429,9 @@ def test_broken_features_are_said(folder: Path, tmp_path: Path) -> None:
         (["."], "neither metrics.jsonl nor a checkpoint"),
         (["run", "--images", "1"], "--images 1"),
         (["run", "--data", "nowhere"], "'nowhere' does not exist"),
+        (["run", "nowhere"], "nowhere is not a folder"),
+        (["run", "run"], "2 runs: compare 2 to 10 different ones"),
+        (["run", "other", "--data", "run"], "--data is for the report of one run"),
         (["run", "--out", "no/where.html"], "--out no/where.html: its folder does not exist"),
     ],
 )
@@ -342,8 +443,9 @@ def test_mistakes_are_named(
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    _rows(tmp_path / "run", ROWS)
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+        _rows(tmp_path / name, ROWS)
     assert report.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.html"))
@@ -399,13 +501,16 @@ def test_wrong_neighbors_are_marked() -> None:
     angles = torch.tensor([0.0, 20.0, 50.0, 80.0]) * torch.pi / 180
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     pixels = [np.zeros((2, 2, 3), np.uint8)] * 4
-    encoded = ImageFeatures(features, np.array([0, 1, 0, -1]), pixels, ["cat", "dog"], tried=4)
+    files = ["a.jpg", "b.jpg", "c.jpg", "e<b>/" + 30 * "d" + ".jpg"]
+    labels = np.array([0, 1, 0, -1])
+    encoded = ImageFeatures(features, labels, pixels, ["cat", "dog"], tried=4, file=files.__getitem__)
     html = page.render("name", "", [], [], [neighbors_section(encoded)])
     cells = re.findall(r'<td class="(\w*)"><img alt="([^"]*)"', html)
     assert cells == [
-        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", "no label 0.17"),
-        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", "no label 0.50"),
+        ("", "cat"), ("wrong", "✗ dog 0.94"), ("right", "cat 0.64"), ("", f"…{19 * 'd'}.jpg 0.17"),
+        ("", "dog"), ("wrong", "✗ cat 0.94"), ("wrong", "✗ cat 0.87"), ("", f"…{19 * 'd'}.jpg 0.50"),
     ]  # fmt: skip
+    assert f'title="e&lt;b&gt;/{30 * "d"}.jpg"' in html and "no label" not in html
     assert "33.3 % of these neighbors" in html and "chance is 33.3 %" in html
 
 

@@ -345,8 +345,8 @@ def _run(folder: Path | str, *arguments: str) -> int:
 def test_writes_a_picture(
     mode: tuple[str, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    out = tmp_path / "sheet.png"
-    assert _run(folder, *mode, "--out", str(out), TORCH) == 0
+    out = tmp_path / "run" / ("show_operations.png" if "--operations" in mode else "show_views.png")
+    assert _run(folder, *mode, f"run.out={out.parent}", TORCH) == 0
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert capsys.readouterr().out == f"{out}: {image.width} x {image.height} pixels\n"

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
+from test_make_shards import write_tar
 
 from byolt.pipelines.sources import open_source
-from byolt.pipelines.subset import Subset, _original, balanced_ids, drawn, listed_ids, spaced
+from byolt.pipelines.subset import Subset, _original, balanced_ids, drawn, file_names, listed_ids, spaced
 from byolt.tools import make_shards
 
 
@@ -209,3 +210,37 @@ def test_other_numbers_are_names(entry: str, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text(f"{entry}\n")
     with pytest.raises(ValueError, match="has no names"):
         listed_ids(open_source("synthetic:10:8x8"), tmp_path / "list.txt")
+
+
+@pytest.mark.parametrize("format", ["webdataset", "beton", "folder"])
+def test_a_caption_names_the_original_file(format: str, tmp_path: Path) -> None:
+    names = [f"c{i % 2}/photo.{i}.png" for i in range(4)]
+    for i, name in enumerate(names):
+        (tmp_path / "src" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8 + i)).save(tmp_path / "src" / name)
+    folder = tmp_path / "src"
+    if format != "folder":
+        folder = tmp_path / "dst"
+        assert (
+            make_shards.main([str(tmp_path / "src"), str(folder), "--workers", "1", "--format", format]) == 0
+        )
+    source = open_source(folder)
+    name_of = file_names(source)
+    found = [(name_of(i), int(source.heights[i])) for i in range(4)]
+    assert sorted(found) == sorted((name, 8 + i) for i, name in enumerate(names))
+
+
+def test_a_caption_without_a_recorded_file_names_the_member(tmp_path: Path) -> None:
+    content = []
+    for i, note in enumerate((b"{}", b"no json", b'{"file": 3}', b'{"file": "a/b.png"}')):
+        buffer = io.BytesIO()
+        Image.new("RGB", (8, 8 + i)).save(buffer, "JPEG")
+        content += [(f"x/{i}.jpg", buffer.getvalue()), (f"x/{i}.cls", b"0"), (f"x/{i}.json", note)]
+    write_tar(tmp_path / "a.tar", content)
+    assert make_shards.main(["--index", str(tmp_path)]) == 0
+    name_of = file_names(open_source(tmp_path))
+    assert [name_of(i) for i in range(4)] == ["x/0.jpg", "x/1.jpg", "x/2.jpg", "a/b.png"]
+    (tmp_path / "a.tar").write_bytes(
+        bytes((tmp_path / "a.tar").stat().st_size)
+    )  # damaged since it was opened
+    assert name_of(0) == "a.tar offset 512 (sample 0)"

@@ -1,7 +1,7 @@
 """Measures the speed of the data path and the training step, stage by stage and together, and names the bottleneck.
 
     python tools/bench.py SHARDS --threads 1 2 --torchvision
-    python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json bench.json --picture bench.png
+    python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json runs/bench.json --picture runs/bench.png
     python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
 
 Numbers are per image, which means both its views. CPU ms are summed over threads and hardly change when other programs
@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--batches and --threads must be at least 1")
         if args.peers is not None:
             check_harness()
+        for path in filter(None, (args.json, args.picture)):
+            path.parent.mkdir(parents=True, exist_ok=True)
         report = run(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -1,8 +1,9 @@
 """Exports a trained encoder for other libraries: safetensors, a config if the library needs one, and a model card.
 
-python tools/export.py runs/r50_100ep/encoder.safetensors --to timm --out exported
+python tools/export.py runs/r50_100ep --to timm
 
-CHECKPOINT is a run's checkpoint-*.pt or encoder.safetensors. Before the folder gets its name, the written files are
+RUN is the folder of a run, of which the newest encoder is exported, or one of its checkpoint-*.pt, or an
+encoder.safetensors. The result goes to exported-LIBRARY in the run's folder or to --out. Before the folder gets its name, the written files are
 loaded again, by torchvision and by the library if it is installed, and compared with the encoder on random images.
 Nothing is pickled. tools/evaluate.py also reads model.safetensors. timm cannot build the CIFAR stem: export such an
 encoder --to torchvision.
@@ -26,14 +27,20 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=home_path, help="checkpoint-*.pt or encoder.safetensors of a run")
+    parser.add_argument(
+        "run", type=home_path, help="folder of a run, or its checkpoint-*.pt or encoder.safetensors"
+    )
     parser.add_argument(
         "--to", required=True, choices=tuple(LIBRARIES), help="library that will load the encoder"
     )
-    parser.add_argument("--out", type=home_path, required=True, help="folder to create")
+    parser.add_argument(
+        "--out", type=home_path, help="folder to create (default: exported-LIBRARY in the run's folder)"
+    )
     args = parser.parse_args(argv)
     try:
-        checks = export(load_trained(args.checkpoint), args.to, args.out)
+        trained = load_trained(args.run)
+        args.out = args.out or trained.path.parent / f"exported-{args.to}"
+        checks = export(trained, args.to, args.out)
     except (CheckpointError, ValueError, OSError) as error:
         say(f"export: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,10 @@
-"""Writes a report about a run: settings, curves, pictures, and its features. One HTML file that opens offline.
+"""Writes a report about a run, or compares runs. One HTML file that opens offline.
 
-    python tools/report.py RUN_FOLDER [--data SHARDS] [--images 2000] [--out report.html]
+    python tools/report.py RUN [--data SHARDS] [--images 2000] [--out report.html]
+    python tools/report.py RUN1 RUN2 ... [--out comparison.html]
+
+The report shows settings, accuracies (also those of tools/evaluate.py), curves, pictures, and the features. The
+comparison shows the settings that differ, and the curves of all runs together.
 
 The features are those of --data, else of the run's eval.path, else of its training images. The run need not be finished
 and the images need no labels: the report names what is missing.
@@ -18,6 +22,7 @@ from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import check_paths, open_source
 
+_MOST = 10  # runs of a comparison: each has a color and a marker of its own
 _OF_RUNS = {".jsonl", ".pt", ".safetensors"}  # endings of what train.py writes
 
 
@@ -26,35 +31,46 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=home_path, help="run.out of a run of train.py")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=home_path, help="run.out of a run of train.py")
     parser.add_argument("--data", help="images for the features (default: the run's eval.path)")
     parser.add_argument(
         "--images", type=int, default=2000, help="number of images at most, evenly spaced (default 2000)"
     )
-    parser.add_argument("--out", type=home_path, help="HTML file (default: RUN_FOLDER/report.html)")
+    parser.add_argument(
+        "--out", type=home_path, help="HTML file (default: report.html, or comparison.html, in the first RUN)"
+    )
     args = parser.parse_args(argv)
-    out = args.out or args.run / "report.html"
+    several = len(args.runs) > 1
+    out = args.out or args.runs[0] / ("comparison.html" if several else "report.html")
     try:
         if args.images < 2:
             raise ValueError(f"--images {args.images} must be at least 2, which a spectrum needs")
-        if not args.run.is_dir():
-            raise ValueError(f"{args.run} is not a folder; give the run.out of a run")
-        if not any(path.suffix in _OF_RUNS for path in args.run.iterdir()):
-            raise ValueError(
-                f"{args.run} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run"
-            )
+        for run in args.runs:
+            if not run.is_dir():
+                raise ValueError(f"{run} is not a folder; give the run.out of a run")
+            if not any(path.suffix in _OF_RUNS for path in run.iterdir()):
+                raise ValueError(
+                    f"{run} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run"
+                )
+        if several and args.data:
+            raise ValueError("--data is for the report of one run: a comparison shows no features")
+        if len({run.resolve() for run in args.runs}) < len(args.runs) or len(args.runs) > _MOST:
+            raise ValueError(f"{len(args.runs)} runs: compare 2 to {_MOST} different ones")
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder does not exist; make it first")
         check_paths({"--data": args.data})
-        from byolt.tools.reporting.run import read_run  # these import torch, which takes seconds
+        from byolt.tools.reporting.comparison import (
+            render_comparison,
+        )  # these import torch, which takes seconds
+        from byolt.tools.reporting.run import read_run
         from byolt.tools.reporting.sections import render_report
 
-        run = read_run(args.run)
+        runs = [read_run(folder) for folder in args.runs]
         if out.exists() and not _is_report(out):
             raise ValueError(f"{out} exists and is not a report: remove it, or give another file by --out")
         if args.data:
             open_source(args.data)  # requested data must exist; the run's own may be gone
-        html = render_report(run, args.data, args.images)
+        html = render_comparison(runs) if several else render_report(runs[0], args.data, args.images)
         with replacing(out.absolute()) as temporary:
             temporary.write_text(html, encoding="utf-8", errors="replace")  # file names need not be UTF-8
         size = out.stat().st_size

@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     if args.epoch < 0:
         raise ValueError(f"--epoch {args.epoch}: epochs count from 0")
     kind = "compare" if args.compare else "operations" if args.operations else "views"
-    out = args.out or Path(f"{kind}.png")
-    if out.suffix.lower() != ".png" or not out.parent.is_dir():
+    out = args.out or Path(config.run.out, f"show_{kind}.png")
+    if args.out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: name a .png file in a folder that exists")
     source = open_source(args.dataset)
     if not len(source):
@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> None:
         page = operation_strips(config, samples, backend, notes)
     else:
         page = contact_sheet(config, samples, backend, notes)
+    out.parent.mkdir(parents=True, exist_ok=True)
     page.save(out)
     say(f"{out}: {page.width} x {page.height} pixels")
 
@@ -92,7 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
     parser.add_argument("--epoch", type=int, default=0, help="epoch whose parameters are shown (default 0)")
     parser.add_argument(
-        "--out", type=home_path, metavar="FILE.png", help="default: views|operations|compare.png"
+        "--out",
+        type=home_path,
+        metavar="FILE.png",
+        help="default: show_views|operations|compare.png in run.out",
     )
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--operations", action="store_true", help="show each operation alone, on one image")

@@ -69,7 +69,7 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     path = folder / f"checkpoint-{step:09d}.pt"
     remove_leftovers(folder, "checkpoint-*")
     write(path, state)
-    for old in _newest_first(folder)[keep:]:
+    for old in newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -152,7 +152,7 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
         Its path (None if there is none), its state, and one sentence for each damaged checkpoint skipped.
     """
     damaged: list[str] = []
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         try:
             return path, load(path), damaged
         except CheckpointError as error:
@@ -160,8 +160,15 @@ def load_newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
     return None, {}, damaged
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, those of later steps first."""
     return sorted((p for p in folder.glob("checkpoint-*.pt") if _NAME.fullmatch(p.name)), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in the name of a checkpoint; -1 for another file."""
+    named = _NAME.fullmatch(path.name)
+    return int(named[1]) if named else -1
 
 
 def export_encoder(path: Path, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> None:

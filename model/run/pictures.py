@@ -7,30 +7,44 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from byolt.configs.schema import AugmentConfig
 from byolt.files.atomic import replacing
 
+# Two of Petroff's ten colors, made to differ under all color-vision deficiencies (arXiv 2107.02270, table 1).
+LOSS, ACCURACY = "#3f90da", "#bd1f01"
 
-def save_view_pairs(
-    path: Path, view1: Tensor, view2: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
-) -> None:
+
+def dark_frame(augment: AugmentConfig) -> str:
+    """A sentence that explains the dark frame of blurred views; "" if no view has one."""
+    if augment.profile != "byol" or max(augment.view1.blur, augment.view2.blur) == 0:
+        return ""
+    return "A dark frame is the zero padding of the blur, as in the reference implementation."
+
+
+def save_view_pairs(path: Path, view1: Tensor, view2: Tensor, augment: AugmentConfig) -> None:
     """Draws the first 8 pairs of views as the network gets them.
 
     Args:
         path: PNG file.
-        view1: (N, 3, H, W), normalized by `mean` and `std` of each channel.
+        view1: (N, 3, H, W), normalized by the mean and std of each channel.
         view2: likewise.
+        augment: the settings of the views.
     """
     pairs = min(8, len(view1))
-    figure = Figure(figsize=(1.6 * pairs, 3.6), layout="tight")
+    figure = Figure(figsize=(max(1.6 * pairs, 4.8), 4.2), layout="constrained")
+    figure.suptitle(
+        f"What the network sees: {pairs} images of the first batch, each as two views", fontsize=10
+    )
     axes = figure.subplots(2, pairs, squeeze=False)
     for row, views in enumerate((view1, view2)):
         for column in range(pairs):
             pixels = views[column].detach().float().cpu().permute(1, 2, 0)
-            pixels = (pixels * torch.tensor(std) + torch.tensor(mean)).clamp(0, 1)
+            pixels = (pixels * torch.tensor(augment.std) + torch.tensor(augment.mean)).clamp(0, 1)
             axes[row, column].imshow(pixels.numpy())
             axes[row, column].set_axis_off()
     axes[0, 0].set_title("view 1", loc="left")
     axes[1, 0].set_title("view 2", loc="left")
+    figure.supxlabel(dark_frame(augment), fontsize=8)
     save_png(figure, path)
 
 
@@ -38,17 +52,23 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     """Draws the loss and, if it was measured, the kNN accuracy over the steps."""
     losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     accuracies = [(row["step"], row["knn_top1"]) for row in rows if "knn_top1" in row]
-    figure = Figure(figsize=(7, 4), layout="tight")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
-    if losses:
-        axis.plot(*zip(*losses, strict=True), color="tab:blue")
     axis.set_xlabel("step")
-    axis.set_ylabel("BYOL loss", color="tab:blue")
+    axis.set_ylabel("BYOL loss", color=LOSS)
     axis.grid(alpha=0.3)
+    drawn = []
+    if losses:
+        marker = "o" if len(losses) <= 20 else None  # a line through one point would not be seen
+        drawn += axis.plot(*zip(*losses, strict=True), color=LOSS, marker=marker, label="BYOL loss")
     if accuracies:
         other = axis.twinx()
-        other.plot(*zip(*accuracies, strict=True), color="tab:orange", marker="o")
-        other.set_ylabel("kNN top-1 (%)", color="tab:orange")
+        other.set_ylabel("kNN top-1 (%)", color=ACCURACY)
+        drawn += other.plot(
+            *zip(*accuracies, strict=True), color=ACCURACY, marker="s", linestyle="--", label="kNN top-1"
+        )
+    axis.set_title("Loss and kNN accuracy" if accuracies else "Loss")
+    figure.legend(handles=drawn, loc="outside lower center", ncols=2)
     save_png(figure, path)
 
 

@@ -79,9 +79,8 @@ class Run:
     def draw_views(self, view1: Tensor, view2: Tensor) -> None:
         """Writes views.png: the first pairs of views, (n, 3, size, size) each, normalized."""
         if self.world.is_main:
-            mean, std = self.config.augment.mean, self.config.augment.std
             with self.writing("views.png"):
-                save_view_pairs(self.out / "views.png", view1, view2, mean, std)
+                save_view_pairs(self.out / "views.png", view1, view2, self.config.augment)
 
     # ── a step ──────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -44,12 +44,19 @@ def load_trained(path: str | Path) -> Trained:
     """Reads the online encoder.
 
     Args:
-        path: a checkpoint-*.pt or an encoder.safetensors.
+        path: a checkpoint-*.pt, an encoder.safetensors, or a run's folder, of which the newest encoder is read.
 
     Raises:
-        CheckpointError: the file is neither, is damaged, or has settings that this version does not know.
+        CheckpointError: the file is neither, is damaged, or has settings that this version does not know; the folder
+            holds no encoder that can be read.
     """
     path = Path(path)
+    if path.is_dir():
+        trained, problems = newest_trained(path)
+        if trained is None:
+            reason = "; ".join(problems) or "it holds neither encoder.safetensors nor a checkpoint-*.pt"
+            raise checkpoint.CheckpointError(f"{path} has no encoder: {reason}")
+        return trained
     state_dict, step, config = (
         _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
     )
@@ -64,6 +71,31 @@ def load_trained(path: str | Path) -> Trained:
         reason = shorten(str(error), 300)  # torch names every key, a line each
         raise checkpoint.CheckpointError(f"{path} does not fit its own config: {reason}") from None
     return Trained(path, encoder.eval(), config, step, weights_digest(encoder.state_dict()))
+
+
+def newest_trained(folder: Path) -> tuple[Trained | None, list[str]]:
+    """Reads a run's exported encoder, or that of a later checkpoint, if the run was continued.
+
+    Returns:
+        The encoder, None if no file can be read; one sentence for each file that was skipped.
+    """
+    skipped: list[str] = []
+
+    def read(path: Path) -> Trained | None:
+        try:
+            return load_trained(path)
+        except checkpoint.CheckpointError as error:
+            skipped.append(str(error))
+            return None
+
+    exported = folder / "encoder.safetensors"
+    found = read(exported) if exported.exists() else None
+    for path in checkpoint.newest_first(folder):
+        if found and checkpoint.step_of(path) <= found.step:
+            break
+        if later := read(path):
+            return later, skipped
+    return found, skipped
 
 
 def weights_digest(state_dict: dict[str, Tensor]) -> str:
@@ -101,10 +133,6 @@ def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
 
 
 def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
-    if path.is_dir():
-        raise checkpoint.CheckpointError(
-            f"{path} is a folder: name its encoder.safetensors or one of its checkpoint-*.pt"
-        )
     state = checkpoint.load(path)
     prefix = "online.encoder."
     try:

@@ -33,7 +33,7 @@ FINETUNE_EPOCHS = (30.0, 50.0)  # paper, App. C.2
 def evaluate(args: argparse.Namespace) -> int:
     """Evaluates as the options say; returns the exit code."""
     try:
-        trained = load_trained(args.checkpoint)
+        trained = load_trained(args.run)
         if args.untrained:
             trained = inputs.untrained(trained, args.seed)
         args.data = args.data or trained.config.eval.path
@@ -89,7 +89,10 @@ def run(
 def measure(args: argparse.Namespace, setup: Setup) -> tuple[list[Outcome], Tensor]:
     """Runs the requested protocol."""
     if args.protocol == "knn":
-        return protocols.evaluate_knn(setup, args.k or (200, 20), args.temperature or 0.1)
+        given = setup.config.eval
+        return protocols.evaluate_knn(
+            setup, args.k or (given.k, 200, 20), args.temperature or given.temperature
+        )
     if args.protocol == "linear":
         lrs, epochs = args.lr or LINEAR_LRS, (args.epochs or [80.0])[0]
         return protocols.evaluate_linear(setup, lrs, epochs, args.batch_size, bool(args.fast))

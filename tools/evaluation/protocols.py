@@ -44,9 +44,7 @@ class Outcome(NamedTuple):
     settings: dict[str, Any]
 
 
-def evaluate_knn(
-    setup: Setup, ks: Sequence[int] = (200, 20), temperature: float = 0.1
-) -> tuple[list[Outcome], Tensor]:
+def evaluate_knn(setup: Setup, ks: Sequence[int], temperature: float) -> tuple[list[Outcome], Tensor]:
     """Weighted vote of the k nearest training images by cosine similarity.
 
     Returns:

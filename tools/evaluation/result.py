@@ -45,6 +45,9 @@ def report(
 ) -> None:
     """Prints the table; writes the JSON file and the picture."""
     rows = [_summary(outcome, labels, setup.classes) for outcome in outcomes]
+    # The picture shows the k of the accuracy that the run quotes.
+    k = min(trained.config.eval.k, outcomes[0].settings["train_images"])
+    drawn, row = max(zip(outcomes, rows, strict=True), key=lambda pair: pair[0].settings.get("k") == k)
     model = trained.config.model
     state = "untrained" if args.untrained else f"step {trained.step}"
     title = f"{args.protocol}: {model.backbone} ({model.stem} stem), {state}"
@@ -64,6 +67,7 @@ def report(
         "encoder_sha256": trained.digest or None,
         "step": trained.step,
         "results": rows,
+        "drawn": drawn.name,  # the one of the picture
         "test": _about(args.data, setup.test, len(labels)),
         "train": _about(args.train, setup.train, used),
         "classes": setup.classes,
@@ -78,10 +82,10 @@ def report(
         temporary.write_text(json.dumps(document, indent=1) + "\n")
     names = list(setup.test.classes or setup.train.classes or [])
     names += [str(label) for label in range(len(names), setup.classes)]
-    caption = f"{title}, {rows[0]['name']}: top-1 {rows[0]['top1']:.1f} %" if "top1" in rows[0] else title
+    caption = f"{title}\n{drawn.name}" + (f": top-1 {row['top1']:.1f} %" if "top1" in row else "")
     picture = path.with_name(path.name[: -len(".json")] + ".png")
     try:
-        save_confusion(picture, _confusions(outcomes[0], labels, setup.classes), names, caption)
+        save_confusion(picture, _confusions(drawn, labels, setup.classes), names, caption)
     except Exception as error:  # the numbers are written already
         picture.unlink(missing_ok=True)  # an earlier one shows other numbers
         say(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)

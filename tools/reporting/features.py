@@ -12,6 +12,7 @@ from byolt.tools.reporting.run import ImageFeatures
 _NEIGHBORS = 5
 _QUERIES = 10
 _TSNE_FROM = 10  # images
+_NAME = 24  # characters of a file's name below an image
 
 
 def features_section(images: ImageFeatures, principal: spectrum.Principal, rank: float) -> ReportSection:
@@ -82,18 +83,18 @@ def neighbors_section(images: ImageFeatures) -> ReportSection:
         which = "evenly spaced"
     section = ReportSection(
         "Nearest neighbors",
-        f"The {_NEIGHBORS} nearest images by cosine similarity, which is the number below each. "
+        f"The {_NEIGHBORS} nearest images by cosine similarity, which is the number below each, beside the class, or "
+        "the file of an image without a label. Point at an image to see its file. "
         f"Queries are not picked by hand: {which}.",
     )
     rows = []
     for query in queries:
         label = int(images.labels[query])
-        row = [Thumbnail(images.thumbnails[query], images.name(label) if known else "")]
+        row = [_thumbnail(images, query)]
         for other, cosine in zip(indices[query].tolist(), cosines[query].tolist(), strict=True):
             theirs = int(images.labels[other])
             verdict = "" if min(label, theirs) < 0 else "right" if label == theirs else "wrong"
-            name = images.name(theirs) + " " if known else ""
-            row.append(Thumbnail(images.thumbnails[other], f"{name}{cosine:.2f}", verdict))
+            row.append(_thumbnail(images, other, f" {cosine:.2f}", verdict))
         rows.append(row)
     half = (len(rows) + 1) // 2
     section.sheets = [part for part in (rows[:half], rows[half:]) if part]
@@ -106,3 +107,12 @@ def neighbors_section(images: ImageFeatures) -> ReportSection:
     else:
         section.notes.append("There are no labels, so wrong neighbors are not marked.")
     return section
+
+
+def _thumbnail(images: ImageFeatures, i: int, cosine: str = "", verdict: str = "") -> Thumbnail:
+    """One image with the name of its class below it, or of its file if it has no label."""
+    file, label = images.file(i), int(images.labels[i])
+    short = file.rpartition("/")[2]
+    short = short if len(short) <= _NAME else "…" + short[1 - _NAME :]
+    name = short if label < 0 else images.name(label)
+    return Thumbnail(images.thumbnails[i], name + cosine, verdict, file)

@@ -44,6 +44,7 @@ def curves(
     last: int,
     unit: str,
     hint: tuple[float, str] | None = None,
+    marks: Sequence[Mark] = MARKS,
 ) -> bytes:
     """Curves over the steps.
 
@@ -52,17 +53,18 @@ def curves(
         last: step at which the axis ends; the same for all figures of a page.
         unit: label of the vertical axis.
         hint: value and name of a dashed horizontal line.
+        marks: of the curves, in their order.
     """
-    with rc_context(STYLE):
+    with rc_context(STYLE | {"text.parse_math": False}):  # a run's name may contain a $
         figure, axis = _figure(3.6, 2.2)
-        for (name, points), mark in zip(series.items(), MARKS, strict=False):
+        for (name, points), mark in zip(series.items(), marks, strict=False):
             marked = len(series) > 1 or len(points) <= 20
             axis.plot(
                 *zip(*points, strict=True),
                 color=mark.color,
                 marker=mark.marker if marked else None,
                 markevery=max(1, len(points) // 10),
-                label=name,
+                label=drawable(name),
             )
         if hint:
             axis.axhline(hint[0], color="black", linewidth=0.9, linestyle="--", label=hint[1])

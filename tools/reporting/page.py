@@ -31,6 +31,7 @@ class Thumbnail(NamedTuple):
     pixels: np.ndarray  # (H, W, 3) uint8
     caption: str
     verdict: str = ""  # "right", "wrong", or "" if a label is unknown
+    file: str = ""  # shown where the pointer is
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Reads the files of a run, finished or not, and computes features of images for its report."""
 
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,14 +14,12 @@ from byolt.configs import schema
 from byolt.files.rows import read_metrics, read_rows
 from byolt.model.quality.features import extract_features
 from byolt.model.run import provenance
-from byolt.model.run.checkpoint import CheckpointError
-from byolt.model.run.trained import Trained, load_trained
+from byolt.model.run.trained import Trained, newest_trained
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source
-from byolt.pipelines.subset import spaced
+from byolt.pipelines.subset import file_names, spaced
 
 _THUMBNAIL = 96  # pixels; larger images are shrunk: 2,000 thumbnails take 55 MB of memory
-_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})\.pt")
 
 
 class RunFiles(NamedTuple):
@@ -55,6 +53,16 @@ class RunFiles(NamedTuple):
         """Number of steps of the whole schedule."""
         return self.config.total_steps(self.images) if self.config and self.images else None
 
+    @property
+    def progress(self) -> str:
+        """The last step, that of the whole schedule, and whether the run is finished."""
+        total, config = self.total_steps, self.config
+        if not total or not config:
+            return f"step {self.step:,}"
+        stopped = self.step == config.train.stop_at_step
+        state = "stopped there by train.stop_at_step" if stopped else "not finished"
+        return f"step {self.step:,} of {total:,}, {'finished' if self.step >= total else state}"
+
     def series(self, key: str) -> list[tuple[float, float]]:
         """(step, value) pairs of one key of the rows."""
         return [(row["step"], row[key]) for row in self.rows if key in row]
@@ -78,11 +86,10 @@ class ImageFeatures(NamedTuple):
     thumbnails: list[np.ndarray]  # (h, w, 3) uint8 each, as the encoder saw the images, but smaller
     classes: list[str] | None
     tried: int  # number of images; N is smaller if some do not decode
+    file: Callable[[int], str]  # name of the file of the i-th image
 
     def name(self, label: int) -> str:
         """The name of a class."""
-        if label < 0:
-            return "no label"
         return self.classes[label] if self.classes and label < len(self.classes) else str(label)
 
 
@@ -94,10 +101,10 @@ def read_run(folder: Path) -> RunFiles:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the run.out of a run")
-    problems: list[str] = []
     rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
     starts = read_rows(folder / provenance.FILE)
-    trained = _newest_encoder(folder, problems)
+    trained, skipped = newest_trained(folder)
+    problems = [f"{sentence}; it is skipped." for sentence in skipped]
     if not (rows or starts or trained or problems):
         raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run")
     config = trained.config if trained else None
@@ -110,27 +117,6 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(folder, rows, starts, corrupt, config, trained, problems)
 
 
-def _newest_encoder(folder: Path, problems: list[str]) -> Trained | None:
-    """The exported encoder, unless a later checkpoint can be read, because the run was continued."""
-    exported = folder / "encoder.safetensors"
-    newest = _load(exported, problems) if exported.exists() else None
-    steps = {path: _CHECKPOINT.fullmatch(path.name) for path in sorted(folder.glob("*.pt"), reverse=True)}
-    for path, step in steps.items():
-        if step and int(step[1]) > (newest.step if newest else -1):
-            later = _load(path, problems)
-            if later:
-                return later
-    return newest
-
-
-def _load(path: Path, problems: list[str]) -> Trained | None:
-    try:
-        return load_trained(path)
-    except CheckpointError as error:
-        problems.append(f"{error}; it is skipped.")
-        return None
-
-
 def compute_features(run: RunFiles, source: Source, images: int) -> ImageFeatures:
     """Features of at most `images` evenly spaced images, labeled or not, on the GPU if there is one.
 
@@ -141,12 +127,18 @@ def compute_features(run: RunFiles, source: Source, images: int) -> ImageFeature
     config = run.trained.config
     ids = spaced(len(source), images)
     thumbnails: list[np.ndarray] = []
-    batches = _keeping_thumbnails(plain_images(source, ids, config), config, thumbnails)
+    # With its ids in the place of its labels, the data set says which of the images decode.
+    numbered: Any = SimpleNamespace(read=source.read, labels=np.arange(len(source)))
+    batches = _keeping_thumbnails(plain_images(numbered, ids, config), config, thumbnails)
     encoder = run.trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    features, labels = extract_features(encoder, batches)
+    features, kept = extract_features(encoder, batches)
     if not len(features):
         raise ValueError(f"none of {len(ids)} images decodes; run tools/verify_shards.py on the data set")
-    return ImageFeatures(features.cpu(), labels.cpu().numpy(), thumbnails, source.classes, len(ids))
+    decoded, name_of = kept.cpu().numpy(), file_names(source)
+    return ImageFeatures(
+        features.cpu(), source.labels[decoded], thumbnails, source.classes, len(ids),
+        lambda i: name_of(int(decoded[i])),
+    )  # fmt: skip
 
 
 def _keeping_thumbnails(

@@ -1,12 +1,14 @@
 """Makes the report, and its sections about the run itself: settings, curves, views and corrupt images."""
 
-import math
 import statistics
 
 from byolt.configs import schema
 from byolt.model.quality import spectrum
+from byolt.model.run.pictures import dark_frame
 from byolt.pipelines.sources import open_source
 from byolt.tools.reporting import figures, page
+from byolt.tools.reporting.accuracy import accuracy_section
+from byolt.tools.reporting.curves import CURVES
 from byolt.tools.reporting.features import features_section, neighbors_section
 from byolt.tools.reporting.page import Figure, ReportSection
 from byolt.tools.reporting.run import ImageFeatures, RunFiles, compute_features
@@ -26,7 +28,7 @@ def render_report(run: RunFiles, data: str | None, images: int) -> str:
     notes = list(run.problems)
     if not run.series("knn_top1"):
         notes.insert(0, "kNN accuracy: not measured (eval.path is not set, or not measured yet).")
-    sections = [_settings(run), _curves(run), _views(run), *last, _corrupt(run)]
+    sections = [_settings(run), accuracy_section(run), _curves(run), _views(run), *last, _corrupt(run)]
     return page.render(run.folder.resolve().name, _subtitle(run), _tiles(run, rank), notes, sections)
 
 
@@ -61,14 +63,9 @@ def _features_of(run: RunFiles, data: str | None, images: int) -> tuple[ImageFea
 
 
 def _subtitle(run: RunFiles) -> str:
-    total, config = run.total_steps, run.config
-    stopped = config is not None and run.step == config.train.stop_at_step
-    state = "stopped there by train.stop_at_step" if stopped else "not finished"
-    state = "finished" if total and run.step >= total else state
-    parts: list[str] = [config.model.backbone] if config else []
+    parts: list[str] = [run.config.model.backbone] if run.config else []
     parts += [f"{run.images:,} images"] if run.images else []
-    parts.append(f"step {run.step:,} of {total:,}, {state}" if total else f"step {run.step:,}")
-    return " · ".join(parts)
+    return " · ".join([*parts, run.progress])
 
 
 def _tiles(run: RunFiles, rank: float | None) -> list[tuple[str, str]]:
@@ -76,10 +73,11 @@ def _tiles(run: RunFiles, rank: float | None) -> list[tuple[str, str]]:
     tiles = []
     if accuracies := run.series("knn_top1"):
         (first, before), (last, now) = accuracies[0], accuracies[-1]
+        knn = f"kNN top-1 (k = {run.config.eval.k})" if run.config else "kNN top-1"
         if first == 0 < last:
-            tiles.append((f"{before:.1f} → {now:.1f} %", f"kNN top-1, untrained → step {last:,}"))
+            tiles.append((f"{before:.1f} → {now:.1f} %", f"{knn}, untrained → step {last:,}"))
         else:
-            tiles.append((f"{now:.1f} %", f"kNN top-1 at step {last:,}" if last else "kNN top-1, untrained"))
+            tiles.append((f"{now:.1f} %", f"{knn} at step {last:,}" if last else f"{knn}, untrained"))
     for key, digits, meaning in (("loss", 3, "loss"), ("prediction_std", 4, "spread of predictions (std)")):
         if (value := run.last(key)) is not None:
             tiles.append((f"{value:.{digits}f}", meaning))
@@ -121,31 +119,16 @@ def _settings(run: RunFiles) -> ReportSection:
 
 def _curves(run: RunFiles) -> ReportSection:
     """Every number of metrics.jsonl over the steps."""
-    size = run.config.model.projector_size if run.config else None
-    spread = (1 / math.sqrt(size), "1/√D") if size else None
-    cosine = (math.sqrt(2 / (math.pi * size)), "√(2/πD)") if size else None
-    gauges = {"prediction": "prediction", "projection": "target's projection"}
     section, missing = ReportSection("Curves"), []
-    for title, keys, unit, caption, hint in (
-        ("Loss", {"loss": "loss"}, "loss", "4: predictions and targets are unrelated; 0: they agree.", None),
-        ("Accuracy", {"knn_top1": "kNN, held-out images", "probe_top1": "online probe, training images"},
-         "top-1, percent", "Of classifiers on the encoder's features; they do not change the encoder.", None),
-        ("Learning rate", {"lr": "learning rate"}, "learning rate", "Before LARS scales it for each layer.", None),
-        ("tau", {"tau": "tau"}, "tau", "The target network keeps this share of its weights at each step.", None),
-        ("Speed", {"images_per_second": "speed"}, "images/s", "Training only, over all ranks.", None),
-        ("Waiting for data", {"data_wait_percent": "waiting"}, "percent", "Share of the time.", None),
-        ("Collapse: spread", {f"{k}_std": v for k, v in gauges.items()}, "std",
-         "Of each normalized dimension over a batch: 0 if collapsed, 1/√D if spread over the sphere.", spread),
-        ("Collapse: cosine", {f"{k}_cosine": v for k, v in gauges.items()}, "mean |cosine|",
-         "Between different images: 1 if collapsed, √(2/πD) if spread over the sphere.", cosine),
-        ("Gradient", {"gradient_norm": "gradient norm"}, "norm", "Over all parameters, before LARS.", None),
-    ):  # fmt: skip
-        series = {name: points for key, name in keys.items() if (points := run.series(key))}
+    for curve in CURVES:
+        series = {name: points for key, name in curve.keys.items() if (points := run.series(key))}
         if series:
-            png = figures.curves(series, max(run.step, 1), unit, hint)
-            section.figures.append(Figure(title, png, caption))
+            size = run.config.model.projector_size if run.config and curve.spread else None
+            hint = curve.spread(size) if curve.spread and size else None
+            png = figures.curves(series, max(run.step, 1), curve.unit, hint)
+            section.figures.append(Figure(curve.title, png, curve.caption))
         else:
-            missing.append(title.lower())
+            missing.append(curve.title.lower())
     if missing:
         section.notes.append(f"Not in metrics.jsonl: {', '.join(missing)}.")
     return section
@@ -155,6 +138,8 @@ def _views(run: RunFiles) -> ReportSection:
     section, path = ReportSection("Training views"), run.folder / "views.png"
     if path.is_file():
         caption = "The first images of the first batch: each column is one image, as view 1 and as view 2."
+        if run.config and (frame := dark_frame(run.config.augment)):
+            caption += f" {frame}"
         section.picture = (path.read_bytes(), caption)
     else:
         section.notes.append("views.png does not exist; train.py writes it at the first step.")

@@ -17,6 +17,7 @@ from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.formats.encoded import check
 from byolt.pipelines.sources import Source
+from byolt.pipelines.subset import file_names
 from byolt.pipelines.views import ViewParams, draw, draw_both
 
 Pixels = npt.NDArray[np.float32]  # (..., size, size, 3) in [0, 1]
@@ -33,6 +34,7 @@ class DrawnSamples:
 
     ids: npt.NDArray[np.int64]  # (N,)
     places: list[str]  # file or shard of each
+    files: list[str]  # name of the file of each
     classes: list[str]  # "" if unknown
     encoded: list[bytes]
     params: tuple[ViewParams, ViewParams]
@@ -66,7 +68,8 @@ def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64])
     params = draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
     labels = source.labels[ids].tolist()
     classes = [source.classes[label] if source.classes and label >= 0 else "" for label in labels]
-    return DrawnSamples(ids, [source.describe(i) for i in ids.tolist()], classes, encoded, params)
+    places, name_of = [source.describe(i) for i in ids.tolist()], file_names(source)
+    return DrawnSamples(ids, places, list(map(name_of, ids.tolist())), classes, encoded, params)
 
 
 def neutral_jitter(config: Config) -> dict[str, float]:

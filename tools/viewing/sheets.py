@@ -116,7 +116,7 @@ def contact_sheet(config: Config, samples: DrawnSamples, backend: Backend, notes
     for i, encoded in enumerate(samples.encoded):
         original = decode(encoded).numpy()
         height, width = original.shape[:2]
-        about = [f"id {samples.ids[i]}", f"{width} × {height} px", samples.classes[i], samples.places[i]]
+        about = [f"id {samples.ids[i]}", f"{width} × {height} px", samples.classes[i], samples.files[i]]
         lines = [line for text in about for line in textwrap.wrap(text, CELL // LETTER)[:3]]
         windows = [(int(p.left[i]), int(p.top[i]), int(p.width[i]), int(p.height[i])) for p in samples.params]
         heading = "original, window of each view" * (i < images)
