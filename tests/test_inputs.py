@@ -154,7 +154,7 @@ def test_a_pattern_that_names_all_shards_of_a_data_set_is_the_data_set(
         ("{a,b}/*.tar", "name one folder, tar or zip, or several tars of one folder"),
         ("a/*", "a/1.tar, a/2.txt: name one folder, tar or zip"),
         ("a/{1,3}.tar", "a/3.tar does not exist"),
-        ("a", "a.tar: write the pattern in quotes"),
+        ("a", "a.tar: write the pattern of tars in quotes"),
     ],
 )
 def test_a_pattern_or_address_that_cannot_be_used(

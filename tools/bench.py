@@ -1,7 +1,7 @@
 """Measures the speed of the data path and the training step, stage by stage and together, and names the bottleneck.
 
     python tools/bench.py SHARDS --threads 1 2 --torchvision
-    python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json runs/bench.json --picture runs/bench.png
+    python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json runs/b.json --picture runs/b.png
     python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
 
 Numbers are per image, which means both its views. CPU ms are summed over threads and hardly change when other programs

@@ -3,8 +3,9 @@
 python tools/export.py runs/r50_100ep --to timm
 
 RUN is the folder of a run, of which the newest encoder is exported, or one of its checkpoint-*.pt, or an
-encoder.safetensors. The result goes to exported-LIBRARY in the run's folder or to --out. Before the folder gets its name, the written files are
-loaded again, by torchvision and by the library if it is installed, and compared with the encoder on random images.
+encoder.safetensors. The result goes to exported-LIBRARY in the run's folder or to --out. Before the folder gets its
+name, the written files are loaded again, by torchvision and by the library if it is installed, and compared with the
+encoder on random images.
 Nothing is pickled. tools/evaluate.py also reads model.safetensors. timm cannot build the CIFAR stem: export such an
 encoder --to torchvision.
 """

@@ -14,8 +14,9 @@ import argparse
 import os
 import sys
 from concurrent import futures
+from typing import NoReturn
 
-from byolt.files.console import say, shown
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.pipelines.convert.from_files import expand_source
 from byolt.pipelines.convert.make import index, make
@@ -34,9 +35,17 @@ _BOUNDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """A shell that expands tars/*.tar gives more arguments than SRC and DST."""
+        if message.startswith("unrecognized") and message.endswith(".tar"):
+            message = f"{message[:100]}: write the pattern of tars in quotes"
+        super().error(message)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line; exits with 2 and one line if it makes no sense."""
-    parser = argparse.ArgumentParser(prog="make_shards", description=__doc__.split("\n", 1)[0])
+    parser = _Parser(prog="make_shards", description=__doc__.split("\n", 1)[0])
     option = parser.add_argument
     option(
         "src",
@@ -72,10 +81,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--shard-size", type=int, default=256, metavar="MB", help="size of a shard (default 256)")
     option("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all CPUs)")
     option("--strict", action="store_true", help="stop at the first file that cannot be used")
-    args, more = parser.parse_known_args(argv)
-    if more:
-        tars = any(word.endswith(".tar") for word in more)
-        parser.error(f"unrecognized arguments: {shown(more)}" + ": write the pattern in quotes" * tars)
+    args = parser.parse_args(argv)
     if args.index != (args.dst is None):
         parser.error("--index takes one folder" if args.index else "DST is missing")
     if args.manifest and not args.index:
