@@ -11,6 +11,7 @@ import pytest
 
 from byolt.configs import command_line
 from byolt.configs.command_line import SettingsParser, check_resume, world_size
+from byolt.tools.environment import rest_idle_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["train.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
@@ -124,6 +125,39 @@ def test_a_missing_module_of_our_own_has_its_traceback() -> None:
     code = "import byolt.tools.environment, byolt.files.nowhere"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith("Traceback") and "activate" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("users", "found"),
+    [
+        ({}, {"GOMP_SPINCOUNT": "1000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_how_idle_threads_wait_is_the_users_choice(users: dict[str, str], found: dict[str, str]) -> None:
+    rest_idle_threads(users)
+    assert users == found
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train.py", "--config", QUICKSTART, "data.path=synthetic:64:8x8", "eval.path=null", "run.out=run"],
+        ["tools/bench.py"],
+        ["-m", "byolt.tools.bench"],
+    ],
+    ids=lambda words: words[-1],
+)
+def test_idle_threads_rest_before_torch_reads_how(command: list[str], tmp_path: Path) -> None:
+    """Each stops where it imports torch, which here shows the setting that OpenMP would read."""
+    (tmp_path / "torch.py").write_text("import os\nos._exit(int(os.environ['GOMP_SPINCOUNT']) // 10)")
+    variables = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    program = command if command[0] == "-m" else [str(ROOT / command[0]), *command[1:]]
+    done = subprocess.run(
+        [sys.executable, *program], env={**variables, "PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=tmp_path
+    )
+    assert done.returncode == 100
 
 
 @pytest.mark.parametrize("key", ["data.path", "eval.path"])

@@ -2,3 +2,5 @@
 
 May import everything; only ablate.py imports train.py.
 """
+
+from byolt.tools import environment  # noqa: F401  # before torch, also in installed commands
