@@ -178,9 +178,7 @@ def prepare(
         say(f"warning: {note}", file=sys.stderr)
     (out := Path(config.run.out)).mkdir(parents=True, exist_ok=True)  # on machines that do not share it
     rounding = provenance.rounding_of(config, world, precision, type(backend).__name__)
-    start = begin(
-        args.resume, config, source.fingerprint, args.allow_change, train_step, probe, world, rounding
-    )
+    start = begin(args.resume, config, source, args.allow_change, train_step, probe, world, rounding)
     corrupt_log = out / "corrupt.jsonl"
     if not start.path:  # an earlier attempt's list of bad images goes before any rank begins a new one
         distributed.on_main(lambda: corrupt_log.unlink(missing_ok=True), world)

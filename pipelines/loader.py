@@ -25,7 +25,6 @@ from byolt.files.rows import append_row, read_rows
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend, make_backend, make_resident
 from byolt.pipelines.formats.decode import UndecodableError
-from byolt.pipelines.formats.encoded import check
 from byolt.pipelines.resident import Resident
 from byolt.pipelines.sources import ParallelReader, Source, open_source
 from byolt.pipelines.views import ViewParams, draw_both
@@ -99,7 +98,7 @@ class Loader:
         self._corrupt = self._listed(first_step)
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
-        self._reader = ParallelReader(source, config.data.threads)
+        self._reader = ParallelReader(source, config.data.threads, config.data.max_pixels)
         self.waited = 0.0
         on_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None
@@ -197,24 +196,14 @@ class Loader:
         sound, encoded = ids.copy(), []
         for place, data in enumerate(self._reader(ids.tolist(), unwanted=self._corrupt)):
             number = int(ids[place])
-            while not self._is_sound(number, data):
+            while number in self._corrupt or isinstance(data, ValueError):
+                if number not in self._corrupt:
+                    self._count_corrupt(number, str(data))
                 number = (number + 1) % len(self._source)
-                data = b"" if number in self._corrupt else self._source.read(number)
+                data = b"" if number in self._corrupt else self._reader.read(number)
             sound[place] = number
             encoded.append(data)
         return sound, encoded
-
-    def _is_sound(self, number: int, data: bytes) -> bool:
-        """Whether the bytes are an image of the indexed size; counts the sample if not."""
-        if number in self._corrupt:
-            return False
-        try:
-            size = int(self._source.heights[number]), int(self._source.widths[number])
-            check(data, *size, max_pixels=self._config.data.max_pixels)
-        except ValueError as error:
-            self._count_corrupt(number, str(error))
-            return False
-        return True
 
     def _listed(self, first_step: int) -> dict[int, str]:
         """The undecodable images that an earlier process of this run listed; skips lines that a kill cut short."""

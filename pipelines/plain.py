@@ -35,8 +35,8 @@ def plain_images(
     mean, std = torch.tensor(config.augment.mean), torch.tensor(config.augment.std)
 
     def load(number: int) -> Tensor | None:
-        data = source.read(number)
         try:
+            data = source.read(number)
             inspect(data)  # refuses images that would take gigabytes
             return _center(decode(data), config.augment.size)
         except ValueError:

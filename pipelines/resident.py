@@ -14,10 +14,10 @@ from torch import Tensor
 
 from byolt.configs.schema import AugmentConfig, DataConfig
 from byolt.pipelines.formats.decode import decode
-from byolt.pipelines.formats.encoded import MAX_PIXELS, check
+from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.kernels.inputs import Pixels
 from byolt.pipelines.kernels.memory import Memory
-from byolt.pipelines.sources import Source
+from byolt.pipelines.sources import Source, read_sound
 from byolt.pipelines.views import ViewParams
 
 SMALL = 96  # pixels; larger images are better cropped while they are decoded, and rarely fit
@@ -89,10 +89,7 @@ class Resident:
 
     def _load(self, source: Source, number: int) -> None:
         try:
-            data = source.read(number)
-            height, width = self._boxes[number, 2:].tolist()
-            check(data, height, width, self._max_pixels)
-            image = decode(data).numpy()
+            image = decode(read_sound(source, number, self._max_pixels)).numpy()
         except ValueError as error:
             self.broken[number] = str(error)
         else:

@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from byolt.files.paths import expand_home, nearest, remote, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
+from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.index import UNLABELED
 from byolt.pipelines.formats.synthetic import SyntheticSource
@@ -40,19 +42,35 @@ class Source(Protocol):
         labels: int64 (len,), -1 for a sample without a label.
         heights: Integers (len,), pixels as stored, EXIF orientation ignored; widths likewise.
         classes: Name of each label, or None.
+        checksums: uint64 (len,), `encoded.checksum` of each image as stored; None if they are not known. `read` refuses
+            other bytes.
         fingerprint: Hex digest that identifies the data set; a run resumes only if it is unchanged.
+        former_fingerprints: What identified the same data in an earlier release, or before it had an index.
     """
 
     labels: np.ndarray
     heights: np.ndarray
     widths: np.ndarray
     classes: list[str] | None
-    fingerprint: str
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64] | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def former_fingerprints(self) -> Sequence[str]: ...
 
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> bytes:
-        """Encoded image `i`; safe from several threads and after a fork. Raises OSError that names the place."""
+        """Encoded image `i`; safe from several threads and after a fork.
+
+        Raises:
+            OSError: It cannot be read; names the place.
+            ValueError: Its bytes are not those of its checksum.
+        """
         ...
 
     def describe(self, i: int) -> str:
@@ -157,27 +175,40 @@ def _open_shards(folder: Path) -> Source:
     return BetonFolder(folder) if is_beton else TarSource(folder)
 
 
-class ParallelReader:
-    """Reads samples of one source in threads; `close` ends them."""
+def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS) -> bytes:
+    """Encoded image `i`, whose bytes, header and end are those of the index; see `encoded.check`.
 
-    def __init__(self, source: Source, threads: int) -> None:
+    Raises:
+        OSError: it cannot be read; names the place.
+        ValueError: it is not sound, or larger than `max_pixels`; the message is the reason.
+    """
+    data = source.read(i)
+    check(data, int(source.heights[i]), int(source.widths[i]), max_pixels)
+    return data
+
+
+class ParallelReader:
+    """Reads and checks samples of one source in threads; `close` ends them."""
+
+    def __init__(self, source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> None:
         """
         Args:
             source: the data set.
             threads: parallel reads, at least 1; with 1 the caller's own thread reads.
+            max_pixels: larger images are not sound.
         """
-        self._source, self._threads = source, threads
+        self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
-    def __call__(self, ids: Sequence[int], unwanted: Collection[int] = ()) -> Iterator[bytes]:
-        """Yields the bytes of each sample in the order of `ids`; b"" for unwanted ones.
+    def __call__(self, ids: Sequence[int], unwanted: Collection[int] = ()) -> Iterator[bytes | ValueError]:
+        """Yields the bytes of each sample in the order of `ids`, or why it is not sound; b"" for unwanted ones.
 
         Raises:
             OSError: a sample cannot be read; the first such sample in the order of `ids`.
         """
 
-        def read(part: Sequence[int]) -> list[bytes]:
-            return [b"" if number in unwanted else self._source.read(number) for number in part]
+        def read(part: Sequence[int]) -> list[bytes | ValueError]:
+            return [b"" if number in unwanted else self.read(number) for number in part]
 
         if self._pool is None:
             for number in ids:
@@ -186,6 +217,13 @@ class ParallelReader:
         length = max(1, -(-len(ids) // self._threads))
         for part in self._pool.map(read, [ids[k : k + length] for k in range(0, len(ids), length)]):
             yield from part
+
+    def read(self, number: int) -> bytes | ValueError:
+        """One sample, in the caller's thread; see `__call__`."""
+        try:
+            return read_sound(self._source, number, self._max_pixels)
+        except ValueError as error:
+            return error
 
     def close(self) -> None:
         """Ends the threads."""
@@ -213,8 +251,13 @@ class TarSource:
             np.broadcast_to(np.int64(UNLABELED), len(labels)) if unlabeled else labels.astype(np.int64)
         )
         self.fingerprint = _fingerprint(manifest)
+        self.former_fingerprints: list[str] = []
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        return _checksums(self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -231,6 +274,7 @@ class TarSource:
             raise OSError(
                 f"{place}: read {len(data)} of {length} bytes: the shard was cut since it was opened"
             )
+        check_unchanged(data, length << 32 | int(record["crc32"]))
         return data
 
     def describe(self, i: int) -> str:
@@ -274,7 +318,9 @@ class BetonFolder(BetonSource):
                 f"tools/verify_shards.py {self.folder} says where"
             )
         self.classes = manifest.classes
+        self.checksums = _checksums(manifest.samples)
         self.fingerprint = _fingerprint(manifest)
+        self.former_fingerprints = []
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BetonFolder, (self.folder,)
@@ -312,6 +358,11 @@ def _checked_manifest(folder: Path) -> Manifest:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return manifest
+
+
+def _checksums(samples: np.ndarray) -> npt.NDArray[np.uint64]:
+    """`encoded.checksum` of SAMPLE records."""
+    return samples["length"].astype(np.uint64) << np.uint64(32) | samples["crc32"]
 
 
 def _fingerprint(manifest: Manifest) -> str:

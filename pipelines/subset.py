@@ -31,8 +31,14 @@ class Subset:
             array[ids] for array in (source.labels, source.heights, source.widths)
         )
         self.classes = source.classes
+        self.former_fingerprints: list[str] = []
         chosen = np.asarray(ids, "<i8").tobytes()
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen).hexdigest()
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64] | None:
+        known = self._source.checksums
+        return None if known is None else known[self._ids]
 
     def __len__(self) -> int:
         return len(self._ids)

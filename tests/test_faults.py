@@ -204,6 +204,20 @@ def test_changed_settings_are_refused_with_their_difference(halved: Run, tmp_pat
     assert insisted.wait() == 0
 
 
+def test_overwritten_images_are_refused_on_resume(halved: Run, images: Path, tmp_path: Path) -> None:
+    """By others of equal length, header and time."""
+    copied = shutil.copytree(images, tmp_path / "copied")
+    assert halved("--resume", "auto", f"data.path={copied}", f"train.stop_at_step={HALF + 1}").wait() == 0
+    for path in copied.rglob("*.jpg"):
+        data, before = path.read_bytes(), path.stat()
+        path.write_bytes(data[:-50] + bytes(48) + data[-2:])
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    process = halved("--resume", "auto", f"data.path={copied}")
+    assert process.wait() == 2
+    assert f"(data.path={copied} holds other images or labels than the run was trained on)" in process.text
+    assert halved.newest()[1]["step"] == HALF + 1
+
+
 def _nan_from_step_6() -> None:
     """Poisons one pixel of the first view from the sixth step on."""
     calls = [HALF]

@@ -1,9 +1,11 @@
 """Reads a whole data set and lists everything in it that differs from its manifest.
 
     python tools/verify_shards.py DATASET [--no-decode]
+    python tools/verify_shards.py a.beton,b.beton --index
 
 DATASET is a folder with a manifest, or .beton files separated by commas (and "?image=FIELD&label=FIELD"). A .beton is
-compared with the manifest beside it; without one, as ffcv writes it, its structure and every image are checked.
+compared with the manifest beside it; without one, as ffcv writes it, its structure and every image are checked, and
+--index writes the checksum of each image to FILE.index, with which the loader compares every image that it reads.
 """
 
 if not __package__:  # a script
@@ -24,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument("dataset", help="folder with manifest.json, or .beton files separated by commas")
     parser.add_argument("--no-decode", action="store_true", help="check hashes and headers only")
+    parser.add_argument(
+        "--index", action="store_true", help="write FILE.index for .beton files without manifest"
+    )
     parser.add_argument("--limit", type=int, default=20, help="number of problems to print (default 20)")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per CPU)"
@@ -31,9 +36,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.workers < 1 or args.limit < 1:
         parser.error("--workers and --limit must be at least 1")
+    if args.index and args.no_decode:
+        parser.error("--index is only for images that were decoded: leave --no-decode out")
     start = time.perf_counter()
     try:
-        samples, problems, strangers = verify(args.dataset, not args.no_decode, args.workers)
+        samples, problems, strangers, indexes = verify(
+            args.dataset, not args.no_decode, args.workers, args.index
+        )
     except (ValueError, OSError, futures.BrokenExecutor) as error:
         return _say(str(error), 2)
     except KeyboardInterrupt:
@@ -47,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     seconds = time.perf_counter() - start
     how = f"{'not ' * args.no_decode}decoded, {seconds:.1f} s, {samples / seconds:,.0f} images/s"
     say(f"{args.dataset}: {count(samples, 'sample')} {'is' if samples == 1 else 'are'} whole ({how})")
+    for path in indexes:
+        say(f"{path}: the checksum of each image")
     return 0
 
 

@@ -2,8 +2,9 @@
 
 import sys
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,16 @@ STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of 
 }
 
 
+class DataSet(Protocol):
+    """What identifies the images and labels: see `pipelines.sources.Source`."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def former_fingerprints(self) -> Sequence[str]: ...
+
+
 class Start(NamedTuple):
     """The point from which a run continues."""
 
@@ -44,7 +55,7 @@ class Start(NamedTuple):
 def begin(
     resume: str | None,
     config: Config,
-    fingerprint: str,
+    source: DataSet,
     allowed: list[str],
     train_step: TrainStep,
     probe: OnlineProbe | None,
@@ -56,7 +67,7 @@ def begin(
     Args:
         resume: None for a new run, "auto" for the newest checkpoint in run.out, or the path of one.
         config: the settings now.
-        fingerprint: of the data set now.
+        source: the data set now.
         allowed: dotted keys of settings that may differ from the checkpoint's.
         train_step: built with the config; its model and optimizer are restored too.
         probe: the online probe, if the run has one.
@@ -72,11 +83,17 @@ def begin(
         return Start(
             None, 0, None, [], f"new run (no checkpoint in {config.run.out})" if resume else "new run"
         )
+    fingerprint, origin = source.fingerprint, f"resumed from {path}"
+    if state["data"] != fingerprint and state["data"] in source.former_fingerprints:
+        fingerprint = state["data"]
+        origin += (
+            " (its fingerprint of the data does not cover every image, so not all of them were compared)"
+        )
     fixed.check_same_run(config, fingerprint, path, state, allowed)
     restore(path, state, train_step, probe)
     then = state["rounding"]
     changed = [f"{key}: {then[key]} -> {now}" for key, now in rounding.items() if then.get(key, now) != now]
-    return Start(path, state["step"], state["knn_untrained"], changed, f"resumed from {path}")
+    return Start(path, state["step"], state["knn_untrained"], changed, origin)
 
 
 def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path | None, dict[str, Any]]:

@@ -8,9 +8,10 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from byolt.files.atomic import sha256_of
 from byolt.files.paths import remote
@@ -19,27 +20,36 @@ from byolt.pipelines.convert.rules import prove
 from byolt.pipelines.convert.workers import spread
 from byolt.pipelines.formats import encoded
 from byolt.pipelines.formats.beton import BetonSource, split_path
+from byolt.pipelines.formats.beton_index import index_path, write_index
 from byolt.pipelines.formats.index import index_beton, index_tar
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
-_Check = Callable[[], list[str]]  # finds the problems of a shard, or of a range of samples
+Result = TypeVar("Result")
 
 
 class Verified(NamedTuple):
-    """What `verify` found: samples in all, problems in their order, shards that the manifest does not name."""
+    """What `verify` found: samples in all, problems in their order, shards that the manifest does not name, indexes."""
 
     samples: int
     problems: list[str]
-    strangers: list[Path]
+    strangers: Sequence[Path] = ()
+    indexes: Sequence[Path] = ()
 
 
-def verify(dataset: str, decode: bool, workers: int) -> Verified:
+def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Verified:
     """Checks every shard of a folder, or .beton files ("a.beton,b.beton?image=FIELD&label=FIELD").
 
+    Args:
+        dataset: The folder or the files.
+        decode: Whether to decode every image.
+        workers: Processes.
+        index: Whether to write the index of each .beton without a manifest, if all of them are whole.
+
     Raises:
-        ValueError: The manifest itself cannot be used, or the structure of a .beton without one.
+        ValueError: The manifest itself cannot be used, or the structure of a .beton without one; or there is a manifest
+            to index.
     """
     if reason := remote(dataset):
         raise ValueError(f"{dataset}: {reason}")
@@ -48,22 +58,35 @@ def verify(dataset: str, decode: bool, workers: int) -> Verified:
     if folder.is_dir() or not files[0].endswith(".beton"):
         betons = sorted(folder.glob("*.beton"))
         if (folder / MANIFEST).exists() or not betons:
-            return _verify_manifest(folder, None, decode, workers)
+            return _verify_manifest(folder, None, decode, workers, index)
         files = [str(path) for path in betons]
     folders = {Path(file).parent for file in files}
     if not fields and len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).exists():
         names = {Path(file).name for file in files}
         if names <= {shard.name for shard in Manifest.load(folder).shards}:
-            return _verify_manifest(folder, names, decode, workers)
-    samples = len(BetonSource(files, **fields))
+            return _verify_manifest(folder, names, decode, workers, index)
+    if index:
+        for file in files:
+            index_path(file).unlink(missing_ok=True)
+    source = BetonSource(files, **fields)
+    samples = len(source)
     ranges = [range(start, min(start + _TOGETHER, samples)) for start in range(0, samples, _TOGETHER)]
     checks = [partial(_check_samples, files, fields, part, decode) for part in ranges]
-    return Verified(samples, _problems(checks, workers), [])
+    found = _run(checks, workers)
+    problems = [problem for part, _ in found for problem in part]
+    if not index or problems:
+        return Verified(samples, problems)
+    parts = np.split(np.concatenate([checksums for _, checksums in found]), source.ends[:-1])
+    return Verified(samples, problems, indexes=list(map(write_index, files, parts)))
 
 
-def _verify_manifest(folder: Path, names: set[str] | None, decode: bool, workers: int) -> Verified:
+def _verify_manifest(
+    folder: Path, names: set[str] | None, decode: bool, workers: int, index: bool
+) -> Verified:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
+    if index:
+        raise ValueError(f"--index: {folder / MANIFEST} already has the checksum of every sample")
     names_in_cls = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
     chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
     checks = [
@@ -73,15 +96,16 @@ def _verify_manifest(folder: Path, names: set[str] | None, decode: bool, workers
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
     strangers = present - {folder / shard.name for shard in manifest.shards}
     samples = sum(len(records) for _, _, records in chosen)
-    return Verified(samples, _problems(checks, workers), sorted(strangers))
+    problems = [problem for part in _run(checks, workers) for problem in part]
+    return Verified(samples, problems, sorted(strangers))
 
 
-def _problems(checks: Sequence[_Check], workers: int) -> list[str]:
+def _run(checks: Sequence[Callable[[], Result]], workers: int) -> list[Result]:
     with spread(_call, checks, workers) as pending:
-        return [problem for future in pending for problem in future.result()]
+        return [future.result() for future in pending]
 
 
-def _call(check: _Check) -> list[str]:
+def _call(check: Callable[[], Result]) -> Result:
     return check()
 
 
@@ -151,13 +175,16 @@ def _compare(found: np.ndarray, record: np.ndarray) -> None:
             raise ValueError(f"{name} is {found[name]} in the file, the manifest states {record[name]}")
 
 
-def _check_samples(files: list[str], fields: dict[str, str], numbers: range, decode: bool) -> list[str]:
-    """Problems of these samples of .beton files."""
+def _check_samples(
+    files: list[str], fields: dict[str, str], numbers: range, decode: bool
+) -> tuple[list[str], npt.NDArray[np.uint64]]:
+    """Problems and checksums of these samples of .beton files."""
     source = BetonSource(files, **fields)
-    problems = []
-    for i in numbers:
+    problems, checksums = [], np.zeros(len(numbers), np.uint64)
+    for place, i in enumerate(numbers):
         try:
             data = source.read(i)
+            checksums[place] = encoded.checksum(memoryview(data)[-int(source.lengths[i]) :])
             header = encoded.check(data, int(source.heights[i]), int(source.widths[i]))
             if decode:
                 prove(data, header)
@@ -165,4 +192,4 @@ def _check_samples(files: list[str], fields: dict[str, str], numbers: range, dec
             problems.append(f"{source.describe(i)}: {error}")
         except OSError as error:  # names the sample itself
             problems.append(str(error))
-    return problems
+    return problems, checksums

@@ -5,6 +5,7 @@ samples in batches of 64 and more. Damage to the pixels is found by decoding, wh
 """
 
 import re
+import zlib
 from typing import NamedTuple
 
 MAX_BYTES = 1 << 30  # of one encoded image
@@ -92,6 +93,17 @@ def check(data: bytes, height: int, width: int, max_pixels: int = MAX_PIXELS) ->
     if (header.height, header.width) != (height, width):
         raise ValueError(f"is {header.height} x {header.width} pixels, and {height} x {width} by the index")
     return header
+
+
+def checksum(data: bytes | memoryview) -> int:
+    """Identifies the bytes of an encoded image: their number, and below it, in 32 bits, their crc32."""
+    return len(data) << 32 | zlib.crc32(data)
+
+
+def check_unchanged(data: bytes, expected: int) -> None:
+    """Raises ValueError if the bytes of an image do not have the checksum that was indexed."""
+    if checksum(data) != expected:
+        raise ValueError("its bytes are not those that were indexed (crc32)")
 
 
 def _inspect_jpeg(data: bytes) -> ImageHeader:

@@ -8,7 +8,7 @@ import numpy as np
 
 from byolt.files.console import count, shown
 from byolt.files.regular import read_regular
-from byolt.pipelines.formats.encoded import inspect
+from byolt.pipelines.formats.encoded import check_unchanged, checksum, inspect
 
 # Synology's thumbnails; macOS's metadata; fsck's
 _SYSTEM_FOLDERS = frozenset(("@eaDir", "__MACOSX", "lost+found"))
@@ -26,8 +26,8 @@ class FolderSource:
         if not self._names:
             raise ValueError(f"data path {self.folder} holds no images")
         problems = [f"{name}: is beside the class folders" for name in stray]
-        sizes = []
-        digest = hashlib.sha256()
+        sizes, checksums = [], []
+        digest, former = hashlib.sha256(), hashlib.sha256()
         for name, label in zip(self._names, labels, strict=True):
             try:
                 if not (self.folder / name).is_file():
@@ -39,7 +39,9 @@ class FolderSource:
                 problems.append(f"{name}: {reason}")
                 continue
             sizes.append((header.height, header.width))
-            digest.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
+            checksums.append(checksum(data))
+            former.update(f"{name}\0{label}\0{len(data)}\0{header}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{label}\0{checksums[-1]}\n".encode("utf-8", "surrogateescape"))
         if problems:
             raise ValueError(
                 f"data path {self.folder}: {count(len(problems), 'unusable file')} ({shown(problems, '; ')}): "
@@ -47,13 +49,17 @@ class FolderSource:
             )
         self.labels = np.array(labels, np.int64)
         self.heights, self.widths = np.array(sizes, np.int64).T.copy()
+        self.checksums = np.array(checksums, np.uint64)
         self.fingerprint = digest.hexdigest()
+        self.former_fingerprints = [former.hexdigest()]  # of names, labels, lengths and headers only
 
     def __len__(self) -> int:
         return len(self._names)
 
     def read(self, i: int) -> bytes:
-        return read_regular(self.folder / self._names[i])
+        data = read_regular(self.folder / self._names[i])
+        check_unchanged(data, self.checksums[i])
+        return data
 
     def describe(self, i: int) -> str:
         return f"{self._names[i]} (sample {i})"

@@ -15,8 +15,7 @@ from byolt.files.console import shown
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend
 from byolt.pipelines.formats.decode import UndecodableError
-from byolt.pipelines.formats.encoded import check
-from byolt.pipelines.sources import Source
+from byolt.pipelines.sources import Source, read_sound
 from byolt.pipelines.subset import file_names
 from byolt.pipelines.views import ViewParams, draw, draw_both
 
@@ -57,14 +56,12 @@ def read(config: Config, source: Source, epoch: int, ids: npt.NDArray[np.int64])
         raise ValueError(f"--ids {' '.join(map(str, unknown))}: the data set has ids 0 to {len(source) - 1}")
     encoded = []
     for number in ids.tolist():
-        data = source.read(number)
         try:
-            check(data, int(source.heights[number]), int(source.widths[number]))
+            encoded.append(read_sound(source, number))
         except ValueError as error:
             raise ValueError(
                 f"{source.describe(number)}: {error}: show others with --ids, and run tools/verify_shards.py"
             ) from None
-        encoded.append(data)
     params = draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
     labels = source.labels[ids].tolist()
     classes = [source.classes[label] if source.classes and label >= 0 else "" for label in labels]
