@@ -1,5 +1,6 @@
 """Decides which settings a resumed run may change, and names those that it may not."""
 
+import socket
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -46,13 +47,11 @@ def check_same_run(
     Raises:
         ValueError: settings differ; lists each with both values.
     """
-    then = flatten(complete(state["config"])) | {"data.fingerprint": state["data"]}
-    now = flatten(config.model_dump(mode="json")) | {"data.fingerprint": fingerprint}
-    changed = [
-        key
-        for key in sorted(then.keys() | now.keys())
-        if _is_fixed(key) and then.get(key) != now.get(key) and key not in allowed
-    ]
+    then, now = (
+        facts(complete(state["config"]), state["data"]),
+        facts(config.model_dump(mode="json"), fingerprint),
+    )
+    changed = [key for key in _different(then, now) if _is_fixed(key) and key not in allowed]
     if changed:
         differences = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]
         if "data.fingerprint" in changed:
@@ -62,6 +61,39 @@ def check_same_run(
         if any(key.startswith("model.") for key in changed):
             remedy = "restore them, or begin a new run (another network cannot continue it)"
         raise ValueError("\n  ".join([f"{path} is from a run with other settings; {remedy}:", *differences]))
+
+
+def check_same_ranks(rank: int, here: dict[str, Any], main: dict[str, Any]) -> None:
+    """Refuses a rank that was started with other settings or data than rank 0, as on a machine with an older copy.
+
+    Args:
+        rank: this rank, for the message.
+        here: its `facts`.
+        main: rank 0's.
+
+    Raises:
+        ValueError: they differ in more than paths and settings of this rank's own loader; lists each with both values.
+    """
+    own = {key for key in here if key.startswith("data.") and not _is_fixed(key)} | {"run.out", "eval.path"}
+    differences = [
+        f"{key}: {main.get(key)} on rank 0, {here.get(key)} here"
+        for key in _different(here, main)
+        if key not in own
+    ]
+    if differences:
+        host = f"rank {rank} on {socket.gethostname()}"
+        raise ValueError(
+            "\n  ".join([f"{host} has other settings or images than rank 0; start all alike:", *differences])
+        )
+
+
+def facts(settings: dict[str, Any], fingerprint: str) -> dict[str, Any]:
+    """The settings and the data set's fingerprint, by dotted key."""
+    return flatten(settings) | {"data.fingerprint": fingerprint}
+
+
+def _different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    return [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
 
 
 def _is_fixed(key: str) -> bool:

@@ -219,6 +219,39 @@ def _no_probe_on_rank_1() -> None:
         probe.make_probe = make  # type: ignore[assignment]
 
 
+def _other_settings_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        sys.argv += ["train.epochs=4", "data.threads=2"]
+
+
+def _other_data_on_rank_1() -> None:
+    if os.environ["RANK"] == "1":
+        copy = Path(shutil.copytree(os.environ["IMAGES"], f"{os.environ['IMAGES']}-older"))
+        (copy / "a" / "00.jpg").unlink()
+        sys.argv.append(f"data.path={copy}")
+
+
+@pytest.mark.parametrize(
+    ("before", "different"),
+    [
+        (_other_settings_on_rank_1, ["train.epochs: 3.0 on rank 0, 4.0 here"]),
+        (_other_data_on_rank_1, ["data.fingerprint: "]),
+    ],
+)
+def test_ranks_of_other_settings_or_data_are_refused(
+    before: Callable[[], None], different: list[str], run: Run, images: Path
+) -> None:
+    ranks = run.start_ranks(2, before=before, IMAGES=str(images))
+    assert all_end(ranks) == [1, 2]
+    for process in ranks:
+        first, *lines = process.text[process.text.index("error: ") :].splitlines()
+        assert "rank 1 on " in first and first.endswith(
+            "has other settings or images than rank 0; start all alike:"
+        )
+        assert [line[2 : 2 + len(text)] for line, text in zip(lines, different, strict=True)] == different
+        assert "Traceback" not in process.text
+
+
 @pytest.mark.parametrize(
     ("before", "said", "codes"),
     [

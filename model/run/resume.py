@@ -75,9 +75,12 @@ def begin(
         rounding: what decides how sums are rounded now (`provenance.rounding_of`).
 
     Raises:
-        ValueError: a new run would overwrite checkpoints, all of them are damaged, or settings differ.
+        ValueError: a new run would overwrite checkpoints, all of them are damaged, or settings differ from the
+            checkpoint's or from rank 0's.
         CheckpointError: the checkpoint cannot be used.
     """
+    facts = fixed.facts(config.model_dump(mode="json"), fingerprint)
+    fixed.check_same_ranks(world.rank, facts, distributed.broadcast_object(facts, world))
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
         return Start(
