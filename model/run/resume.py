@@ -79,7 +79,7 @@ def begin(
             checkpoint's or from rank 0's.
         CheckpointError: the checkpoint cannot be used.
     """
-    facts = fixed.facts(config.model_dump(mode="json"), fingerprint)
+    facts = fixed.facts(config.model_dump(mode="json"), source.fingerprint)
     fixed.check_same_ranks(world.rank, facts, distributed.broadcast_object(facts, world))
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
