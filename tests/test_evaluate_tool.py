@@ -28,6 +28,7 @@ from byolt.tools.evaluation import finetuning, frozen, inputs, program, protocol
 from byolt.tools.evaluation.confusion import save_confusion
 from byolt.tools.evaluation.frozen import Setup
 from byolt.tools.exporting import model_card
+from byolt.tools.make_shards import main as make_shards
 
 CONFIG = """
 run: {out: unused}
@@ -538,6 +539,51 @@ def test_images_that_were_learned_are_no_test(
     for more in ([], ["--max-images", "9"]):
         assert _main(run, tmp_path, "--protocol", "knn", "--train", str(run / "val"), *more) == 2
         assert "hold the same images" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The same 12 JPEGs in every form of a data set, 4 of them with 8 others, and 12 others."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(32):
+        image = Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8))
+        for name, numbers in (("folder", range(12)), ("some", range(8, 20)), ("others", range(20, 32))):
+            if i in numbers:
+                path = root / name / "ab"[i % 2] / f"{i}.jpg"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                image.save(path)
+    for name, form in (("tars", "webdataset"), ("betons", "beton")):
+        made = [str(root / "folder"), str(root / name), "--format", form, "--workers", "1"]
+        assert make_shards(made) == 0
+    bare = str(shutil.copy(root / "betons/shard-000000.beton", root / "bare.beton"))
+    return {path.name: str(path) for path in root.iterdir() if path.is_dir()} | {
+        "bare": bare,
+        "synthetic": "synthetic:9:8x8",
+    }
+
+
+@pytest.mark.parametrize("form", ["folder", "tars", "betons", "bare"])
+def test_shared_images_are_found_in_any_form(form: str, photos: dict[str, str]) -> None:
+    def check(train: str, test: str, limit: int | None = None) -> str:
+        opened = [inputs.open_labeled("", photos[name], limit) for name in (train, test)]
+        return inputs.check_splits(train, opened[0], test, opened[1])
+
+    for train in ("folder", "tars", "betons", "bare"):
+        with pytest.raises(ValueError, match=f"{train} and .*{form} hold the same images"):
+            check(train, form)
+    said = "warning: 4 of the 12 images of --data {} are also in --train {}, byte for byte"
+    assert check("some", form).startswith(said.format(form, "some"))
+    assert check(form, "some").startswith(said.format("some", form))
+    assert check("others", form) == check(form, "others") == check("synthetic", "bare") == ""
+
+
+def test_the_warning_of_shared_images_is_printed(
+    photos: dict[str, str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    splits = ["--train", photos["some"], "--data", photos["tars"]]
+    assert _main(run, tmp_path, "--protocol", "knn", "--k", "3", *splits) == 0
+    assert "warning: 4 of the 12 images of --data" in capsys.readouterr().err
 
 
 def test_equal_settings_give_the_gentlest() -> None:

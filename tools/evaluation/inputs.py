@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from byolt.files.console import difference
+from byolt.files.console import count, difference
 from byolt.model.quality import scores
 from byolt.model.resnet import make_encoder
 from byolt.model.run.trained import Trained
@@ -23,12 +23,16 @@ def open_labeled(option: str, path: str | None, limit: int | None) -> Source:
     return source
 
 
-def check_splits(train_path: str, train: Source, test_path: str, test: Source) -> None:
+def check_splits(train_path: str, train: Source, test_path: str, test: Source) -> str:
     """Refuses data sets that do not fit each other.
 
+    Returns:
+        A warning with the number of test images that are also training images, byte for byte; "" if there is none, or
+        the images of one data set have no checksums.
+
     Raises:
-        ValueError: classes differ, a label is too large to be a class, there is one class only, or both data sets hold
-            the same images.
+        ValueError: classes differ, a label is too large to be a class, there is one class only, or every test image is
+            a training image.
     """
     if train.classes and test.classes and train.classes != test.classes:
         raise ValueError(
@@ -41,11 +45,18 @@ def check_splits(train_path: str, train: Source, test_path: str, test: Source) -
             f"--train {train_path}: all {len(train)} images are of one class: give a data set with two classes or more"
             + " or raise --max-images" * isinstance(train, Subset)
         )
-    if train.fingerprint == test.fingerprint:
+    same, shared = train.fingerprint == test.fingerprint, 0
+    if train.checksums is not None and test.checksums is not None:
+        shared = int(np.isin(test.checksums, train.checksums).sum())
+    if same or shared == len(test):
         raise ValueError(
             f"--train {train_path} and --data {test_path} hold the same images, so the encoder would be tested on its "
             "training data: name another data set (tools/make_shards.py --split train=.9,val=.1 makes two)"
         )
+    if not shared:
+        return ""
+    found = f"{shared:,} of the {count(len(test), 'image')} of --data {test_path}"
+    return f"warning: {found} are also in --train {train_path}, byte for byte: part of the test is on training data"
 
 
 def number_classes(train: Source, test: Source) -> None:

@@ -41,10 +41,12 @@ def evaluate(args: argparse.Namespace) -> int:
         args.out = args.out or trained.path.parent
         test = inputs.open_labeled("--data", args.data, args.max_images)
         train = inputs.open_labeled("--train", args.train, args.max_images)
-        inputs.check_splits(args.train, train, args.data, test)
+        warning = inputs.check_splits(args.train, train, args.data, test)
         inputs.number_classes(train, test)
         world = distributed.init(args.device, setting="--device")
         distributed.on_main(lambda: result.check_writable(args.out), world)
+        if warning and world.is_main:
+            say(warning, file=sys.stderr)
     except (CheckpointError, ValueError, OSError) as error:
         say(f"evaluate: {error}", file=sys.stderr)
         return 2
