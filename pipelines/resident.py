@@ -4,8 +4,10 @@ At 32 px reading and decoding a JPEG takes longer than making both views of it, 
 that makes the views keeps the pixels, and Python touches no single sample.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from byolt.pipelines.views import ViewParams
 
 SMALL = 96  # pixels; larger images are better cropped while they are decoded, and rarely fit
 LIMIT = 4 << 30  # bytes
+_RESIDENTS: WeakKeyDictionary[Source, "Resident"] = WeakKeyDictionary()
 
 
 def is_wanted(data: DataConfig, source: Source) -> bool:
@@ -79,6 +82,12 @@ class Resident:
         self._instead = sound[np.searchsorted(sound, np.arange(len(source))) % len(sound)]
         if device.type == "cuda":
             self._pixels = self._allocate(len(self._pixels), device).copy_(self._pixels)
+        _RESIDENTS[source] = self
+
+    @staticmethod
+    def of(source: Source) -> "Resident | None":
+        """The decoded images of a data set if they are in memory."""
+        return _RESIDENTS.get(source)
 
     def _allocate(self, size: int, device: torch.device) -> Tensor:
         try:
@@ -95,6 +104,15 @@ class Resident:
         else:
             start = self._starts[number]
             self._pixels.numpy()[start : start + image.size] = image.reshape(-1)
+
+    def decoded(self, ids: Sequence[int]) -> list[Tensor | None]:
+        """The images (H, W, 3) uint8 of samples, views of the kept pixels; None for a broken one."""
+        images: list[Tensor | None] = []
+        for number in ids:
+            shape, start = (*self._boxes[number, 2:].tolist(), 3), self._starts[number]
+            pixels = self._pixels[start : start + math.prod(shape)].view(shape)
+            images.append(None if number in self.broken else pixels)
+        return images
 
     def sound(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """The ids (N,) with each broken image replaced by the next sound one."""

@@ -6,6 +6,7 @@ with a = -0.5 and without antialias, the blur pads with zeros. Images are float3
 torchvision calls torchvision.transforms.v2.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -117,6 +118,18 @@ def resize_bicubic(image: Tensor, top: int, left: int, height: int, width: int, 
     return torch.einsum("stwc,st->swc", narrow[rows], row_weights).clamp(0, 1)
 
 
+def resize_squares(images: Tensor, size: int) -> Tensor:
+    """`resize_bicubic` of whole square images (N, L, L, 3) uint8 of any device to float32 (N, size, size, 3)."""
+    count, length = images.shape[:2]
+    taps, weights = (values.to(images.device) for values in _cubic_taps(length, size))
+    x = images.float().flatten(0, 1) / 255
+    x = torch.einsum("hstc,st->hsc", x[:, taps], weights)
+    x = x.view(count, length, size, 3).transpose(0, 1).flatten(1, 2)
+    x = torch.einsum("stwc,st->swc", x[taps], weights).clamp(0, 1)
+    return x.view(size, count, size, 3).transpose(0, 1).contiguous()
+
+
+@functools.lru_cache(maxsize=4096)
 def _cubic_taps(length: int, size: int) -> tuple[Tensor, Tensor]:
     """Source indices (size, 4) and weights (size, 4) of a cubic resize of an axis."""
     center = (torch.arange(size, dtype=torch.float64) + 0.5) * (length / size) - 0.5
