@@ -25,6 +25,13 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     return interval
 
 
+def _cores() -> int:
+    """CPU cores that this process may use, divided by the ranks on this machine; at most 256."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    cores = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdecimal() else 1)
+    return min(max(1, cores), 256)
+
+
 PathText = Annotated[str, AfterValidator(expand_home)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
@@ -62,8 +69,9 @@ class DataConfig(Section):
     """Order of samples. full: a permutation of the data set. block: long consecutive reads, shuffled within windows of
     16,384 samples. lanes: the same in gcd(batch_size, 64) lanes, a window of up to 131,072 samples, in which each rank
     reads its own part of the data set (pipelines/order.py)."""
-    threads: Annotated[int, Field(ge=1, le=256)] = 4
-    """CPU threads per rank that decode and, without a GPU, augment."""
+    threads: Annotated[int, Field(ge=1, le=256, default_factory=_cores)]
+    """CPU threads per rank that decode and, without a GPU, augment; no number depends on them. Default: the cores that
+    the process may use, divided by the ranks on its machine."""
     hw_decoder_load: Probability = 1.0
     """Fraction of a batch's JPEGs that nvJPEG decodes on the GPU's JPEG engine; CUDA kernels decode the rest. Below 1.0
     an image's pixels may depend on its place in the batch, by at most one level of 255. On one H200 0.65 decoded 12,338

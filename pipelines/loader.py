@@ -260,7 +260,7 @@ def open_loader(
     view1: ViewConfig | None = None,
     view2: ViewConfig | None = None,
     profile: Profile = "byol",
-    threads: int = 4,
+    threads: int | None = None,
     max_corrupt: int = 100,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -278,7 +278,7 @@ def open_loader(
         view1: the augmentation of the first view; the paper's by default.
         view2: the augmentation of the second view; the paper's by default.
         profile: whose definitions the augmentations follow, "byol" or "torchvision".
-        threads: CPU threads that read, decode and, without a GPU, augment.
+        threads: CPU threads that read, decode and, without a GPU, augment; by default the cores, as data.threads.
         max_corrupt: undecodable images per rank that are replaced before the loader raises CorruptBudgetError.
         device: where the views are made and delivered; by default the current GPU, or the CPU without one.
         dtype: of the views: float32, float16 or bfloat16.
@@ -297,7 +297,8 @@ def open_loader(
     with _argument_names():
         config = from_settings(
             {
-                "data": {"path": str(path), "threads": threads, "max_corrupt": max_corrupt},
+                "data": {"path": str(path), "max_corrupt": max_corrupt}
+                | ({} if threads is None else {"threads": threads}),
                 "augment": {
                     "profile": profile,
                     "size": size,

@@ -362,3 +362,15 @@ def test_every_whole_number_has_both_bounds(value: int, minimal: Path) -> None:
         load(minimal, [f"{key}={value}" for key in keys])
     for key, line in zip(sorted(keys), sorted(str(caught.value).splitlines()[1:]), strict=True):
         assert re.match(f"  {key}=-?[0-9]+ must be (at least|at most|above|below) ", line)
+
+
+@pytest.mark.parametrize(("ranks", "threads"), [(None, 12), ("4", 3), ("16", 1)])
+def test_threads_are_the_cores_of_a_rank(
+    ranks: str | None, threads: int, minimal: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert load(minimal).data.threads == threads
+    assert load(minimal, ["data.threads=5"]).data.threads == 5
