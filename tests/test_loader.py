@@ -93,8 +93,22 @@ def test_ranks_and_micro_batches_share_the_same_global_batch(ranks: int, accumul
         assert torch.equal(torch.cat([row.view2 for row in rows]), alone[step][0].view2)
 
 
-def test_it_begins_at_any_step() -> None:
-    whole, late = take(make_config(), 9), take(make_config(), 3, first_step=6)
+def test_ranks_share_the_global_batches_of_lanes() -> None:
+    """Each rank with two micro-batches reads other samples; together they have those of one rank, also later."""
+    lanes = {"data": {"order": "lanes"}, "train": {"accumulation": 2}}
+    alone = take(make_config(**lanes), 9)
+    parts = [take(make_config(**lanes), 4, rank=rank, world_size=2, first_step=5) for rank in range(2)]
+    for step in range(4):
+        for micro in range(2):
+            rows, whole = [part[step][micro] for part in parts], alone[5 + step][micro]
+            assert torch.cat([row.id for row in rows]).tolist() == whole.id.tolist()
+            assert torch.equal(torch.cat([row.view1 for row in rows]), whole.view1)
+
+
+@pytest.mark.parametrize("order", ["full", "lanes"])
+def test_it_begins_at_any_step(order: str) -> None:
+    config = make_config(data={"order": order})
+    whole, late = take(config, 9), take(config, 3, first_step=6)
     assert ids(late) == ids(whole)[6:]
     assert torch.equal(late[0][0].view1, whole[6][0].view1)
 
