@@ -312,13 +312,26 @@ class Config(Section):
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by {world_size} ranks x "
                 f"train.accumulation={self.train.accumulation}: use a multiple of {parts}, for example {near}"
+                f"{self._nearest_ranks(world_size)}"
             )
         if images < 2:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} leaves {images} image per rank and micro-batch "
-                f"({world_size} ranks x accumulation {self.train.accumulation}): batch norm needs at least 2"
+                f"({world_size} ranks x accumulation {self.train.accumulation}): batch norm needs at least 2: raise it"
+                f"{self._nearest_ranks(world_size)}"
             )
         return images
+
+    def _nearest_ranks(self, world_size: int) -> str:
+        """Text ", or start 4 or 8 ranks": the next smaller and larger numbers of ranks that can share the batch."""
+        micro = self.train.batch_size // self.train.accumulation  # images of all ranks
+        fit = [size for size in range(1, micro // 2 + 1) if micro % size == 0]
+        near = [
+            max((n for n in fit if n < world_size), default=0),
+            min((n for n in fit if n > world_size), default=0),
+        ]
+        found = " or ".join(str(size) for size in near if size)
+        return f", or start {found} ranks" if found else ""
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

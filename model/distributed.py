@@ -1,7 +1,10 @@
 """The processes (ranks) of a run and their collectives; the only file that imports torch.distributed."""
 
 import os
+import socket
+import time
 import warnings
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -89,6 +92,7 @@ def init(
         timeout=limit,
         device_id=place if backend == "nccl" else None,
     )
+    store.set(f"host {rank}", socket.gethostname())
     return World(rank, local_rank, size, place, backend, store)
 
 
@@ -152,13 +156,63 @@ def all_reduce_mean(tensor: Tensor, world: World) -> Tensor:
     return total / world.size
 
 
+class OwnTime:
+    """Measures the part of each step in which a rank waits for no other: from its start to its first collective.
+
+    All ranks take equally long for a step, since each waits for the slowest. Only this part tells them apart.
+    """
+
+    def __init__(self) -> None:
+        self._spans: deque[list[Any]] = deque(maxlen=100)  # start and end of steps; an open one has no end
+
+    def start(self, device: torch.device) -> None:
+        """Begins a step; does nothing for a single process."""
+        if dist.is_initialized():
+            self._spans.append([_now(device)])
+
+    def stop(self, device: torch.device) -> None:
+        """Called before each collective of batch norm; the first one of a step counts."""
+        if self._spans and len(self._spans[-1]) == 1:
+            self._spans[-1].append(_now(device))
+
+    def per_step(self) -> float:
+        """Seconds, the mean over the steps since the last call, of which the newest 100 count; waits for a GPU."""
+        spans = [span for span in self._spans if len(span) == 2]
+        self._spans.clear()
+        if not spans:
+            return 0.0
+        if isinstance(spans[-1][1], torch.cuda.Event):
+            spans[-1][1].synchronize()
+            return sum(begin.elapsed_time(end) for begin, end in spans) / len(spans) / 1000
+        return sum(end - begin for begin, end in spans) / len(spans)
+
+
+own_time = OwnTime()  # of this process
+
+
+def _now(device: torch.device) -> Any:
+    """The time on the device: a number of seconds, or an event of a GPU's stream."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def host_of(rank: int, world: World) -> str:
+    """The name of a rank's machine; needs a process group."""
+    return world.store.get(f"host {rank}").decode()
+
+
 def all_reduce_sum_(tensor: Tensor) -> None:
     """Replaces a tensor on this rank's device by its sum over all ranks; needs a process group."""
+    own_time.stop(tensor.device)
     dist.all_reduce(tensor)
 
 
 def gather_stacked(tensor: Tensor) -> Tensor:
     """Stacks the vectors (n,) of all ranks as (ranks, n); needs a process group; the host does not wait."""
+    own_time.stop(tensor.device)
     flat = tensor.new_empty(dist.get_world_size() * len(tensor))
     _all_gather_single(flat, tensor)
     return flat.view(-1, len(tensor))

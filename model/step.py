@@ -9,7 +9,7 @@ from torch import Tensor
 
 from byolt.configs.schema import Config
 from byolt.model.byol import BYOL, byol_loss, l2_normalize, make_byol
-from byolt.model.distributed import World, broadcast_module, no_sync, wrap
+from byolt.model.distributed import World, broadcast_module, no_sync, own_time, wrap
 from byolt.model.graph import Graph, choose_graph
 from byolt.model.kernels.norm import convert_sync_batchnorm
 from byolt.model.optim import LARS
@@ -125,6 +125,7 @@ class TrainStep:
             raise ValueError(
                 f"got {len(micro_batches)} micro-batches, train.accumulation={self.accumulation}"
             )
+        own_time.start(self.device)
         self.update.set_rates(lr, tau)
         views = [self._lay_out(view) for pair in micro_batches for view in pair]
         done = self.graph(views) if self.graph else self._run(views)

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
 from byolt.model.byol import Online
 from byolt.model.quality import probe
 from byolt.model.run import checkpoint
+from byolt.model.step import TrainStep
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.loader import Loader
 from byolt.pipelines.order import global_batch, position
@@ -278,6 +280,34 @@ def test_rank_0_s_mistake_is_every_rank_s(halved: Run) -> None:
             process.text
         )
         assert "Traceback" not in process.text
+
+
+def _slow_data_on_rank_1() -> None:
+    def read(self: FolderSource, i: int, plain: Callable = FolderSource.read) -> bytes:
+        time.sleep(0.25 if os.environ["RANK"] == "1" else 0)
+        return plain(self, i)
+
+    FolderSource.read = read  # type: ignore[method-assign,assignment]
+
+
+def _slow_steps_on_rank_1() -> None:
+    def run(self: TrainStep, views: list[torch.Tensor], plain: Callable = TrainStep._run) -> object:
+        time.sleep(0.3 if os.environ["RANK"] == "1" else 0)
+        return plain(self, views)
+
+    TrainStep._run = run  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.parametrize("before", [_slow_data_on_rank_1, _slow_steps_on_rank_1])
+def test_straggler_is_named(before: Callable[[], None], run: Run) -> None:
+    ranks = run.start_ranks(2, "train.stop_at_step=6", "data.prefetch=1", before=before)
+    assert all_end(ranks) == [0, 0], ranks[0].text
+    said = re.findall(
+        r"^warning: step \d: the others wait for rank (\d) on (\S+): (.*)$", ranks[0].text, re.MULTILINE
+    )
+    assert said and {row[:2] for row in said} == {("1", socket.gethostname())}
+    behind, data = map(float, re.findall(r"([0-9.]+) s ", said[-1][2]))
+    assert behind > 0.1 and (data > 0.1) == (before is _slow_data_on_rank_1)
 
 
 def _nan_on_rank_1() -> None:

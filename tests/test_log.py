@@ -11,7 +11,7 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from byolt.model.distributed import World
-from byolt.model.run.log import MetricLog, Window
+from byolt.model.run.log import MetricLog, Window, slowest
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
 
@@ -74,3 +74,12 @@ def test_disk_failure_in_tensorboard_is_reported_once_and_hides_no_other_error(
         thread.start()
         thread.join()
     assert [args.thread for args in printed] == [thread]  # another thread's error is printed
+
+
+def test_slowest_rank_is_half_as_slow_again_as_the_median_of_the_others() -> None:
+    assert slowest([0.1, 0.1, 0.16], step=0.5) == 2
+    assert slowest([0.1, 0.1, 0.14], step=0.5) is None
+    assert slowest([0.16, 0.1, 0.1], step=2.0) is None  # a thirtieth of the step
+    assert slowest([0.9, 0.1], step=1.0) == 0
+    assert slowest([0.9, 0.1, 0.9, 0.9], step=1.0) is None  # no single rank
+    assert slowest([0.0, 0.0], step=1.0) is None

@@ -1,9 +1,10 @@
 """Writes the numbers of a run to metrics.jsonl and TensorBoard; averages them over steps and ranks."""
 
 import json
+import statistics
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from byolt.files.atomic import replacing
 from byolt.files.rows import append_row, read_rows
-from byolt.model.distributed import World, all_reduce_mean
+from byolt.model import distributed
+from byolt.model.distributed import World, all_reduce_mean, gather_stacked
 
 
 class MetricLog:
@@ -73,6 +75,8 @@ class Window:
     def __init__(self, world: World, batch_size: int, step: int) -> None:
         self._world, self._batch_size = world, batch_size
         self._loss, self._right = (torch.zeros((), device=world.device) for _ in range(2))
+        self.straggler = ""  # a sentence about the slowest rank of the newest row
+        self._slow: int | None = None  # that rank
         self.begin(step, 0.0)
 
     def begin(self, step: int, waited: float) -> None:
@@ -109,6 +113,8 @@ class Window:
             probed: whether `add` got `right`.
         """
         steps, seconds = step - self._step, time.monotonic() - self._began
+        waiting_here = (waited - self._waited) / steps
+        self.straggler = self._straggler(waiting_here, distributed.own_time.per_step(), seconds / steps)
         local = [self._loss / steps, (waited - self._waited) / seconds, corrupt, self._right / steps]
         means = torch.tensor([*local, *gauges.values()], dtype=torch.float64, device=self._world.device)
         loss, waiting, unread, right, *others = all_reduce_mean(means, self._world).tolist()
@@ -121,3 +127,38 @@ class Window:
             **dict(zip(gauges, others, strict=True)),
         }
         return row | ({"probe_top1": 100 * right} if probed else {})
+
+    def _straggler(self, waiting: float, working: float, step: float) -> str:
+        """Names the rank for which the others wait if it is slow in this row and in the one before; else "".
+
+        Args:
+            waiting: seconds a step for which this rank waited for its data.
+            working: seconds a step that it worked before its first collective.
+            step: seconds a step.
+        """
+        if self._world.size == 1:
+            return ""
+        here = torch.tensor([waiting, working], dtype=torch.float64, device=self._world.device)
+        table = gather_stacked(here).tolist()
+        before, self._slow = self._slow, slowest([sum(row) for row in table], step)
+        if self._slow is None or self._slow != before:
+            return ""
+        waiting, working = table[self._slow]
+        host = distributed.host_of(self._slow, self._world)
+        others = statistics.median(sum(row) for rank, row in enumerate(table) if rank != self._slow)
+        return (
+            f"the others wait for rank {self._slow} on {host}: it is {waiting + working - others:.3f} s a step behind "
+            f"them (it waits {waiting:.3f} s for its data)"
+        )
+
+
+def slowest(seconds: Sequence[float], step: float) -> int | None:
+    """The rank that delays the others, or None.
+
+    Args:
+        seconds: of each rank, for waiting and working a step by itself.
+        step: seconds of a whole step.
+    """
+    rank = max(range(len(seconds)), key=seconds.__getitem__)
+    others = statistics.median(value for other, value in enumerate(seconds) if other != rank)
+    return rank if seconds[rank] > 1.5 * others and seconds[rank] - others > 0.1 * step else None

@@ -154,6 +154,8 @@ class Run:
             f"{row['images_per_second']:.0f} images/s  wait {row['data_wait_percent']:.1f} %",  # fits 80 columns
         )
         self._say_duration(row["images_per_second"])
+        if self._window.straggler:
+            self.meter.say(f"warning: step {self.step}: {self._window.straggler}")
         self._write(row)
         if warning := guard.collapse_warning(row["projection_std"], self.config):
             if self.config.train.on_collapse == "stop":
