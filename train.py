@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             say(derived.describe(config, world_size, open_source))
             return 0
         command_line.check_resume(args.resume)
+        command_line.check_logger(config.run.wandb)
         if world_size == 1:  # several ranks first connect, so that a mistake of one ends all
             check_paths({"data.path": config.data.path, "eval.path": config.eval.path})
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ Imports no torch, so that a mistake is reported at once.
 
 import argparse
 import difflib
+import importlib.util
 import os
 import re
 import shlex
@@ -55,6 +56,18 @@ def check_resume(resume: str | None) -> None:
     if resume.endswith(".safetensors") or not os.path.isfile(resume):
         problem = "is an exported encoder, not a checkpoint" if os.path.isfile(resume) else "does not exist"
         raise ValueError(f"--resume {resume} {problem}: name a checkpoint-*.pt of a run, or use auto")
+
+
+def check_logger(project: str | None) -> None:
+    """Refuses run.wandb if the package is not installed; a ValueError says how to get it."""
+    found = importlib.util.find_spec("wandb") if project else None
+    if project and (
+        found is None or found.origin is None
+    ):  # a folder wandb/ that it once left is not the package
+        raise ValueError(
+            f"run.wandb={project} needs the package wandb, which is not installed: pip install -e '.[wandb]', or leave "
+            "run.wandb out: metrics.jsonl and TensorBoard have the same rows"
+        )
 
 
 def world_size() -> int:

@@ -7,6 +7,7 @@ imports neither torch nor numpy, so it refuses a wrong config in well under a se
 import difflib
 import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO, get_args
 
@@ -32,7 +33,16 @@ def _cores() -> int:
     return min(max(1, cores), 256)
 
 
+def _project(name: str) -> str:
+    if not re.fullmatch(r"([^/\\#?%:]{1,128}/)?[^/\\#?%:]{1,128}", name):
+        raise ValueError(
+            "must be PROJECT or ENTITY/PROJECT, of up to 128 characters each, without \\ # ? % :"
+        )
+    return name
+
+
 PathText = Annotated[str, AfterValidator(expand_home)]
+ProjectName = Annotated[str, AfterValidator(_project)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(gt=0)]
 _Count = Annotated[int, Field(ge=1, le=2**40)]
@@ -233,6 +243,10 @@ class RunConfig(Section):
     log_every: _Count = 50
     """Steps between two rows of metrics.jsonl and TensorBoard, which are also lines of output. Steps 1, 2, 5 and 10,
     where they come before the first of these, have rows too."""
+    wandb: ProjectName | None = None
+    """Project, or ENTITY/PROJECT, at Weights & Biases that also gets the rows of metrics.jsonl (pip install -e
+    '.[wandb]'). Log in with wandb login or WANDB_API_KEY; WANDB_MODE=offline records to run.out/wandb. Its failures
+    only print warnings. A resumed run continues the same one there."""
     checkpoint_minutes: Annotated[float, Field(ge=0, le=1e6)] = 15
     """Minutes between two checkpoints. One is also written on a signal and at the end."""
     keep_checkpoints: _Count = 3
@@ -399,10 +413,10 @@ def _parse_override(override: str) -> DictConfig:
     field = getattr(Config.model_fields.get(section), "annotation", None)
     field = getattr(field, "model_fields", {}).get(name)
     types = (field.annotation, *get_args(field.annotation)) if field else ()
-    if not {str, PathText} & set(types) or (value == "null" and type(None) in types):
+    if not {str, PathText, ProjectName} & set(types) or (value == "null" and type(None) in types):
         _check_events(value, aliases=True)
         return OmegaConf.from_dotlist([override])
-    if not value:
+    if not value and ProjectName not in types:
         raise ValueError("a path cannot be empty")
     return OmegaConf.create({section: {name: value}})
 
@@ -475,7 +489,7 @@ _REASONS = {  # by pydantic's type of error
     "finite_number": "must be finite",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
-    "string_type": "must be a path",  # the only settings that are text
+    "string_type": "must be a path",  # or the name of a project: the only settings that are text
     "tuple_type": "must be a list",
     "too_long": "must have {max_length} numbers",
     "model_type": "must be a mapping of settings",

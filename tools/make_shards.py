@@ -38,7 +38,7 @@ _BOUNDS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """A shell that expands tars/*.tar gives more arguments than SRC and DST."""
-        if message.startswith("unrecognized") and message.endswith(".tar"):
+        if message.startswith("unrecognized") and ".tar" in message:
             message = f"{message[:100]}: write the pattern of tars in quotes"
         super().error(message)
 

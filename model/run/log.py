@@ -1,4 +1,4 @@
-"""Writes the numbers of a run to metrics.jsonl and TensorBoard; averages them over steps and ranks."""
+"""Writes the numbers of a run to metrics.jsonl and the loggers; averages them over steps and ranks."""
 
 import json
 import statistics
@@ -16,23 +16,29 @@ from byolt.files.atomic import replacing
 from byolt.files.rows import append_row, read_rows
 from byolt.model import distributed
 from byolt.model.distributed import World, all_reduce_mean, gather_stacked
+from byolt.model.run.wandb_log import WandbLog
 
 
 class MetricLog:
-    """Appends rows of numbers to metrics.jsonl and to TensorBoard. A context manager around the loop."""
+    """Appends rows of numbers to metrics.jsonl and sends them to the loggers. A context manager around the loop."""
 
-    def __init__(self, out: Path, first_step: int) -> None:
+    def __init__(self, out: Path, first_step: int, wandb: WandbLog | None = None) -> None:
         """
         Args:
             out: folder of the run.
             first_step: steps done. Rows of later steps, which a run wrote after its last checkpoint, are dropped;
                 with 0 all rows are.
+            wandb: also gets the rows, earlier ones too if it is new.
         """
         self.path = out / "metrics.jsonl"
         self._rows = [row for row in read_rows(self.path) if 0 < first_step >= row["step"]]
         with replacing(self.path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in self._rows))
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=first_step + 1)
+        self._wandb = wandb
+        if wandb and wandb.is_new:
+            for row in self._rows:
+                wandb.add(row["step"], {key: value for key, value in row.items() if key != "step"})
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one row; the names become TensorBoard's tags. A row that is in the file already is skipped."""
@@ -41,24 +47,30 @@ class MetricLog:
         append_row(self.path, {"step": step, **values})
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.add(step, values)
 
     def __enter__(self) -> "MetricLog":
         self._hook = threading.excepthook
         threading.excepthook = self._on_thread_error
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         """Closes the files if the block has not; an error while closing must not hide the block's own."""
+        if self._wandb:
+            self._wandb.close(failed=kind is not None)
         with suppress(OSError):
             self.close()
         threading.excepthook = self._hook
 
     def close(self) -> None:
-        """Writes the rows that TensorBoard's thread has not yet written.
+        """Writes the rows that the loggers have not yet written.
 
         Raises:
-            OSError: these or earlier rows could not be written.
+            OSError: these or earlier rows could not be written by TensorBoard's thread.
         """
+        if self._wandb:
+            self._wandb.close()
         self._board.close()
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:

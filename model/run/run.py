@@ -21,6 +21,7 @@ from byolt.model.run import checkpoint, guard
 from byolt.model.run.log import MetricLog, Window
 from byolt.model.run.pictures import save_view_pairs
 from byolt.model.run.resume import Start
+from byolt.model.run.wandb_log import WandbLog
 from byolt.model.step import StepResult, TrainStep
 
 _EARLY_ROWS = (1, 2, 5, 10)  # steps with a row before run.log_every, so that a slow run shows signs of life
@@ -51,7 +52,10 @@ class Run:
         self.on_gpu = self.world.device.type == "cuda"
         self._first_step, self._duration_said = start.step, False
         self.stopping = False  # a rank got a signal; the same on every rank
-        self.metrics = MetricLog(self.out, self.step) if self.world.is_main else None
+        self.metrics: MetricLog | None = None
+        if self.world.is_main:
+            wandb = WandbLog(self.config, self.step, self.meter.say) if self.config.run.wandb else None
+            self.metrics = MetricLog(self.out, self.step, wandb)
         self._window = Window(self.world, self.config.train.batch_size, self.step)
         self._finite = guard.FiniteCheck(self.world, overflow_allowed=self.train_step.scaler.is_enabled())
         self._saved = time.monotonic()
