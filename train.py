@@ -158,8 +158,8 @@ def prepare(
     torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
-    source = open_split("data.path", config.data.path)
-    queries = open_split("eval.path", config.eval.path) if config.eval.path else None
+    source = open_split("data.path", config.data.path, config.data)
+    queries = open_split("eval.path", config.eval.path, config.data) if config.eval.path else None
     knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None
     steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
     total_steps = config.total_steps(len(source))

@@ -66,7 +66,7 @@ class Section(BaseModel):
 class DataConfig(Section):
     path: PathText
     """Training images: a folder made by tools/make_shards.py, a folder of images, FFCV .beton files separated by
-    commas, or synthetic:COUNT:HxW."""
+    commas, synthetic:COUNT:HxW, or shards at a URL (s3, gs, az, https; docs/remote.md)."""
     expected_images: _Count | None = None
     """Number of images that the recipe was written for. A data set of another size is used with a warning. Where the
     data set is missing, --print-config derives the number of steps from this setting."""
@@ -94,6 +94,15 @@ class DataConfig(Section):
     max_corrupt: Annotated[int, Field(ge=0, le=2**40)] = 100
     """Number of different undecodable images that a rank tolerates. It replaces each by the next valid image and lists
     it in corrupt.jsonl; one more stops the run."""
+    cache: PathText | None = None
+    """Folder on a local disk for what is read from a URL; runs may share it. null: byolt in $XDG_CACHE_HOME, which is
+    ~/.cache by default."""
+    cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 200
+    """Largest size of data.cache in GB; the files used least recently are removed. ImageNet has 140 GB."""
+    connections: Annotated[int, Field(ge=1, le=256)] = 8
+    """Parallel requests per rank to the server of a URL, of about 8 MB each."""
+    remote_minutes: Annotated[float, Field(gt=0, le=1e6)] = 10
+    """How long a request to the server of a URL is repeated before the run stops."""
 
 
 class ViewConfig(Section):

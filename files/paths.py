@@ -40,7 +40,7 @@ def expand_pattern(text: str) -> list[str]:
     if os.path.exists(text):
         return [text]
     found: list[str] = []
-    for name in _braces(text):
+    for name in expand_braces(text):
         special = not os.path.exists(name) and re.search(r"[*?[]", name)
         matches = sorted(glob.glob(name)) if special else [name]
         if not matches:
@@ -69,7 +69,7 @@ def nearest(path: Path) -> Path | None:
     return path.with_name(close[0]) if close else None
 
 
-def _braces(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """ "a{08..10}" -> ["a08", "a09", "a10"], as bash expands it."""
     done, left = [], [text]
     while left:

@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from byolt.files.rows import append_row, read_rows
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend, make_backend, make_resident
 from byolt.pipelines.formats.decode import UndecodableError
+from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.resident import Resident
 from byolt.pipelines.sources import ParallelReader, Source, open_source
 from byolt.pipelines.views import ViewParams, draw_both
@@ -99,6 +100,7 @@ class Loader:
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
         self._reader = ParallelReader(source, config.data.threads, config.data.max_pixels)
+        self._ahead: float | None = None  # share of a window to plan ahead
         self.waited = 0.0
         on_gpu = device is not None and device.type == "cuda"
         self._stream = torch.cuda.Stream(device) if on_gpu else None
@@ -149,10 +151,11 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         """Stops the thread and drops the batches made ahead."""
         self._stop.set()
-        while self._thread.is_alive():
-            with suppress(queue.Empty):
-                self._queue.get(timeout=0.05)
-        self._reader.close()
+        with self._source.interrupted() if isinstance(self._source, RemoteSource) else nullcontext():
+            while self._thread.is_alive():
+                with suppress(queue.Empty):
+                    self._queue.get(timeout=0.05)
+            self._reader.close()
 
     def _produce(self, make: _Make, broken: Mapping[int, str]) -> None:
         """Runs in the thread. `make` makes the batches; `broken` are the images already known to be undecodable."""
@@ -161,8 +164,10 @@ class Loader:
             for number in sorted(broken.keys() - self._corrupt.keys()):
                 if number % self._world_size == self._rank:  # every rank has decoded the whole data set
                     self._count_corrupt(number, broken[number])
+            planned = self._next_step
             with torch.cuda.stream(self._stream):  # None changes nothing
                 while not self._stop.is_set():
+                    planned = self._plan(planned)
                     epoch, rows = self._order.batches(self._next_step)
                     for ids in rows:
                         batch = make(ids, epoch)
@@ -170,6 +175,23 @@ class Loader:
                     self._next_step += 1
         except BaseException as error:  # of any kind: the waiting step must see it
             self._queue.put(error)
+
+    def _plan(self, step: int) -> int:
+        """Announces to a remote source the samples from step `step` on to a window of the order ahead of the next step.
+
+        Returns:
+            The first step that is not announced.
+        """
+        if not isinstance(self._source, RemoteSource):
+            return step
+        window = order.window(self._config.data.order, self._config.train.batch_size)
+        if self._ahead is None:
+            ranks = self._world_size if self._config.data.order == "lanes" else 1  # these share a window
+            self._ahead = self._source.share_ahead(window / ranks)
+        end = self._next_step + 1 + int(self._ahead * window / self._config.train.batch_size)
+        for later in range(step, end):
+            self._source.plan(self._order.batches(later)[1].ravel())
+        return max(step, end)
 
     def _from_memory(self, resident: Resident, ids: _Ids, epoch: int) -> Batch:
         ids = resident.sound(ids)

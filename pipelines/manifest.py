@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from byolt.files.atomic import writing
 from byolt.files.regular import open_regular, read_regular
@@ -135,6 +136,11 @@ class Manifest:
             yield shard, first, self.samples[first : first + shard.samples]
             first += shard.samples
 
+    def fingerprint(self) -> str:
+        """Identifies the data set, see `sources.Source`."""
+        identity = [[shard.name, shard.sha256] for shard in self.shards], self.classes
+        return hashlib.sha256(repr(identity).encode()).hexdigest()
+
     def validate(self, path: Path) -> None:
         """Raises ValueError, naming `path`, if records and shards do not match."""
         samples, refuse = self.samples, partial(_refuse, path)
@@ -165,6 +171,11 @@ class Manifest:
         for stated, count in zip(self.shards, counts.tolist(), strict=True):
             text = f"{stated.name} states {stated.samples} samples, but has {count} records"
             refuse(stated.samples != count, text)
+
+
+def checksums(samples: np.ndarray) -> npt.NDArray[np.uint64]:
+    """`encoded.checksum` of SAMPLE records."""
+    return samples["length"].astype(np.uint64) << np.uint64(32) | samples["crc32"]
 
 
 def _sha256(content: dict[str, Any]) -> str:

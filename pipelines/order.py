@@ -120,6 +120,11 @@ class RankOrder:
             yield self.batches(number)[1].ravel()
 
 
+def window(mode: Mode, batch_size: int) -> int:
+    """Samples that are shuffled together, on all ranks: these blocks are in use at once ("full": as for "block")."""
+    return lanes(batch_size) * LANE_WINDOW * BLOCK if mode == "lanes" else WINDOW * BLOCK
+
+
 def lanes(batch_size: int) -> int:
     """Number of lanes: it does not depend on the number of ranks, and divides the batch."""
     return math.gcd(batch_size, LANES)

@@ -7,7 +7,6 @@ First on a batch's path: the loader reads the samples that `order` names, with `
 
 import errno
 import glob
-import hashlib
 import os
 import re
 import resource
@@ -22,14 +21,19 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from byolt.files.paths import expand_home, nearest, remote, searched
+from byolt.configs.schema import DataConfig
+from byolt.files.paths import expand_home, nearest, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.index import UNLABELED
 from byolt.pipelines.formats.synthetic import SyntheticSource
-from byolt.pipelines.manifest import MANIFEST, Manifest
+from byolt.pipelines.manifest import MANIFEST, Manifest, checksums
+from byolt.pipelines.remote.dataset import RemoteData
+from byolt.pipelines.remote.retry import RemoteError
+from byolt.pipelines.remote.source import RemoteSource
+from byolt.pipelines.remote.urls import RemotePath, is_remote, parse
 
 _LEAST_DESCRIPTORS = 64  # of the rest of a process that trains
 _SPARE_DESCRIPTORS = 256  # for the rest of the process
@@ -78,19 +82,24 @@ class Source(Protocol):
         ...
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Opens a folder of shards, a folder of images, .beton files or "synthetic:NUM:HxW".
+def open_source(path: str | os.PathLike[str], settings: DataConfig | None = None) -> Source:
+    """Opens a folder of shards, a folder of images, .beton files, "synthetic:NUM:HxW", or shards at a URL.
 
     Several .beton files, separated by commas or named by a pattern (part-{00..09}.beton, *.beton), are one data set in
     that order. "?image=FIELD&label=FIELD" after them names the fields to read instead of the first of their type.
 
+    Args:
+        path: The data set.
+        settings: For a URL: where and how it is cached. With data.order=full it is first copied to the cache as a
+            whole, also without a manifest; None reads only what is asked for.
+
     Raises:
         ValueError: `path` is none of these, or the data set is damaged; names the path and the remedy.
     """
-    return locate(path)()
+    return locate(path, settings)()
 
 
-def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
+def locate(path: str | os.PathLike[str], settings: DataConfig | None = None) -> Callable[[], Source]:
     """Finds the data set that `open_source` opens, but reads no file, so that a wrong path is refused at once.
 
     Raises:
@@ -102,8 +111,8 @@ def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
         if not match:
             raise ValueError(f"data path {text!r}: write synthetic images as synthetic:NUM:HxW")
         return partial(SyntheticSource, *map(int, match.groups()))
-    if reason := remote(text):
-        raise ValueError(f"data path {text!r}: {reason}")
+    if is_remote(text):
+        return partial(_open_remote, parse(text), settings)
     files, fields = split_path(text)
     if any(file.endswith(".beton") for file in files):
         return partial(BetonSource, files, **fields)
@@ -129,10 +138,10 @@ def locate(path: str | os.PathLike[str]) -> Callable[[], Source]:
     return partial(FolderSource, folder)
 
 
-def open_split(key: str, path: str) -> Source:
-    """Opens a data set; errors name its setting or option, the key."""
+def open_split(key: str, path: str, settings: DataConfig | None = None) -> Source:
+    """Opens a data set, see `open_source`; errors name its setting or option, the key."""
     with _named(key):
-        return open_source(path)
+        return open_source(path, settings)
 
 
 def check_paths(paths: dict[str, str | None]) -> None:
@@ -168,6 +177,19 @@ def _folder_of(text: str, files: list[str]) -> str:
     if missing:
         raise ValueError(f"data path {text!r}: {missing[0]!r} does not exist{searched(missing[0])}")
     raise ValueError(f"data path {text!r} names {len(files)} files or folders: name one folder")
+
+
+def _open_remote(path: RemotePath, settings: DataConfig | None) -> Source:
+    try:
+        data = RemoteData(path, settings)
+        if data.manifest is not None and not (settings and settings.order == "full"):
+            return RemoteSource(path, settings, data)
+        folder = data.stage()
+    except RemoteError as error:
+        raise ValueError(f"data path {path.text!r}: {error}") from None
+    if data.manifest is not None:
+        return _open_shards(folder)
+    return BetonSource([folder / name for name in path.names], **path.fields)
 
 
 def _open_shards(folder: Path) -> Source:
@@ -250,14 +272,14 @@ class TarSource:
         self.labels = (
             np.broadcast_to(np.int64(UNLABELED), len(labels)) if unlabeled else labels.astype(np.int64)
         )
-        self.fingerprint = _fingerprint(manifest)
+        self.fingerprint = manifest.fingerprint()
         self.former_fingerprints: list[str] = []
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
 
     @property
     def checksums(self) -> npt.NDArray[np.uint64]:
-        return _checksums(self._samples)
+        return checksums(self._samples)
 
     def __len__(self) -> int:
         return len(self._samples)
@@ -318,8 +340,8 @@ class BetonFolder(BetonSource):
                 f"tools/verify_shards.py {self.folder} says where"
             )
         self.classes = manifest.classes
-        self.checksums = _checksums(manifest.samples)
-        self.fingerprint = _fingerprint(manifest)
+        self.checksums = checksums(manifest.samples)
+        self.fingerprint = manifest.fingerprint()
         self.former_fingerprints = []
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -358,13 +380,3 @@ def _checked_manifest(folder: Path) -> Manifest:
         limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     return manifest
-
-
-def _checksums(samples: np.ndarray) -> npt.NDArray[np.uint64]:
-    """`encoded.checksum` of SAMPLE records."""
-    return samples["length"].astype(np.uint64) << np.uint64(32) | samples["crc32"]
-
-
-def _fingerprint(manifest: Manifest) -> str:
-    identity = [[shard.name, shard.sha256] for shard in manifest.shards], manifest.classes
-    return hashlib.sha256(repr(identity).encode()).hexdigest()

@@ -245,8 +245,6 @@ def test_patterns_of_shards(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("path", "remedy"),
     [
-        ("s3://bucket/set", "aws s3 cp --recursive"),
-        ("https://host/shard-{00..09}.tar", "wget"),
         ("hf://datasets/a/b", "hf download"),
         ("pipe:curl -s https://host/a.tar", "its output written to a file"),
         ("gopher://host/*.tar", "your tool for this kind of storage"),

@@ -1,0 +1,192 @@
+"""Finds a remote data set: its manifest, fetched into the cache, or the sizes of .beton files; and stages it there."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from byolt.configs.schema import DataConfig
+from byolt.files.atomic import sha256_of
+from byolt.files.console import shown
+from byolt.files.progress import Meter
+from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest
+from byolt.pipelines.remote.cache import Cache
+from byolt.pipelines.remote.retry import MissingError
+from byolt.pipelines.remote.store import Entry, Store
+from byolt.pipelines.remote.urls import RemotePath
+
+PIECE = 1 << 23  # bytes of one request
+
+
+class RemoteData:
+    """A data set at a URL.
+
+    Attributes:
+        store: Its folder.
+        cache: The local folder that it is kept in.
+        key: Names it in the cache; the same for the same content.
+        manifest: Of the shards; None for .beton files that are named.
+        connections: Parallel requests.
+        sizes: Bytes of each shard, by name, in the order of the samples.
+    """
+
+    def __init__(self, path: RemotePath, settings: DataConfig | None = None) -> None:
+        """
+        Args:
+            path: The data set.
+            settings: data.cache, data.cache_gb, data.connections and data.remote_minutes; None for their defaults.
+
+        Raises:
+            ValueError: There is no data set, its manifest is damaged, or shards are missing or have other sizes.
+            OSError: The store or the cache fails.
+        """
+        settings = settings or DataConfig.model_validate({"path": path.text})
+        self.path, self.connections = path, settings.connections
+        self.store = Store(path.folder, settings.remote_minutes)
+        self.cache = Cache(Path(settings.cache or _default_cache()), int(settings.cache_gb * 1e9))
+        self.manifest: Manifest | None = None
+        entries = self.store.list()
+        if path.names and path.names[0].endswith(".beton"):
+            found = [self._entry(name, entries) for name in path.names]
+            self.sizes = {name: entry.size for name, entry in zip(path.names, found, strict=True)}
+            self.key = _digest(repr((path.folder, path.names, found)).encode())
+            self.cache.pin(self.key)
+            return
+        try:
+            content = self.store.get(MANIFEST)
+        except MissingError:
+            raise ValueError(
+                f"data path {path.text!r} has no {MANIFEST}: for tars made elsewhere run tools/make_shards.py --index "
+                f"{path.text}"
+            ) from None
+        self.key = _digest(content)
+        self.cache.pin(self.key)
+        self.manifest = self._load(content, entries)
+        self.sizes = {shard.name: shard.size for shard in self.manifest.shards}
+        self._check_names(entries)
+
+    @property
+    def folder(self) -> Path:
+        """The data set's folder in the cache."""
+        return self.cache.folder / self.key
+
+    def stage(self) -> Path:
+        """Fetches the whole data set into the cache, shard by shard; processes share the work.
+
+        Raises:
+            ValueError: There is no room, or a shard is not the one that the manifest describes.
+        """
+        total, room = sum(self.sizes.values()), self.cache.room(self.key)
+        if total > room:
+            raise ValueError(
+                f"data path {self.path.text!r}: data.order=full copies its {total / 1e9:,.1f} GB first, and "
+                f"{self.cache.folder} has room for {room / 1e9:,.1f} GB (data.cache_gb={self.cache.limit / 1e9:g}): "
+                "raise data.cache_gb, name a larger disk as data.cache, or set data.order=block"
+            )
+        names = list(self.sizes)
+        missing = [name for name in names if not (self.folder / name).exists()]
+        first = int(os.environ.get("LOCAL_RANK", "0")) % max(
+            1, len(missing)
+        )  # ranks begin at different shards
+        done = total - sum(self.sizes[name] for name in missing)
+        enabled = bool(missing) and first == 0
+        with Meter("MB", total >> 20, done >> 20, enabled=enabled, line_every=5.0) as meter:
+            for name in missing[first:] + missing[:first]:
+                self._stage_shard(name, partial(self._show, meter, done))
+                done += self.sizes[name]
+        return self.folder
+
+    def fetch(self, name: str, to: Path) -> None:
+        """Copies one shard to a local file."""
+        with to.open("wb") as file:
+            self._copy(name, self.sizes[name], lambda at: None, file.fileno())
+
+    def _show(self, meter: Meter, done: int, at: int) -> None:
+        meter.update((done + at) >> 20, self.store.url)
+
+    def _stage_shard(self, name: str, progress: Callable[[int], None]) -> None:
+        sha256 = {shard.name: shard.sha256 for shard in self.manifest.shards}[name] if self.manifest else None
+        for last in (False, True):
+            size = self.sizes[name]
+            if not self.cache.fill(f"{self.key}/{name}", size, partial(self._copy, name, size, progress)):
+                raise ValueError(f"data path {self.path.text!r}: {self.cache.folder} has no room for {name}")
+            if sha256 is None or sha256_of(self.folder / name) == sha256:
+                return
+            self.cache.drop(f"{self.key}/{name}")
+            if last:
+                raise ValueError(
+                    f"data path {self.path.text!r}: {name} does not have the sha256 that {MANIFEST} states: upload it "
+                    f"again; tools/verify_shards.py {self.path.text} says what differs"
+                )
+
+    def _copy(self, name: str, size: int, progress: Callable[[int], None], descriptor: int) -> None:
+        starts = range(0, size, PIECE)
+        lengths = [min(PIECE, size - start) for start in starts]
+        for at, data in zip(starts, self.store.ranges(name, starts, lengths, self.connections), strict=True):
+            write_all(descriptor, data, at)
+            progress(at)
+
+    def _load(self, content: bytes, entries: dict[str, Entry] | None) -> Manifest:
+        """The manifest, from the cache or fetched; once more if the copy is damaged."""
+        for last in (False, True):
+            self._keep(MANIFEST, content)
+            if not (self.folder / SAMPLES).exists():
+                size = self._entry(SAMPLES, entries).size
+                copy = partial(self._copy, SAMPLES, size, lambda at: None)
+                if not self.cache.fill(f"{self.key}/{SAMPLES}", size, copy):
+                    raise self._no_room()
+            try:
+                return Manifest.load(self.folder)
+            except ValueError as error:
+                for name in (MANIFEST, SAMPLES):
+                    self.cache.drop(f"{self.key}/{name}")
+                if last:
+                    text = str(error).replace(str(self.folder), self.path.folder)
+                    raise ValueError(f"data path {self.path.text!r}: {text}") from None
+        raise AssertionError
+
+    def _keep(self, name: str, content: bytes) -> None:
+        if not self.cache.fill(f"{self.key}/{name}", len(content), lambda file: write_all(file, content, 0)):
+            raise self._no_room()
+
+    def _no_room(self) -> ValueError:
+        return ValueError(f"data.cache: {self.cache.folder} has no room: raise data.cache_gb, or free space")
+
+    def _entry(self, name: str, entries: dict[str, Entry] | None) -> Entry:
+        if entries is None:
+            return self.store.head(name)
+        if name not in entries:
+            raise MissingError(f"{self.store.url}/{name} does not exist: check the URL")
+        return entries[name]
+
+    def _check_names(self, entries: dict[str, Entry] | None) -> None:
+        """Refuses shards that are missing or have other sizes, and names that are not those of the manifest."""
+        if self.path.names and {*self.path.names} != self.sizes.keys():
+            differing = sorted({*self.path.names} ^ self.sizes.keys())
+            raise ValueError(
+                f"data path {self.path.text!r} names {len(self.path.names)} tars, and {MANIFEST} has "
+                f"{len(self.sizes)} ({shown(differing)}): tars are read as one data set: name the folder"
+            )
+        for name, size in self.sizes.items() if entries is not None else ():
+            found = self._entry(name, entries).size
+            if found != size:
+                raise ValueError(
+                    f"shard {self.store.url}/{name} has {found:,} bytes, {MANIFEST} states {size:,}: upload it again"
+                )
+
+
+def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
+    """Writes all of a buffer at an offset."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count
+
+
+def _default_cache() -> str:
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "byolt")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]

@@ -1,0 +1,184 @@
+"""Reads the samples of a remote data set with a manifest; see `sources.Source`.
+
+Samples are fetched in extents: 8 MB of consecutive ones, which end where a sample ends. An extent is kept in the cache;
+`plan` fetches those of coming samples ahead. Each sample's crc32 is checked whenever it is read.
+"""
+
+import sys
+import threading
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from byolt.configs.schema import DataConfig
+from byolt.files.console import say
+from byolt.pipelines.formats.encoded import check_unchanged, inspect, ppm_header
+from byolt.pipelines.manifest import checksums
+from byolt.pipelines.remote import dataset
+from byolt.pipelines.remote.cache import EVICTABLE
+from byolt.pipelines.remote.dataset import RemoteData, write_all
+from byolt.pipelines.remote.urls import RemotePath
+
+
+class RemoteSource:
+    """Tars or .beton files with a manifest, at a URL."""
+
+    def __init__(
+        self, path: RemotePath, settings: DataConfig | None = None, data: RemoteData | None = None
+    ) -> None:
+        """
+        Args:
+            path: The data set.
+            settings: See `RemoteData`.
+            data: The same, found before.
+        """
+        self._made_by = path, settings
+        self._data = data or RemoteData(path, settings)
+        manifest = self._data.manifest
+        assert manifest is not None
+        self._store, self._cache, self._key = self._data.store, self._data.cache, self._data.key
+        self._shards, self._samples = manifest.shards, manifest.samples
+        self._is_beton = self._shards[0].name.endswith(".beton")
+        self.classes, self.fingerprint = manifest.classes, manifest.fingerprint()
+        self.former_fingerprints: list[str] = []
+        self.labels = manifest.samples["label"].astype(np.int64)
+        self.heights, self.widths = manifest.samples["height"], manifest.samples["width"]
+        self._extent_of, self._extents = extents(manifest.samples, dataset.PIECE)
+        self._pool: ThreadPoolExecutor | None = None
+        self._planned: set[int] = set()
+        self._lock = threading.Lock()
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        return checksums(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def read(self, i: int) -> bytes:
+        """Encoded image `i`; see `sources.Source`. Bytes with another crc32 than the manifest's are fetched again."""
+        record = self._samples[i]
+        data = self._bytes(i)
+        if zlib.crc32(data) != record["crc32"]:
+            self._cache.drop(self._file(int(self._extent_of[i])))
+            data = self._bytes(i)
+            check_unchanged(data, int(record["length"]) << 32 | int(record["crc32"]))
+        return self._with_header(i, data)
+
+    def describe(self, i: int) -> str:
+        record = self._samples[i]
+        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
+
+    def plan(self, ids: npt.NDArray[np.int64]) -> None:
+        """Begins to fetch the extents of these samples, in the order in which they are first needed."""
+        needed, first = np.unique(self._extent_of[ids], return_index=True)
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._data.connections, "remote")
+        for number in needed[np.argsort(first)].tolist():
+            with self._lock:
+                if number in self._planned:
+                    continue
+                self._planned.add(number)
+            self._pool.submit(self._fetch_ahead, number)
+
+    def share_ahead(self, window: float) -> float:
+        """The share of a window of so many samples to plan ahead; below 1 if the cache does not hold two windows."""
+        held = self._cache.limit * len(self) / sum(self._data.sizes.values())
+        if held < min(window, len(self)):
+            say(
+                f"warning: data.cache_gb={self._cache.limit / 1e9:g} holds {held:,.0f} samples, and data.order mixes "
+                f"{window:,.0f}: parts of shards are fetched several times: raise it",
+                file=sys.stderr,
+            )
+        return 1.0 if held >= len(self) else min(1.0, max(0.0, held / window - 1))
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While the block runs, reads that wait for the network fail at once; planned ones are dropped."""
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+        self._planned.clear()
+        with self._store.interrupted():
+            yield
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RemoteSource, self._made_by
+
+    def _fetch_ahead(self, number: int) -> None:
+        with suppress(OSError):  # `read` meets it again
+            if not self._cache.touch(self._file(number)):
+                self._fetch(number)
+        with self._lock:
+            self._planned.discard(number)
+
+    def _bytes(self, i: int) -> bytes:
+        """The stored bytes of sample `i`, from the cache, the extent or, without room for that, alone."""
+        number, record = int(self._extent_of[i]), self._samples[i]
+        length, offset = int(record["length"]), int(record["offset"])
+        at = offset - int(self._extents[number]["start"])
+        data = self._cache.read(self._file(number), length, at)
+        if data is None or len(data) != length:
+            whole = self._fetch(number)
+            data = None if whole is None else bytes(memoryview(whole)[at : at + length])
+        if data is None:  # another process has fetched it
+            data = self._cache.read(self._file(number), length, at)
+        if data is None:
+            data = bytes(self._store.range(self._shards[record["shard"]].name, offset, length))
+        return data
+
+    def _fetch(self, number: int) -> Any:
+        """Fetches an extent into the cache; returns its bytes, or None if it was or could not be put there."""
+        extent, fetched = self._extents[number], []
+        start, length = int(extent["start"]), int(extent["stop"] - extent["start"])
+
+        def write(descriptor: int) -> None:
+            fetched.append(self._store.range(self._shards[extent["shard"]].name, start, length))
+            write_all(descriptor, fetched[0], 0)
+
+        self._cache.fill(self._file(number), length, write)
+        return fetched[0] if fetched else None
+
+    def _file(self, number: int) -> str:
+        extent = self._extents[number]
+        name = self._shards[extent["shard"]].name
+        return f"{self._key}/{EVICTABLE}/{name}/{extent['start']}-{extent['stop']}"
+
+    def _with_header(self, i: int, data: bytes) -> bytes:
+        """Raw pixels of a .beton, which have 3 x height x width bytes, get a PPM header."""
+        height, width = int(self.heights[i]), int(self.widths[i])
+        if not self._is_beton or len(data) != 3 * height * width:
+            return data
+        with suppress(ValueError):  # a JPEG of just that length
+            header = inspect(data)
+            if (header.height, header.width) == (height, width):
+                return data
+        return ppm_header(height, width) + data
+
+
+EXTENT = np.dtype([("shard", np.int64), ("start", np.int64), ("stop", np.int64)])
+
+
+def extents(samples: np.ndarray, size: int) -> tuple[npt.NDArray[np.int32], np.ndarray]:
+    """Cuts shards into extents: the samples that begin in the same `size` bytes of a shard.
+
+    Args:
+        samples: SAMPLE records, in the order of shards and offsets.
+        size: Bytes.
+
+    Returns:
+        The extent of each sample, and EXTENT records: shard, first byte, and the byte behind the last.
+    """
+    shard, offset = samples["shard"].astype(np.int64), samples["offset"].astype(np.int64)
+    cell = offset // size
+    begins = np.append(True, (shard[1:] != shard[:-1]) | (cell[1:] != cell[:-1]))
+    first = np.flatnonzero(begins)
+    found = np.empty(len(first), EXTENT)
+    found["shard"], found["start"] = shard[first], offset[first]
+    found["stop"] = np.maximum.reduceat(offset + samples["length"].astype(np.int64), first)
+    return (np.cumsum(begins) - 1).astype(np.int32), found

@@ -1,0 +1,318 @@
+"""One remote folder: its objects are listed, read by ranges and written. The one file that imports obstore.
+
+Requests run in an event loop in a thread of their own, so that a slow one can be doubled and abandoned. The loop and
+obstore's own threads do not survive a fork: a child that was forked after the first request gets an error, not a hang.
+"""
+
+import asyncio
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, TypeVar
+from urllib.parse import urlsplit
+
+from byolt.files.console import say
+from byolt.pipelines.remote import retry
+from byolt.pipelines.remote.retry import MissingError, RemoteError
+
+_STALL = "3s"  # without a byte: a stalled connection
+_CONNECT = "5s"
+_GRACE, _SLOWEST = 10.0, 1e6  # a request may take 10 s and its bytes at 1 MB/s
+_HEDGE, _LONGEST_HEDGE, _SHORTEST_HEDGE = 3.0, 5.0, 0.2  # times the median; seconds
+_NOTE_AFTER, _NOTE_EVERY = 3.0, 30.0  # seconds of failures before a line about them, and between two lines
+Result = TypeVar("Result")
+
+
+class Entry(NamedTuple):
+    """An object: its size in bytes, and its ETag if it has a strong one."""
+
+    size: int
+    etag: str | None
+
+
+class Store:
+    """The objects of one remote folder; safe from several threads, picklable.
+
+    Args:
+        url: Of the folder: s3://bucket/folder, gs://..., az://..., http(s)://host/folder.
+        minutes: How long a failing request is repeated.
+    """
+
+    def __init__(self, url: str, minutes: float = 10.0) -> None:
+        self.url, self._minutes = url, minutes
+        self._client: Any = None
+        self._etags: dict[str, str | None] = {}
+        self._seconds: deque[float] = deque(maxlen=64)  # of the latest requests
+        self._lock = threading.Lock()
+        self._running: set[asyncio.Task[Any]] = set()
+        self._interrupted = False
+        self._last_note = -_NOTE_EVERY
+
+    def list(self) -> dict[str, Entry] | None:
+        """The objects directly in the folder, in one LIST; None for HTTP, which has none."""
+        import obstore
+
+        if self.url.startswith("http"):
+            return None
+
+        async def attempt() -> Any:
+            return await obstore.list_with_delimiter_async(self._open())
+
+        found = self._call(self._persist("", attempt))["objects"]
+        prefix = urlsplit(self.url).path.strip("/")
+        entries = {}
+        for meta in found:
+            name = meta["path"].removeprefix(f"{prefix}/") if prefix else meta["path"]
+            entries[name] = Entry(meta["size"], _strong(meta["e_tag"]))
+        self._etags.update({name: entry.etag for name, entry in entries.items()})
+        return entries
+
+    def head(self, name: str) -> Entry:
+        """Size and ETag of one object; later reads require this ETag."""
+        import obstore
+
+        async def attempt() -> Any:
+            return await obstore.head_async(self._open(), name)
+
+        meta = self._call(self._persist(name, attempt))
+        self._etags[name] = _strong(meta["e_tag"])
+        return Entry(meta["size"], self._etags[name])
+
+    def get(self, name: str) -> bytes:
+        """The whole of a small object, in its newest version."""
+        self._etags.pop(name, None)
+        return bytes(self._call(self._persist(name, lambda: self._get(name, None))))
+
+    def range(self, name: str, start: int, length: int) -> Any:
+        """Bytes of an object, as a buffer.
+
+        Raises:
+            RemoteError: The request failed for good, or for `minutes`; names the object, the cause and the remedy.
+        """
+        return self._call(self._range(name, start, length))
+
+    def ranges(
+        self, name: str, starts: Sequence[int], lengths: Sequence[int], connections: int = 8
+    ) -> Iterator[Any]:
+        """Yields the bytes of several ranges of an object in their order, `connections` requests at once."""
+        for first in range(0, len(starts), connections):
+            part = slice(first, first + connections)
+            jobs = [self._range(name, *job) for job in zip(starts[part], lengths[part], strict=True)]
+            yield from self._call(_gather(jobs))
+
+    def put(self, name: str, content: bytes | Path) -> None:
+        """Writes an object; a large file goes up in parts, and exists only when all of them have arrived."""
+        import obstore
+
+        if self.url.startswith("http"):
+            raise ValueError(
+                f"{self.url}: nothing can be written over HTTP: write to a local folder, then copy it"
+            )
+
+        async def attempt() -> Any:
+            return await obstore.put_async(_client(self.url, writing=True), name, content)
+
+        self._call(self._persist(name, attempt))
+
+    @contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """While the block runs, requests fail at once."""
+        self._interrupted = True
+        try:
+            for task in list(self._running):
+                _event_loop().call_soon_threadsafe(task.cancel)
+            yield
+        finally:
+            self._interrupted = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Store, (self.url, self._minutes)
+
+    def _open(self) -> Any:
+        with self._lock:
+            if self._client is None:
+                try:
+                    self._client = _client(self.url)
+                except Exception as error:  # of many kinds: settings in the environment that do not fit
+                    raise RemoteError(f"{self.url} cannot be opened: {retry.cause(error)}") from None
+            return self._client
+
+    async def _range(self, name: str, start: int, length: int) -> Any:
+        async def attempt() -> Any:
+            return await self._get(name, (start, start + length))
+
+        return await self._persist(name, attempt, _GRACE + length / _SLOWEST)
+
+    async def _get(self, name: str, span: tuple[int, int] | None) -> Any:
+        import obstore
+
+        options: Any = {"range": span} if span else {}
+        if etag := self._etags.get(name):
+            options["if_match"] = etag
+        result = await obstore.get_async(self._open(), name, options=options)
+        data = await result.bytes_async()
+        if span and len(data) != span[1] - span[0]:
+            raise RemoteError(
+                f"{self.url}/{name} has {result.meta['size']:,} bytes, and bytes {span[0]:,} to {span[1]:,} are asked "
+                "for: it is not the object that the manifest describes: upload it again"
+            )
+        self._etags.setdefault(name, _strong(result.meta["e_tag"]))
+        return data
+
+    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Runs it in the event loop, and waits."""
+        if self._interrupted:
+            work.close()
+            raise RemoteError(f"{self.url}: interrupted")
+
+        async def tracked() -> Result:
+            task = asyncio.current_task()
+            assert task
+            self._running.add(task)
+            try:
+                return await work
+            finally:
+                self._running.discard(task)
+
+        try:
+            return asyncio.run_coroutine_threadsafe(tracked(), _event_loop()).result()
+        except CancelledError:
+            raise RemoteError(f"{self.url}: interrupted") from None
+
+    async def _persist(
+        self, name: str, attempt: Callable[[], Awaitable[Result]], limit: float | None = None
+    ) -> Result:
+        """Repeats an attempt until it succeeds, fails for good, or has failed for `minutes`."""
+        place = f"{self.url}/{name}" if name else self.url
+        began, failures = time.monotonic(), 0
+        while True:
+            try:
+                return await (self._hedged(place, attempt, limit) if limit else attempt())
+            except RemoteError:
+                raise
+            except Exception as error:
+                if final := retry.final_cause(error):
+                    kind = MissingError if isinstance(error, FileNotFoundError) else RemoteError
+                    raise kind(f"{place}: {final[0]}: {final[1]}") from None
+                words = retry.cause(error)
+            failures += 1
+            seconds = time.monotonic() - began
+            if seconds > 60 * self._minutes:
+                raise RemoteError(
+                    f"{place}: {words}, for {self._minutes:g} minutes ({failures} times): check the network and the "
+                    "server, or raise data.remote_minutes"
+                )
+            if seconds > _NOTE_AFTER:
+                self._note(f"{place}: {words}; tried {failures} times in {seconds:.0f} s")
+            await asyncio.sleep(retry.pause(failures - 1))
+
+    async def _hedged(self, place: str, attempt: Callable[[], Awaitable[Result]], limit: float) -> Result:
+        """The result of the attempt, or of a second one that begins when the first takes unusually long."""
+        began = time.monotonic()
+        usual = _HEDGE * median(self._seconds) if len(self._seconds) >= 8 else _LONGEST_HEDGE
+        patience = min(max(usual, _SHORTEST_HEDGE), _LONGEST_HEDGE)
+        tasks = {asyncio.ensure_future(attempt())}
+        try:
+            done, waiting = await asyncio.wait(tasks, timeout=patience)
+            if not done:
+                if patience == _LONGEST_HEDGE:
+                    self._note(f"{place}: slow: no answer in {patience:g} s; asked a second time")
+                tasks.add(asyncio.ensure_future(attempt()))
+                waiting = set(tasks)
+            while True:
+                for task in done:
+                    error = task.exception()
+                    if error is None:
+                        self._seconds.append(time.monotonic() - began)
+                        return task.result()
+                    if not waiting or retry.final_cause(error):
+                        raise error
+                left = limit - (time.monotonic() - began)
+                done, waiting = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if not done:
+                    raise TimeoutError(f"no answer in {limit:.0f} s")
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    def _note(self, text: str) -> None:
+        """A line on stderr, at most one in 30 s."""
+        if (now := time.monotonic()) - self._last_note >= _NOTE_EVERY:
+            self._last_note = now
+            say(f"warning: {text}", file=sys.stderr)
+
+
+async def _gather(jobs: list[Coroutine[Any, Any, Result]]) -> list[Result]:
+    return await asyncio.gather(*jobs)
+
+
+def _strong(etag: str | None) -> str | None:
+    """The ETag if If-Match can be used with it."""
+    return None if etag is None or etag.startswith("W/") else etag
+
+
+def _client(url: str, writing: bool = False) -> Any:
+    """obstore's client; credentials, region and endpoint come from the environment.
+
+    Only writing relies on its own retries, which send a large object's missing parts again.
+    """
+    from obstore import store
+
+    endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT") if k in os.environ), "")
+    plain = url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://"))
+    options: dict[str, Any] = {
+        "client_options": {"connect_timeout": _CONNECT, "allow_http": plain},
+        "retry_config": {"max_retries": 0},
+    }
+    options["client_options"]["read_timeout"] = "60s" if writing else _STALL
+    if writing:
+        del options["retry_config"]
+    if url.startswith("http"):
+        return store.HTTPStore.from_url(url, **options)
+    if url.startswith("s3://") and _uses_profile():
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        options["credential_provider"] = Boto3CredentialProvider()
+    return store.from_url(url, **options)
+
+
+def _uses_profile() -> bool:
+    """Whether AWS's credentials are in a file, which obstore reads through boto3."""
+    if os.environ.keys() & {"AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE", "AWS_WEB_IDENTITY_TOKEN_FILE"}:
+        return False
+    files = [os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config"]
+    if "AWS_PROFILE" not in os.environ and not any(Path(file).expanduser().exists() for file in files):
+        return False
+    try:
+        import boto3  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError(
+            "AWS_PROFILE or ~/.aws holds credentials, which are read with the library boto3: pip install boto3, or set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        ) from None
+    return True
+
+
+_loops: dict[int, asyncio.AbstractEventLoop] = {}  # by process id
+_loops_lock = threading.Lock()
+
+
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """This process's event loop, in a thread that ends with the process."""
+    with _loops_lock:
+        if os.getpid() in _loops:
+            return _loops[os.getpid()]
+        if _loops:
+            raise RemoteError(
+                "remote data cannot be read in a process that was forked after the first read: start workers by spawn"
+            )
+        loop = _loops[os.getpid()] = asyncio.new_event_loop()
+        threading.Thread(target=loop.run_forever, name="remote", daemon=True).start()
+        return loop

@@ -1,0 +1,89 @@
+"""URLs of remote data sets: which are read, their parts, and what is refused before any request."""
+
+import importlib.util
+import os
+import re
+import sys
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from byolt.files.paths import expand_braces, remote
+
+SCHEMES = ("s3", "gs", "az", "http", "https")
+
+
+@dataclass(frozen=True)
+class RemotePath:
+    """A data set at a URL.
+
+    Attributes:
+        text: What the user wrote.
+        folder: URL of the folder, without a final slash.
+        names: The files that the URL names, in order; empty for the whole folder.
+        fields: Fields of .beton files to read, see `formats.beton.split_path`.
+    """
+
+    text: str
+    folder: str
+    names: list[str] = field(default_factory=list)
+    fields: dict[str, str] = field(default_factory=dict)
+
+
+def is_remote(text: str | os.PathLike[str]) -> bool:
+    """Whether the text is a URL, or a pipe of WebDataset; a local path of that name counts more."""
+    return remote(os.fspath(text)) is not None
+
+
+def parse(text: str) -> RemotePath:
+    """Parses "s3://bucket/train", "https://host/shard-{000000..000099}.tar" or "gs://bucket/a.beton,gs://bucket/b.beton".
+
+    Raises:
+        ValueError: the scheme is not read, the URL holds a password or a query, it names files of several folders, or
+            obstore is not installed. A message never repeats a password or a query.
+    """
+    scheme = text.partition(":")[0]
+    if scheme not in SCHEMES:
+        raise ValueError(f"data path {without_secrets(text)!r}: {remote(text)}")
+    shown = without_secrets(text)
+    text, mark, query = text.partition("?")
+    fields = dict(part.partition("=")[::2] for part in query.split("&")) if mark else {}
+    if mark and not (
+        text.endswith(".beton") and fields.keys() <= {"image", "label"} and all(fields.values())
+    ):
+        raise ValueError(
+            f"data path {shown!r}: a query after the question mark (a signature, a token) is not read, only "
+            "image=FIELD and label=FIELD after .beton: give credentials through the environment (docs/remote.md)"
+        )
+    urls = [url for part in re.split(r",(?![^{}]*\})", text) for url in expand_braces(part.strip())]
+    if any("@" in urlsplit(url).netloc for url in urls):
+        raise ValueError(
+            f"data path {shown!r} holds a user name or a password: remove it, and give credentials through the "
+            "environment (docs/remote.md)"
+        )
+    if any("*" in url for url in urls):
+        raise ValueError(
+            f"data path {shown!r}: a URL has no wildcards: name the folder, or use braces {{00..09}}"
+        )
+    _require_obstore(shown)
+    urls = [url.rstrip("/") for url in urls]
+    files = [url for url in urls if url.endswith((".tar", ".beton"))]
+    if not files and len(urls) == 1 and urlsplit(urls[0]).netloc:
+        return RemotePath(shown, urls[0])
+    folders = {url.rpartition("/")[0] for url in urls}
+    if files != urls or len(folders) != 1:
+        raise ValueError(f"data path {shown!r}: name one folder, or .tar or .beton files of one folder")
+    return RemotePath(shown, folders.pop(), [url.rpartition("/")[2] for url in urls], fields)
+
+
+def without_secrets(text: str) -> str:
+    """The text, in which user names, passwords and queries of URLs are replaced by ***."""
+    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
+    return re.sub(r"(://[^\s?]*)\?(?!(image|label)=)\S*", r"\1?***", text)
+
+
+def _require_obstore(shown: str) -> None:
+    if importlib.util.find_spec("obstore") is None:
+        raise ValueError(
+            f"data path {shown!r}: URLs are read with the library obstore, which {sys.executable} does not have: "
+            "pip install -e '.[remote]'"
+        )
