@@ -134,6 +134,21 @@ def test_features_taken_once_do_as_well(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "evaluate-linear-fast-step18.json").exists()  # beside the other's, not over it
 
 
+@pytest.mark.slow
+def test_lbfgs_on_standardized_features_ignores_their_scale(run: Path, tmp_path: Path) -> None:
+    document = _measure(run, tmp_path, "--protocol", "linear", "--lbfgs", "--l2", "3")
+    [result] = document["results"]
+    assert document["protocol"] == "linear-lbfgs" and result["top1"] == 100.0
+    assert result["settings"]["standardized"] and len(result["settings"]["held_out_top1"]) == 3
+    assert (tmp_path / "evaluate-linear-lbfgs-step18.json").exists()
+    setup = _setup(run, open_source(str(run / "train")), open_source(str(run / "val")))
+    [plain], _ = protocols.evaluate_transfer(setup, [0.1], 100, standardize=True)
+    scales = torch.linspace(0.1, 10, setup.width)
+    setup.encoder.register_forward_hook(lambda encoder, images, features: features * scales)
+    [scaled], _ = protocols.evaluate_transfer(setup, [0.1], 100, standardize=True)
+    torch.testing.assert_close(scaled.scores, plain.scores, rtol=1e-4, atol=1e-4)
+
+
 def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
     listing = tmp_path / "some.txt"
     listing.write_text("".join(f"{name}/{i}.png\n" for name in COLORS for i in range(8)))
@@ -166,11 +181,13 @@ def test_finetuning_on_a_list(run: Path, tmp_path: Path) -> None:
         (["--protocol", "linear", "--epochs", "1", "2"], "takes one number"),
         (["--protocol", "knn", "--fast"], "--fast is an option of --protocol linear, not knn"),
         (["--protocol", "knn", "--labels", "1.0"], "--labels is an option of --protocol finetune, not knn"),
+        (["--protocol", "linear", "--l2", "5"], "--l2 needs --lbfgs"),
+        (["--protocol", "linear", "--lbfgs", "--fast"], "--fast cannot be combined with --lbfgs"),
         (["--protocol", "linear", "--k", "5"], "--k is an option of --protocol knn, not linear"),
         (["--protocol", "transfer", "--lr", "1"], "--lr is an option of --protocol linear and finetune, not"),
         (
             ["--protocol", "finetune", "--max-iterations", "9"],
-            "--max-iterations is an option of --protocol transfer",
+            "--max-iterations is an option of --protocol linear and transfer",
         ),
         (
             ["--protocol", "finetune", "--subset", "x", "--max-images", "9"],

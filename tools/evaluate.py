@@ -78,11 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, nargs="+", help="default: 80 (linear); 30 and 50, both tried (finetune)")
     add("--batch-size", type=int, help="over all ranks (default 1024, or less if there are fewer images)")
     add("--fast", action="store_true", default=None, help="linear: cache features of unaugmented images")
+    add("--lbfgs", action="store_true", default=None, help="linear: L-BFGS on standardized, cached features")
     add = parser.add_argument_group("finetune").add_argument
     add("--labels", type=float, help="fraction of each class to train on: 0.01, 0.1 or 1.0")
     add("--subset", type=home_path, metavar="FILE", help="or a file with one sample id or name per line")
-    add = parser.add_argument_group("transfer").add_argument
-    add("--l2", type=int, metavar="N", help="number of penalties between 1e-6 and 1e5 (default 45)")
+    add = parser.add_argument_group("transfer and linear --lbfgs").add_argument
+    add("--l2", type=int, metavar="N", help="penalties between 1e-6 and 1e5 (default 45; linear: 12)")
     add("--max-iterations", type=int, help="L-BFGS iterations per penalty (default 1000)")
     return parser
 

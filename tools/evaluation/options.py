@@ -7,7 +7,7 @@ from typing import Any
 
 OPTIONS = {  # of each protocol, beside the options of all
     "knn": ("k", "temperature"),
-    "linear": ("lr", "epochs", "batch_size", "fast"),
+    "linear": ("lr", "epochs", "batch_size", "fast", "lbfgs", "l2", "max_iterations"),
     "finetune": ("lr", "epochs", "batch_size", "labels", "subset"),
     "transfer": ("l2", "max_iterations"),
 }
@@ -38,6 +38,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise ValueError(f"--seed {args.seed} must be at least 0 and below 2**63")
     if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
         raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
+    if args.protocol == "linear":
+        of_sgd, of_lbfgs = ("lr", "epochs", "batch_size", "fast"), ("l2", "max_iterations")
+        for option in of_sgd if args.lbfgs else of_lbfgs:
+            if getattr(args, option) is not None:
+                name, verb = option.replace("_", "-"), "cannot be combined with" if args.lbfgs else "needs"
+                raise ValueError(f"--{name} {verb} --lbfgs")
     if args.protocol == "linear" and len(args.epochs or [80]) > 1:
         raise ValueError("--epochs: the linear protocol takes one number")
     if args.subset and args.max_images:

@@ -95,12 +95,13 @@ def measure(args: argparse.Namespace, setup: Setup) -> tuple[list[Outcome], Tens
         return protocols.evaluate_knn(
             setup, args.k or (given.k, 200, 20), args.temperature or given.temperature
         )
-    if args.protocol == "linear":
+    if args.protocol == "linear" and not args.lbfgs:
         lrs, epochs = args.lr or LINEAR_LRS, (args.epochs or [80.0])[0]
         return protocols.evaluate_linear(setup, lrs, epochs, args.batch_size, bool(args.fast))
     if args.protocol == "finetune":
         labeled = args.labels if args.subset is None else listed_ids(setup.train, args.subset)
         lrs, lengths = args.lr or FINETUNE_LRS, args.epochs or FINETUNE_EPOCHS
         return protocols.evaluate_finetuning(setup, labeled, lrs, lengths, args.batch_size)
-    l2_values = linear.l2_values(args.l2 or 45)
-    return protocols.evaluate_transfer(setup, l2_values, args.max_iterations or 1000)
+    l2_values = linear.l2_values(args.l2 or (12 if args.lbfgs else 45))
+    iterations = args.max_iterations or 1000
+    return protocols.evaluate_transfer(setup, l2_values, iterations, standardize=bool(args.lbfgs))

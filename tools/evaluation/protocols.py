@@ -178,11 +178,17 @@ def evaluate_finetuning(
 
 
 def evaluate_transfer(
-    setup: Setup, l2_values: Sequence[float], max_iterations: int
+    setup: Setup, l2_values: Sequence[float], max_iterations: int, standardize: bool = False
 ) -> tuple[list[Outcome], Tensor]:
     """Logistic regression on features of another data set. Held-out images select the penalty; then all are fitted.
 
     Ranks share the penalties; every fit starts from zero, so none depends on another.
+
+    Args:
+        setup: encoder and data.
+        l2_values: penalties that are tried.
+        max_iterations: of L-BFGS, per penalty.
+        standardize: divides each feature by its standard deviation over the training images (a constant one by 1).
 
     Raises:
         FloatingPointError: features are not finite, or every fit diverged.
@@ -190,6 +196,11 @@ def evaluate_transfer(
     fit, held = _hold_out(setup)
     features, labels = plain_features(setup, fit, "training features")
     held_features, held_labels = plain_features(setup, held, "held-out features")
+    scale = features.new_ones(setup.width)
+    if standardize:
+        spread = features.std(dim=0)
+        scale = torch.where(spread > 0, spread, 1.0)
+    features, held_features = features / scale, held_features / scale
     task = setup.progress.add_task("l2 values", total=len(l2_values))
     parts = []
     for i, l2 in share_of_rank(l2_values, setup.world):
@@ -205,12 +216,14 @@ def evaluate_transfer(
     final = fit_logistic(all_features, all_labels, setup.classes, l2_values[best], max_iterations)
     test_features, test_labels = plain_features(setup, setup.test, "test features")
     settings = {
-        "l2": l2_values[best], "train_images": len(labels), "held_out_images": len(held_labels),
+        "l2": l2_values[best], "standardized": standardize,
+        "train_images": len(labels), "held_out_images": len(held_labels),
         "iterations": final.iterations, "gradient_left": final.gradient,
         "l2_values": list(l2_values), "held_out_top1": tried,
         "stopped_at_max_iterations": sum(iterations >= max_iterations for _, iterations in table),
     }  # fmt: skip
-    return [Outcome(f"l2 = {l2_values[best]:.3g}", final.scores(test_features), settings)], test_labels
+    scores = final.scores(test_features / scale)
+    return [Outcome(f"l2 = {l2_values[best]:.3g}", scores, settings)], test_labels
 
 
 # ---------------------------------------------------------------------------------------------- selecting settings

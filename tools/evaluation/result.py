@@ -61,7 +61,7 @@ def report(
         f"{seconds:.0f} s on {setup.world.size} x {setup.world.device.type}, {args.precision}"
     )
     document = {
-        "protocol": args.protocol + "-fast" * bool(args.fast),
+        "protocol": _protocol(args),
         "checkpoint": trained.path.name,
         "untrained": args.untrained,
         "encoder_sha256": trained.digest or None,
@@ -142,7 +142,7 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]], outcomes: l
 def _file_name(args: argparse.Namespace, trained: Trained) -> str:
     """evaluate-PROTOCOL-STEP, and what differs from the run's own settings: data sets, --max-images, --seed."""
     config = trained.config
-    parts = ["evaluate", args.protocol + "-fast" * bool(args.fast)]
+    parts = ["evaluate", _protocol(args)]
     if args.protocol == "finetune":
         parts.append(args.subset.stem if args.subset else format(args.labels, "g"))
     parts.append("untrained" if args.untrained else f"step{trained.step}")
@@ -155,6 +155,10 @@ def _file_name(args: argparse.Namespace, trained: Trained) -> str:
     if args.seed:
         parts.append(f"seed{args.seed}")
     return "-".join(parts)
+
+
+def _protocol(args: argparse.Namespace) -> str:
+    return args.protocol + "-fast" * bool(args.fast) + "-lbfgs" * bool(args.lbfgs)
 
 
 def _short_name(path: str) -> str:
