@@ -193,8 +193,9 @@ def _open_remote(path: RemotePath, settings: DataConfig | None) -> Source:
 
 
 def _open_shards(folder: Path) -> Source:
-    is_beton = Manifest.load(folder).shards[0].name.endswith(".beton")
-    return BetonFolder(folder) if is_beton else TarSource(folder)
+    manifest = Manifest.load(folder)
+    is_beton = manifest.shards[0].name.endswith(".beton")
+    return BetonFolder(folder, manifest) if is_beton else TarSource(folder, manifest)
 
 
 def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS) -> bytes:
@@ -256,10 +257,10 @@ class ParallelReader:
 class TarSource:
     """Tars with a manifest. Read by `os.pread`, not mmap: a cut shard is an error, not SIGBUS."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         """Raises ValueError if the manifest is damaged, or a shard is missing or has another size."""
         self.folder = Path(folder)
-        manifest = _checked_manifest(self.folder)
+        manifest = _checked_manifest(self.folder, manifest or Manifest.load(folder))
         self._shards, self._samples = manifest.shards, manifest.samples
         self.paths = [self.folder / shard.name for shard in manifest.shards]
         self.classes = manifest.classes
@@ -328,10 +329,10 @@ class TarSource:
 class BetonFolder(BetonSource):
     """.beton files with a manifest, as make_shards writes them."""
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         """Raises ValueError if a file is missing, damaged or not the one that the manifest describes."""
         self.folder = Path(folder)
-        manifest = _checked_manifest(self.folder)
+        manifest = _checked_manifest(self.folder, manifest or Manifest.load(folder))
         super().__init__([self.folder / shard.name for shard in manifest.shards])
         stated = manifest.samples["label"], manifest.samples["height"], manifest.samples["width"]
         if not all(map(np.array_equal, stated, (self.labels, self.heights, self.widths))):
@@ -348,9 +349,8 @@ class BetonFolder(BetonSource):
         return BetonFolder, (self.folder,)
 
 
-def _checked_manifest(folder: Path) -> Manifest:
-    """The manifest of shards that have the stated sizes; also lets the process open as many files as there are."""
-    manifest = Manifest.load(folder)
+def _checked_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """The manifest, if the shards have the stated sizes; also lets the process open as many files as there are."""
     for number, shard in enumerate(manifest.shards):
         path = folder / shard.name
         try:
