@@ -31,7 +31,7 @@ GET, PREFIX = 0.0004 / 1000, 5_500
 MONTH = ((50e12, 0.023e-9), (450e12, 0.022e-9), (np.inf, 0.021e-9))  # bytes stored: dollars a byte
 OTHER_REGION = 0.02e-9  # a byte; nothing within the region
 # By --measure 100000000, CPU seconds: opening takes two threads. A checkpoint of ResNet-50 with momentum, model/run.
-OPENING, ORDER, FULL, FULL_BYTES = 3.4 / 100e6, 0.07 / 100e6, 25 / 100e6, 30
+OPENING, ORDER, FULL, FULL_BYTES = 3.1 / 100e6, 0.07 / 100e6, 25 / 100e6, 30
 CHECKPOINT, CHECKPOINT_CPU = 413e6, 0.6
 EPOCHS = 100
 

@@ -29,6 +29,9 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.npy"
 NAMED_LABELS = "named_labels"  # in the settings: the .cls files hold class names
 
+BLOCK = (
+    256  # consecutive samples, 28 MB of ImageNet: orders shuffle blocks, and remote data is fetched by them
+)
 _PIECE = 1 << 15  # records checked together: 1 MB
 _REMEDY = "make the data set again with tools/make_shards.py"
 _INDEX = "for tars made elsewhere run tools/make_shards.py --index on the folder"
@@ -149,7 +152,7 @@ class Manifest:
         refuse(not len(samples), "the data set has no samples")
         names = [shard.name for shard in self.shards]
         refuse(len(set(names)) != len(names), "a shard is listed twice")
-        labels = len(self.classes) if self.classes is not None else np.iinfo(np.int32).max
+        largest = len(self.classes) if self.classes is not None else np.iinfo(np.int32).max
         room, counts = np.array([shard.size for shard in self.shards], np.uint64), np.zeros(len(names), int)
         for first in range(0, len(samples), _PIECE):
             piece = samples[first : first + _PIECE + 1]  # and the next record, for the order
@@ -166,8 +169,8 @@ class Manifest:
             refuse(not ahead.all(), f"sample {wrong} is out of order")
             sizes = piece["height"].all() and piece["width"].all() and length.all()
             refuse(not sizes, "a sample has zero length, height or width")
-            inside = piece["label"].min() >= UNLABELED and piece["label"].max() < labels
-            refuse(not inside, f"a label is outside the {labels} classes")
+            inside = piece["label"].min() >= UNLABELED and piece["label"].max() < largest
+            refuse(not inside, f"a label is outside the {largest} classes")
         for stated, count in zip(self.shards, counts.tolist(), strict=True):
             text = f"{stated.name} states {stated.samples} samples, but has {count} records"
             refuse(stated.samples != count, text)
@@ -176,6 +179,13 @@ class Manifest:
 def checksums(samples: np.ndarray) -> npt.NDArray[np.uint64]:
     """`encoded.checksum` of SAMPLE records."""
     return samples["length"].astype(np.uint64) << np.uint64(32) | samples["crc32"]
+
+
+def labels(samples: np.ndarray) -> npt.NDArray[np.int64]:
+    """The labels of SAMPLE records, which take no memory if all are UNLABELED."""
+    if samples["label"].max() == UNLABELED:
+        return np.broadcast_to(np.int64(UNLABELED), len(samples))
+    return samples["label"].astype(np.int64)
 
 
 def _sha256(content: dict[str, Any]) -> str:

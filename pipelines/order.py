@@ -22,10 +22,10 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from byolt.pipelines.manifest import BLOCK
 from byolt.pipelines.philox import ORDER_STREAM, random_bits
 
 Mode = Literal["full", "block", "lanes"]
-BLOCK = 256  # consecutive samples: 28 MB of ImageNet in one read
 WINDOW = 64  # blocks whose samples are shuffled together: 16,384 samples
 LANES = 64  # at most
 LANE_WINDOW = 8  # blocks whose samples are shuffled together in a lane; in all lanes 131,072 samples
@@ -170,12 +170,12 @@ def _blocks(seed: int, epoch: int, num_samples: int) -> tuple[_Ids, _Ids]:
 
 
 def _in_windows(
-    seed: int, epoch: int, num_samples: int, first: int, last: int, window: Callable[[int], tuple[int, int]]
+    seed: int, epoch: int, num_samples: int, first: int, last: int, find: Callable[[int], tuple[int, int]]
 ) -> _Ids:
-    """Places `first` to `last` of the shuffled blocks' samples, each window shuffled; `window` finds a place's."""
+    """Places `first` to `last` of the shuffled blocks' samples, each window shuffled; `find` finds a place's."""
     parts = []
     while first < last:
-        begin, end = window(first)
+        begin, end = find(first)
         parts.append(_window(seed, epoch, num_samples, begin, end)[first - begin : last - begin])
         first = end
     return np.concatenate(parts)

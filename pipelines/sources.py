@@ -27,9 +27,8 @@ from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
 from byolt.pipelines.formats.folder import FolderSource
-from byolt.pipelines.formats.index import UNLABELED
 from byolt.pipelines.formats.synthetic import SyntheticSource
-from byolt.pipelines.manifest import MANIFEST, Manifest, checksums
+from byolt.pipelines.manifest import MANIFEST, Manifest, checksums, labels
 from byolt.pipelines.remote.dataset import RemoteData
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource
@@ -268,11 +267,7 @@ class TarSource:
             manifest.samples[name]
             for name in ("length", "height", "width")  # mapped: all ranks share the pages
         )
-        labels = manifest.samples["label"]
-        unlabeled = labels.max() == UNLABELED
-        self.labels = (
-            np.broadcast_to(np.int64(UNLABELED), len(labels)) if unlabeled else labels.astype(np.int64)
-        )
+        self.labels = labels(manifest.samples)
         self.fingerprint = manifest.fingerprint()
         self.former_fingerprints: list[str] = []
         self._descriptors: dict[int, int] = {}

@@ -16,6 +16,7 @@ from byolt.configs.schema import DataConfig
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
+from byolt.pipelines.manifest import BLOCK
 from byolt.pipelines.remote import dataset, retry, urls
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import RemoteError
@@ -101,8 +102,10 @@ def test_extents_end_at_samples_and_hold_each_sample_once() -> None:
     for shard in range(4):
         part = samples["shard"] == shard
         samples["offset"][part] = np.cumsum(samples["length"][part] + 512) - samples["length"][part]
-    of, found = extents(samples, 10_000)
-    mine = found[of]
+    found = extents(samples, 10_000)
+    mine = found[np.searchsorted(found["first"], np.arange(1000), "right") - 1]
+    last = np.append(found["first"][1:], 1000) - 1
+    assert (found["first"] // BLOCK == last // BLOCK).all()  # blocks of different lanes share no extent
     ends = samples["offset"] + samples["length"]
     assert (mine["shard"] == samples["shard"]).all()
     assert (mine["start"] <= samples["offset"]).all() and (mine["stop"] >= ends).all()
@@ -306,7 +309,7 @@ def test_damage_in_the_cache_is_repaired_and_at_the_server_counts_as_corrupt(
     source = open_source(f"{server.url}/train", _settings(tmp_path))
     assert isinstance(source, RemoteSource)
     assert source.read(0) == local.read(0)
-    (kept,) = (tmp_path / source._file(int(source._extent_of[0]))).parent.iterdir()
+    (kept,) = (tmp_path / source._file(int(source._extent_of(0)))).parent.iterdir()
     kept.write_bytes(bytes(kept.stat().st_size))
     assert source.read(0) == local.read(0)
     shard = shards / "train/shard-000000.tar"

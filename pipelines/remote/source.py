@@ -1,6 +1,6 @@
 """Reads the samples of a remote data set with a manifest; see `sources.Source`.
 
-Samples are fetched in extents: 8 MB of consecutive ones, which end where a sample ends. An extent is kept in the cache;
+Samples are fetched in extents: up to 8 MB of consecutive ones of a block of 256. An extent is kept in the cache;
 `plan` fetches those of coming samples ahead. Each sample's crc32 is checked whenever it is read.
 """
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from byolt.configs.schema import DataConfig
 from byolt.files.console import say
 from byolt.pipelines.formats.encoded import check_unchanged, inspect, ppm_header
-from byolt.pipelines.manifest import checksums
+from byolt.pipelines.manifest import BLOCK, checksums, labels
 from byolt.pipelines.remote import dataset
 from byolt.pipelines.remote.cache import EVICTABLE
 from byolt.pipelines.remote.dataset import RemoteData, write_all
@@ -46,9 +46,10 @@ class RemoteSource:
         self._is_beton = self._shards[0].name.endswith(".beton")
         self.classes, self.fingerprint = manifest.classes, manifest.fingerprint()
         self.former_fingerprints: list[str] = []
-        self.labels = manifest.samples["label"].astype(np.int64)
+        self.labels = labels(manifest.samples)
         self.heights, self.widths = manifest.samples["height"], manifest.samples["width"]
-        self._extent_of, self._extents = extents(manifest.samples, dataset.PIECE)
+        self._extents = extents(manifest.samples, dataset.PIECE)
+        self._first = np.ascontiguousarray(self._extents["first"])
         self._pool: ThreadPoolExecutor | None = None
         self._planned: set[int] = set()
         self._lock = threading.Lock()
@@ -65,7 +66,7 @@ class RemoteSource:
         record = self._samples[i]
         data = self._bytes(i)
         if zlib.crc32(data) != record["crc32"]:
-            self._cache.drop(self._file(int(self._extent_of[i])))
+            self._cache.drop(self._file(int(self._extent_of(i))))
             data = self._bytes(i)
             check_unchanged(data, int(record["length"]) << 32 | int(record["crc32"]))
         return self._with_header(i, data)
@@ -76,7 +77,7 @@ class RemoteSource:
 
     def plan(self, ids: npt.NDArray[np.int64]) -> None:
         """Begins to fetch the extents of these samples, in the order in which they are first needed."""
-        needed, first = np.unique(self._extent_of[ids], return_index=True)
+        needed, first = np.unique(self._extent_of(ids), return_index=True)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._data.connections, "remote")
         for number in needed[np.argsort(first)].tolist():
@@ -117,9 +118,12 @@ class RemoteSource:
         with self._lock:
             self._planned.discard(number)
 
+    def _extent_of(self, ids: int | npt.NDArray[np.int64]) -> np.integer | npt.NDArray[np.int64]:
+        return np.searchsorted(self._first, ids, "right") - 1
+
     def _bytes(self, i: int) -> bytes:
         """The stored bytes of sample `i`, from the cache, the extent or, without room for that, alone."""
-        number, record = int(self._extent_of[i]), self._samples[i]
+        number, record = int(self._extent_of(i)), self._samples[i]
         length, offset = int(record["length"]), int(record["offset"])
         at = offset - int(self._extents[number]["start"])
         data = self._cache.read(self._file(number), length, at)
@@ -161,24 +165,33 @@ class RemoteSource:
         return ppm_header(height, width) + data
 
 
-EXTENT = np.dtype([("shard", np.int64), ("start", np.int64), ("stop", np.int64)])
+EXTENT = np.dtype([("first", np.int64), ("shard", np.int64), ("start", np.int64), ("stop", np.int64)])
+_PIECE = 1 << 8  # blocks that are cut together
 
 
-def extents(samples: np.ndarray, size: int) -> tuple[npt.NDArray[np.int32], np.ndarray]:
-    """Cuts shards into extents: the samples that begin in the same `size` bytes of a shard.
+def extents(samples: np.ndarray, size: int) -> np.ndarray:
+    """Cuts blocks of samples into extents of about `size` bytes.
+
+    None crosses a block's end, so that in the order of lanes one rank fetches it: cut at multiples of 8 MB of a shard,
+    they were 1.25 times the traffic on 8 ranks.
 
     Args:
         samples: SAMPLE records, in the order of shards and offsets.
         size: Bytes.
 
     Returns:
-        The extent of each sample, and EXTENT records: shard, first byte, and the byte behind the last.
+        EXTENT records: first sample, shard, first byte, and the byte behind the last.
     """
-    shard, offset = samples["shard"].astype(np.int64), samples["offset"].astype(np.int64)
-    cell = offset // size
-    begins = np.append(True, (shard[1:] != shard[:-1]) | (cell[1:] != cell[:-1]))
-    first = np.flatnonzero(begins)
-    found = np.empty(len(first), EXTENT)
-    found["shard"], found["start"] = shard[first], offset[first]
-    found["stop"] = np.maximum.reduceat(offset + samples["length"].astype(np.int64), first)
-    return (np.cumsum(begins) - 1).astype(np.int32), found
+    parts = []
+    for begin in range(0, len(samples), _PIECE * BLOCK):
+        piece = samples[begin : begin + _PIECE * BLOCK]
+        shard, offset = piece["shard"].astype(np.int64), piece["offset"].astype(np.int64)
+        number = np.arange(len(piece))
+        cell = (offset - offset[number - number % BLOCK]) // size
+        starts = (number[1:] % BLOCK == 0) | (shard[1:] != shard[:-1]) | (cell[1:] != cell[:-1])
+        first = np.flatnonzero(np.append(True, starts))
+        found = np.empty(len(first), EXTENT)
+        found["first"], found["shard"], found["start"] = begin + first, shard[first], offset[first]
+        found["stop"] = np.maximum.reduceat(offset + piece["length"].astype(np.int64), first)
+        parts.append(found)
+    return np.concatenate(parts)
