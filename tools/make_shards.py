@@ -3,6 +3,8 @@
     python tools/make_shards.py SRC DST [--format beton] [--split train=.9,val=.1] [--max-size 512] ...
     python tools/make_shards.py --index FOLDER      a manifest for WebDataset tars made elsewhere
 
+DST and FOLDER can be URLs (docs/remote.md).
+
 `pipelines/convert/rules.py` states which input becomes what. DST/quarantine.jsonl lists the files that cannot be used.
 A killed conversion continues when it is started again, and its result is the same to the byte.
 """
@@ -18,11 +20,14 @@ from typing import NoReturn
 
 from byolt.files.console import say
 from byolt.files.paths import home_path
+from byolt.pipelines.convert.destination import scratch_of, upload
 from byolt.pipelines.convert.from_files import expand_source
-from byolt.pipelines.convert.make import index, make
+from byolt.pipelines.convert.make import index, index_url, make
 from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions
 from byolt.pipelines.convert.shard_writer import UnusableInputError
 from byolt.pipelines.formats.encoded import MAX_PIXELS
+from byolt.pipelines.remote.urls import is_remote
+from byolt.pipelines.remote.urls import parse as parse_url
 
 _BOUNDS = {
     "raw_fraction": (0, 1),
@@ -54,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "folder of them; tars of a folder by a quoted pattern ('tars/*.tar', 'tars/{00..09}.tar'); data set; .beton "
         "files separated by commas; with --index: the folder",
     )
-    option("dst", type=home_path, nargs="?", help="folder to make")
+    option("dst", nargs="?", help="folder to make, or a URL (s3://bucket/folder)")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
     option(
         "--manifest",
@@ -102,13 +107,23 @@ def main(argv: list[str] | None = None) -> int:
     options = vars(args)
     manifest = options.pop("manifest")
     try:
+        is_index = options.pop("index")
+        if is_index and is_remote(args.src):
+            say(index_url(parse_url(args.src), args.workers, args.strict, manifest))
+            return 0
         args.src, options["only"] = expand_source(args.src)
-        if options.pop("index"):
+        url = parse_url(args.dst) if args.dst and is_remote(args.dst) else None
+        args.dst = scratch_of(url) if url else home_path(args.dst or "")
+        if is_index:
             if options["only"]:
                 raise ValueError(f"--index {args.src}: name the folder of the tars")
             say(index(args.src, args.workers, args.strict, manifest))
         else:
-            say(make(ConversionOptions(**options), _say))
+            made = make(ConversionOptions(**options), _say)
+            if url:
+                upload(args.dst, url, _say)
+                made = made.replace(str(args.dst), url.folder)
+            say(made)
         return 0
     except ValueError as error:
         return _fail(str(error), 2)

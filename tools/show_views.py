@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(config.run.out, f"show_{kind}.png")
     if args.out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: name a .png file in a folder that exists")
-    source = open_source(args.dataset)
+    few = config.data.model_copy(
+        update={"order": "block"}
+    )  # with full, remote data would be copied as a whole
+    source = open_source(args.dataset, few)
     if not len(source):
         raise ValueError(f"data path {args.dataset!r} holds no images")
     device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,6 +1,8 @@
-"""The folder that a conversion writes to: its settings, and whether it is finished."""
+"""The folder that a conversion writes to: its settings, whether it is finished, and its way to a URL."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,9 @@ from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest
+from byolt.pipelines.remote.dataset import digest, open_cache
+from byolt.pipelines.remote.store import Store
+from byolt.pipelines.remote.urls import RemotePath
 from byolt.pipelines.sources import open_source
 
 QUARANTINE = "quarantine.jsonl"
@@ -63,3 +68,26 @@ def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, An
             file.write(json.dumps(settings).encode())
     for folder in (work, dst, *(dst / name for name in split)):
         remove_leftovers(folder)
+
+
+def scratch_of(url: RemotePath) -> Path:
+    """The local folder in which the data set for a URL is made; the same one when it is continued.
+
+    Raises:
+        ValueError: There is a data set already, or the URL names files.
+    """
+    if url.names or url.folder.startswith("http"):
+        raise ValueError(f"DST {url.text}: name a folder at s3, gs or az: nothing can be written over HTTP")
+    if MANIFEST in (Store(url.folder).list() or {}):
+        raise ValueError(f"DST {url.text} holds a data set: name another folder")
+    return open_cache().folder.with_name("byolt-make") / digest(url.folder.encode())
+
+
+def upload(folder: Path, url: RemotePath, say: Callable[[str], object]) -> None:
+    """Copies a finished data set, or those of a split, to a URL, each manifest after all else; removes the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
+        place = path.relative_to(folder)
+        Store(f"{url.folder}/{place.parent.as_posix()}".removesuffix("/.")).put(path.name, path)
+        say(f"uploaded {url.folder}/{place.as_posix()}")
+    shutil.rmtree(folder)

@@ -7,6 +7,7 @@ conversion continues with the shards that have no note yet.
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -45,7 +46,11 @@ from byolt.pipelines.convert.shard_writer import (
 from byolt.pipelines.convert.workers import spread
 from byolt.pipelines.formats.index import DOTTED, Scan, scan_tar
 from byolt.pipelines.formats.labels import class_names, numbers_of
-from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard, join
+from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, SAMPLES, Manifest, Shard, join
+from byolt.pipelines.remote.cache import Cache
+from byolt.pipelines.remote.dataset import digest, fetched, open_cache
+from byolt.pipelines.remote.store import Store
+from byolt.pipelines.remote.urls import RemotePath
 
 
 def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
@@ -213,11 +218,64 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
         raise ValueError(f"--index {folder}: holds no .tar (decompress .tar.gz: it has no random access)")
     with spread(_scan, paths, workers) as pending:
         scans = [future.result() for future in pending]
+    manifest, refused, counts = _index_of([path.name for path in paths], scans, str(folder), strict)
+    if out != folder:
+        _link(paths, out)
+    _write_quarantine(out, refused)
+    manifest.save(out)
+    return f"{out}: {counts}"
+
+
+def index_url(url: RemotePath, workers: int, strict: bool, out: Path | None = None) -> str:
+    """`index` for tars at a URL, each of which is fetched, read and removed; writes the lists there, or to `out`.
+
+    Raises:
+        ValueError, UnusableInputError: See `index`.
+        RemoteError: The tars cannot be read, or the lists cannot be written.
+    """
+    if url.folder.startswith("http") and out is None:
+        raise ValueError(
+            f"--index {url.text}: nothing can be written over HTTP: --manifest FOLDER writes the manifest there, to be "
+            "copied beside the tars"
+        )
+    store, cache = Store(url.folder), open_cache()
+    entries = store.list()
+    if entries is not None and MANIFEST in entries:
+        raise ValueError(f"--index {url.text}: {MANIFEST} exists already: remove it to index again")
+    names = url.names or sorted(name for name in entries or {} if name.endswith(".tar"))
+    if not names:
+        listed = (
+            "HTTP does not list a folder: write shard-{000000..000099}.tar"
+            if entries is None
+            else "holds no .tar"
+        )
+        raise ValueError(f"--index {url.text}: {listed}")
+    sizes = [entries[name].size if entries and name in entries else store.head(name).size for name in names]
+    jobs = [
+        (store, cache, f"{digest(url.folder.encode())}-index", *job) for job in zip(names, sizes, strict=True)
+    ]
+    with spread(_scan_fetched, jobs, workers) as pending:
+        scans = [future.result() for future in pending]
+    manifest, refused, counts = _index_of(names, scans, url.text, strict)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = out or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_quarantine(folder, refused)
+        manifest.save(folder)
+        for name in (QUARANTINE, SAMPLES, MANIFEST) if out is None else ():
+            store.put(name, folder / name)
+    return f"{out or url.folder}: {counts}"
+
+
+def _index_of(
+    names: list[str], scans: list[tuple[int, str, Scan]], folder: str, strict: bool
+) -> tuple[Manifest, list[RefusedFile], str]:
+    """The manifest of scanned tars, what is refused, and a summary."""
     classes = class_names(text for _, _, scan in scans for text in scan.labels)
     found = [scan.numbered(numbers_of(classes)) for _, _, scan in scans]
     shards = [
-        Shard(path.name, size, sha256, len(part.records))
-        for path, (size, sha256, _), part in zip(paths, scans, found, strict=True)
+        Shard(name, size, sha256, len(part.records))
+        for name, (size, sha256, _), part in zip(names, scans, found, strict=True)
     ]
     refused = [
         RefusedFile(f"{shard.name}: {key}", why)
@@ -237,13 +295,12 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
     if not len(records):
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
         raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
-    if out != folder:
-        _link(paths, out)
-    _write_quarantine(out, refused)
     settings = {"indexed": True, **({NAMED_LABELS: True} if classes else {})}
-    Manifest(shards, records, classes, settings).save(out)
     labeled = int((records["label"] >= 0).sum())
-    return f"{out}: {count(len(records), 'sample')} in {count(len(paths), 'shard')}, {labeled:,} labeled, {counts}"
+    summary = (
+        f"{count(len(records), 'sample')} in {count(len(names), 'shard')}, {labeled:,} labeled, {counts}"
+    )
+    return Manifest(shards, records, classes, settings), refused, summary
 
 
 def _link(paths: list[Path], folder: Path) -> None:
@@ -256,3 +313,12 @@ def _link(paths: list[Path], folder: Path) -> None:
 
 def _scan(path: Path) -> tuple[int, str, Scan]:
     return path.stat().st_size, sha256_of(path), scan_tar(path)
+
+
+def _scan_fetched(job: tuple[Store, Cache, str, str, int]) -> tuple[int, str, Scan]:
+    store, _, _, name, _ = job
+    with fetched(*job) as path:
+        try:
+            return _scan(path)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), f"{store.url}/{name}")) from None

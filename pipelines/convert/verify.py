@@ -8,13 +8,12 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from byolt.files.atomic import sha256_of
-from byolt.files.paths import remote
 from byolt.pipelines.convert.plan import SUFFIXES
 from byolt.pipelines.convert.rules import prove
 from byolt.pipelines.convert.workers import spread
@@ -23,6 +22,10 @@ from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.beton_index import index_path, write_index
 from byolt.pipelines.formats.index import index_beton, index_tar
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard
+from byolt.pipelines.remote.cache import Cache
+from byolt.pipelines.remote.dataset import RemoteData, fetched
+from byolt.pipelines.remote.store import Store
+from byolt.pipelines.remote.urls import is_remote, parse
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
@@ -51,8 +54,11 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
         ValueError: The manifest itself cannot be used, or the structure of a .beton without one; or there is a manifest
             to index.
     """
-    if reason := remote(dataset):
-        raise ValueError(f"{dataset}: {reason}")
+    if is_remote(dataset):
+        data = RemoteData(parse(dataset))
+        if data.manifest is not None:
+            return _verify_remote(data, data.manifest, decode, workers, index)
+        dataset = ",".join(str(data.stage() / name) for name in data.sizes)
     files, fields = split_path(dataset)
     folder = Path(dataset)
     if folder.is_dir() or not files[0].endswith(".beton"):
@@ -98,6 +104,28 @@ def _verify_manifest(
     samples = sum(len(records) for _, _, records in chosen)
     problems = [problem for part in _run(checks, workers) for problem in part]
     return Verified(samples, problems, sorted(strangers))
+
+
+def _verify_remote(data: RemoteData, manifest: Manifest, decode: bool, workers: int, index: bool) -> Verified:
+    """Checks every shard at the server: each is fetched, checked and removed."""
+    if index:
+        raise ValueError(f"--index: {data.store.url}/{MANIFEST} already has the checksum of every sample")
+    names_in_cls = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
+    checks = [
+        partial(
+            _check_fetched, data.store, data.cache, f"{data.key}-verify",
+            (shard, np.array(records), first, decode, names_in_cls),
+        )
+        for shard, first, records in manifest.by_shard()
+    ]  # fmt: skip
+    problems = [problem for part in _run(checks, workers) for problem in part]
+    return Verified(len(manifest.samples), problems)
+
+
+def _check_fetched(store: Store, cache: Cache, key: str, check: tuple[Any, ...]) -> list[str]:
+    shard = check[0]
+    with fetched(store, cache, key, shard.name, shard.size) as path:
+        return [text.replace(str(path.parent), store.url) for text in _check_shard(path, *check)]
 
 
 def _run(checks: Sequence[Callable[[], Result]], workers: int) -> list[Result]:

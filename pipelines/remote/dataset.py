@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -44,13 +45,13 @@ class RemoteData:
         settings = settings or DataConfig.model_validate({"path": path.text})
         self.path, self.connections = path, settings.connections
         self.store = Store(path.folder, settings.remote_minutes)
-        self.cache = Cache(Path(settings.cache or _default_cache()), int(settings.cache_gb * 1e9))
+        self.cache = open_cache(settings)
         self.manifest: Manifest | None = None
         entries = self.store.list()
         if path.names and path.names[0].endswith(".beton"):
             found = [self._entry(name, entries) for name in path.names]
             self.sizes = {name: entry.size for name, entry in zip(path.names, found, strict=True)}
-            self.key = _digest(repr((path.folder, path.names, found)).encode())
+            self.key = digest(repr((path.folder, path.names, found)).encode())
             self.cache.pin(self.key)
             return
         try:
@@ -60,7 +61,7 @@ class RemoteData:
                 f"data path {path.text!r} has no {MANIFEST}: for tars made elsewhere run tools/make_shards.py --index "
                 f"{path.text}"
             ) from None
-        self.key = _digest(content)
+        self.key = digest(content)
         self.cache.pin(self.key)
         self.manifest = self._load(content, entries)
         self.sizes = {shard.name: shard.size for shard in self.manifest.shards}
@@ -97,19 +98,15 @@ class RemoteData:
                 done += self.sizes[name]
         return self.folder
 
-    def fetch(self, name: str, to: Path) -> None:
-        """Copies one shard to a local file."""
-        with to.open("wb") as file:
-            self._copy(name, self.sizes[name], lambda at: None, file.fileno())
-
     def _show(self, meter: Meter, done: int, at: int) -> None:
         meter.update((done + at) >> 20, self.store.url)
 
     def _stage_shard(self, name: str, progress: Callable[[int], None]) -> None:
         sha256 = {shard.name: shard.sha256 for shard in self.manifest.shards}[name] if self.manifest else None
+        size = self.sizes[name]
+        write = partial(copy, self.store, name, size, self.connections, progress=progress)
         for last in (False, True):
-            size = self.sizes[name]
-            if not self.cache.fill(f"{self.key}/{name}", size, partial(self._copy, name, size, progress)):
+            if not self.cache.fill(f"{self.key}/{name}", size, write):
                 raise ValueError(f"data path {self.path.text!r}: {self.cache.folder} has no room for {name}")
             if sha256 is None or sha256_of(self.folder / name) == sha256:
                 return
@@ -120,21 +117,14 @@ class RemoteData:
                     f"again; tools/verify_shards.py {self.path.text} says what differs"
                 )
 
-    def _copy(self, name: str, size: int, progress: Callable[[int], None], descriptor: int) -> None:
-        starts = range(0, size, PIECE)
-        lengths = [min(PIECE, size - start) for start in starts]
-        for at, data in zip(starts, self.store.ranges(name, starts, lengths, self.connections), strict=True):
-            write_all(descriptor, data, at)
-            progress(at)
-
     def _load(self, content: bytes, entries: dict[str, Entry] | None) -> Manifest:
         """The manifest, from the cache or fetched; once more if the copy is damaged."""
         for last in (False, True):
             self._keep(MANIFEST, content)
             if not (self.folder / SAMPLES).exists():
                 size = self._entry(SAMPLES, entries).size
-                copy = partial(self._copy, SAMPLES, size, lambda at: None)
-                if not self.cache.fill(f"{self.key}/{SAMPLES}", size, copy):
+                write = partial(copy, self.store, SAMPLES, size, self.connections)
+                if not self.cache.fill(f"{self.key}/{SAMPLES}", size, write):
                     raise self._no_room()
             try:
                 return Manifest.load(self.folder)
@@ -176,6 +166,46 @@ class RemoteData:
                 )
 
 
+def copy(
+    store: Store,
+    name: str,
+    size: int,
+    connections: int,
+    descriptor: int,
+    progress: Callable[[int], object] = id,
+) -> None:
+    """Writes an object of `size` bytes to a local file; `progress` gets the number of bytes so far."""
+    starts = range(0, size, PIECE)
+    lengths = [min(PIECE, size - start) for start in starts]
+    for at, data in zip(starts, store.ranges(name, starts, lengths, connections), strict=True):
+        write_all(descriptor, data, at)
+        progress(at)
+
+
+@contextmanager
+def fetched(store: Store, cache: Cache, key: str, name: str, size: int) -> Iterator[Path]:
+    """A local copy of an object, which is removed at the end of the block.
+
+    Raises:
+        ValueError: The cache has no room for it.
+    """
+    cache.pin(key)
+    cache.drop(f"{key}/{name}")  # of a killed process
+    if not cache.fill(f"{key}/{name}", size, partial(copy, store, name, size, 8)):
+        raise ValueError(f"{cache.folder} has no room for the {size:,} bytes of {name}: free space there")
+    try:
+        yield cache.folder / key / name
+    finally:
+        cache.drop(f"{key}/{name}")
+
+
+def open_cache(settings: DataConfig | None = None) -> Cache:
+    """The cache of these settings, or of the default ones."""
+    settings = settings or DataConfig.model_validate({"path": "-"})
+    own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Cache(Path(settings.cache or os.path.join(own, "byolt")), int(settings.cache_gb * 1e9))
+
+
 def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
     """Writes all of a buffer at an offset."""
     view = memoryview(data)
@@ -184,9 +214,5 @@ def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
         view, at = view[count:], at + count
 
 
-def _default_cache() -> str:
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "byolt")
-
-
-def _digest(content: bytes) -> str:
+def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]

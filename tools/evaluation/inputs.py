@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from byolt.configs.schema import DataConfig
 from byolt.files.console import count, difference
 from byolt.model.quality import scores
 from byolt.model.resnet import make_encoder
@@ -11,11 +12,13 @@ from byolt.pipelines.sources import Source, open_split
 from byolt.pipelines.subset import Subset, drawn
 
 
-def open_labeled(option: str, path: str | None, limit: int | None) -> Source:
+def open_labeled(
+    option: str, path: str | None, limit: int | None, settings: DataConfig | None = None
+) -> Source:
     """Opens a data set in which every image has a label, or a random part of it with at most `limit` images."""
     if path is None:
         raise ValueError(f"{option} is needed: the run that made this encoder names no labeled data")
-    source = open_split(option, path)
+    source = open_split(option, path, settings)
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabeled images: give a data set with classes")
     if limit and limit < len(source):

@@ -39,8 +39,8 @@ def evaluate(args: argparse.Namespace) -> int:
         args.data = args.data or trained.config.eval.path
         args.train = args.train or trained.config.data.path
         args.out = args.out or trained.path.parent
-        test = inputs.open_labeled("--data", args.data, args.max_images)
-        train = inputs.open_labeled("--train", args.train, args.max_images)
+        test = inputs.open_labeled("--data", args.data, args.max_images, trained.config.data)
+        train = inputs.open_labeled("--train", args.train, args.max_images, trained.config.data)
         warning = inputs.check_splits(args.train, train, args.data, test)
         inputs.number_classes(train, test)
         world = distributed.init(args.device, setting="--device")

@@ -1,0 +1,142 @@
+"""The commands on a bucket: moto's server speaks S3 on loopback."""
+
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from byolt.configs.schema import DataConfig
+from byolt.pipelines.remote import retry
+from byolt.pipelines.remote.retry import RemoteError
+from byolt.pipelines.remote.source import RemoteSource
+from byolt.pipelines.remote.store import Store
+from byolt.pipelines.sources import TarSource, open_source
+from byolt.tools.make_shards import main as make_shards
+from byolt.tools.verify_shards import main as verify_shards
+
+pytestmark = pytest.mark.slow
+SECRET = "planted-secret-4711"
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An empty bucket; the environment leads obstore there."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in (
+            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
+            ("AWS_ACCESS_KEY_ID", "AKIATEST"),
+            ("AWS_SECRET_ACCESS_KEY", SECRET),
+            ("AWS_REGION", "us-east-1"),
+        ):
+            patch.setenv(key, value)
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"))
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for label in "ab":
+        (folder / label).mkdir()
+        for number in range(60):
+            pixels = generator.integers(0, 256, (64, 80, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / label / f"{number}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+def test_made_verified_read_and_indexed_at_a_url(
+    bucket: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, options = f"{bucket}/made/train", ["--shard-size", "1", "--workers", "1"]
+    assert make_shards([str(images), url, *options]) == 0
+    assert make_shards([str(images), str(tmp_path / "local"), *options]) == 0
+    said = capsys.readouterr()
+    assert f"{url}: 120 samples in 2 shards, 2 classes" in said.out
+    uploaded = [line for line in said.err.splitlines() if "uploaded" in line]
+    assert uploaded[-1].endswith(f"{url}/manifest.json")
+    assert not [*(tmp_path / "home").glob("byolt-make/*")]
+    assert make_shards([str(images), url, *options]) == 2
+    assert "holds a data set: name another folder" in capsys.readouterr().err
+
+    local = open_source(tmp_path / "local")
+    for order, kind in (("block", RemoteSource), ("full", TarSource)):
+        found = open_source(url, DataConfig.model_validate({"path": "-", "order": order}))
+        assert isinstance(found, kind)
+        assert found.fingerprint == local.fingerprint
+        assert [found.read(i) for i in range(120)] == [local.read(i) for i in range(120)]
+
+    assert verify_shards([url, "--workers", "1"]) == 0
+    shard = (tmp_path / "local/shard-000000.tar").read_bytes()
+    Store(url).put("shard-000000.tar", shard[:-1000] + bytes([shard[-1000] ^ 1]) + shard[-999:])
+    assert verify_shards([url, "--workers", "1"]) == 1
+    assert f"{url}/shard-000000.tar: sha256 is" in capsys.readouterr().err
+    Store(url).put("shard-000000.tar", shard)
+
+    for name in ("shard-000000.tar", "shard-000001.tar"):
+        Store(f"{bucket}/tars").put(name, tmp_path / "local" / name)
+    with pytest.raises(ValueError, match=r"has no manifest\.json: .*--index s3://bucket/tars"):
+        open_source(f"{bucket}/tars")
+    assert make_shards(["--index", f"{bucket}/tars", "--workers", "2"]) == 0
+    assert "120 samples in 2 shards, 120 labeled" in capsys.readouterr().out
+    assert [open_source(f"{bucket}/tars").read(i) for i in range(5)] == [local.read(i) for i in range(5)]
+    assert make_shards(["--index", f"{bucket}/tars"]) == 2
+    left = [p for p in (tmp_path / "home").rglob("*.tar") if p.is_file() and "extents" not in p.parts]
+    assert len(left) == 2  # staged above
+
+
+def test_named_betons_are_staged(bucket: str, images: Path, tmp_path: Path) -> None:
+    options = ["--format", "beton", "--workers", "1"]
+    assert make_shards([str(images), str(tmp_path / "betons"), *options]) == 0
+    beton = tmp_path / "betons/shard-000000.beton"
+    Store(f"{bucket}/ffcv").put("train.beton", beton)
+    local = open_source(beton)
+    for path in (f"{bucket}/ffcv/train.beton", f"{bucket}/ffcv/train.beton?image=image&label=label"):
+        found = open_source(path)
+        assert found.fingerprint == local.fingerprint
+        assert [found.read(i) for i in range(120)] == [local.read(i) for i in range(120)]
+    assert verify_shards([f"{bucket}/ffcv/train.beton", "--workers", "1"]) == 0
+    assert make_shards([str(images), f"{bucket}/raw", *options, "--raw-fraction", ".5"]) == 0
+    raw = open_source(f"{bucket}/raw")
+    assert isinstance(raw, RemoteSource)
+    assert make_shards([str(images), str(tmp_path / "raw"), *options, "--raw-fraction", ".5"]) == 0
+    again = open_source(tmp_path / "raw")
+    assert raw.fingerprint == again.fingerprint
+    assert [raw.read(i) for i in range(120)] == [again.read(i) for i in range(120)]
+
+
+def test_a_changed_object_and_refusals_are_short(
+    bucket: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"{bucket}/changing"
+    assert make_shards([str(images), url, "--shard-size", "1", "--workers", "1"]) == 0
+    settings = DataConfig.model_validate({"path": "-", "order": "block", "remote_minutes": 0.01})
+    source = open_source(url, settings)
+    Store(url).put("shard-000001.tar", b"x" * 10)
+    with pytest.raises(RemoteError, match=r"changing/shard-000001.tar: changed while .* \(HTTP 412\)"):
+        [source.read(i) for i in range(120)]
+    with pytest.raises(ValueError, match=r"shard-000001.tar has 10 bytes, manifest.json states"):
+        open_source(url, settings)
+    monkeypatch.setattr(retry, "pause", lambda failures: 0.05)
+    for endpoint, said in (
+        ("http://127.0.0.1:9", "the connection is refused, for 0.01 minutes"),
+        ("http://no-such-host.invalid", "cannot be resolved, for 0.01 minutes"),
+    ):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(ValueError, match=said) as caught:
+            open_source(url, settings)
+        assert len(str(caught.value).splitlines()) <= 3 and SECRET not in str(caught.value)
