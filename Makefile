@@ -1,6 +1,9 @@
 # Two commands for a newcomer: `make quickstart` and `make test`. Both set up .venv first and skip what is done.
 PYTHON ?= python3
 BIN := .venv/bin
+# torch without CUDA takes 4.6 GB less: cpu, cuda, or auto, which is cpu where there is no NVIDIA driver.
+TORCH ?= auto
+TORCH_CPU ?= https://download.pytorch.org/whl/cpu
 
 .PHONY: quickstart quickstart-data test test-slow test-faults test-ffcv gpu-report lint clean
 
@@ -44,13 +47,19 @@ lint: .venv/dev.done  ## format, lint, types, and that imports run one way
 .venv/test.done: EXTRA = ,test
 .venv/dev.done: EXTRA = ,dev
 .venv/%.done: setup.cfg constraints.txt | $(BIN)/python
-	@echo "installing byolt and its libraries into .venv: about 6 GB the first time, which takes minutes"
-	@seconds=0; (while sleep 1; do seconds=$$((seconds + 1)); \
+	@echo "installing byolt and its libraries into .venv: 2 to 6 GB the first time, which takes minutes"
+	@seconds=0; (while sleep 1 >&- 2>&-; do seconds=$$((seconds + 1)); \
 	  [ $$((seconds % 15)) -ne 0 ] || echo "  $$seconds s, $$(du -sh .venv | cut -f1) installed"; done) & \
 	trap "kill $$!" EXIT; set -e; \
-	install="$(BIN)/pip install --quiet --constraint constraints.txt"; \
-	$$install torch; \
-	case "$$($(BIN)/python -c 'import torch; print(torch.version.cuda)')" in \
+	install="$(BIN)/pip install --quiet --constraint constraints.txt"; torch=$(TORCH); \
+	[ $$torch != auto ] || nvidia-smi > /dev/null 2>&1 || torch=cpu; \
+	[ $$torch != cpu ] || $$install --retries 1 --timeout 15 --no-deps --index-url $(TORCH_CPU) torch torchvision \
+	  > /dev/null 2>&1 || true; \
+	$$install torch torchvision; \
+	cuda=$$($(BIN)/python -c 'import torch; print(torch.version.cuda or "")'); \
+	[ $$torch != cpu ] || [ -z "$$cuda" ] || \
+	  echo "torch is the build for CUDA, 4.6 GB larger: it was here before, or $(TORCH_CPU) has none for CPUs"; \
+	case "$$cuda" in \
 	  12.*) dali=dali other=13;; \
 	  *) dali=dali-cuda130 other=12;; \
 	esac; \

@@ -51,7 +51,9 @@ PositiveInterval = Annotated[tuple[_Positive, _Positive], AfterValidator(_ordere
 _Fraction = Annotated[float, Field(gt=0, le=1)]
 FractionInterval = Annotated[tuple[_Fraction, _Fraction], AfterValidator(_ordered)]
 Profile = Literal["byol", "torchvision"]
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8", "resnet8_half"
+]
 Stem = Literal["imagenet", "cifar"]
 UpdateBackend = Literal["auto", "triton", "foreach", "apex"]
 Trust = Literal["scale", "clip"]
@@ -157,7 +159,8 @@ class AugmentConfig(Section):
 
 class ModelConfig(Section):
     backbone: Backbone = "resnet50"
-    """Encoder: a torchvision network, or resnet8 (0.3 M parameters, for the quickstart)."""
+    """Encoder: a torchvision network, or for small images on a CPU resnet8 (0.3 M parameters) or resnet8_half (half as
+    wide, 0.08 M)."""
     stem: Stem = "imagenet"
     """First layers. imagenet: 7x7 convolution of stride 2, max-pool. cifar: 3x3 convolution of stride 1, no max-pool,
     for images of about 32 px."""

@@ -1,4 +1,4 @@
-"""The encoders: torchvision's ResNets and the small resnet8, with the reference's initialization."""
+"""The encoders: torchvision's ResNets and the small resnet8 and resnet8_half, with the reference's initialization."""
 
 import math
 from typing import Any, get_args
@@ -50,25 +50,28 @@ class ResNet(resnet.ResNet):
 
 
 class ResNet8(nn.Module):
-    """The CIFAR ResNet of He et al. (arXiv 1512.03385, sec. 4.2) with n = 1 and twice the width: 32-64-128.
+    """The CIFAR ResNet of He et al. (arXiv 1512.03385, sec. 4.2) with n = 1; its widths there are 16-32-64.
 
-    0.31 M parameters. Attribute names are those of torchvision's ResNet; shortcuts that change the shape are 1x1
-    convolutions (option B), as in torchvision's blocks.
+    Attribute names are those of torchvision's ResNet; shortcuts that change the shape are 1x1 convolutions (option B),
+    as in torchvision's blocks.
+
+    Args:
+        width: channels of the first stage: 32 (0.31 M parameters) or 16 (0.08 M).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 32, kernel_size=7, stride=2, padding=3, bias=False)
-        self.bn1 = BatchNorm(32)
+        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = BatchNorm(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(32, 32, norm_layer=BatchNorm))
-        self.layer2 = nn.Sequential(_halving_block(32, 64))
-        self.layer3 = nn.Sequential(_halving_block(64, 128))
+        self.layer1 = nn.Sequential(BasicBlock(width, width, norm_layer=BatchNorm))
+        self.layer2 = nn.Sequential(_halving_block(width, 2 * width))
+        self.layer3 = nn.Sequential(_halving_block(2 * width, 4 * width))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc: nn.Module = nn.Linear(128, 10)
+        self.fc: nn.Module = nn.Linear(4 * width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) -> (N, 128)."""
+        """Images (N, 3, H, W) -> (N, 4 * width)."""
         x = self.bn1(self.conv1(images), relu=True, pool=self.maxpool)
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
@@ -80,6 +83,9 @@ def _halving_block(channels_in: int, channels_out: int) -> BasicBlock:
     )
     return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut, norm_layer=BatchNorm)
 
+
+# Channels of the first stage.
+RESNET8_WIDTHS = {"resnet8": 32, "resnet8_half": 16}
 
 # Block, blocks of each stage, width of a bottleneck relative to ResNet-50's 64, as in torchvision.
 _RESNETS = {
@@ -111,8 +117,8 @@ def make_encoder(backbone: str, stem: str) -> nn.Module:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
     if stem not in STEMS:
         raise ValueError(f"stem {stem!r} is unknown; choose one of {', '.join(STEMS)}")
-    if backbone == "resnet8":
-        encoder: Any = ResNet8()
+    if backbone in RESNET8_WIDTHS:
+        encoder: Any = ResNet8(RESNET8_WIDTHS[backbone])
     else:
         block, blocks, width = _RESNETS[backbone]
         encoder = ResNet(block, list(blocks), width_per_group=width, norm_layer=BatchNorm)

@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from byolt.model.byol import BYOL, MLP, Predictions, byol_loss, regression_loss
-from byolt.model.resnet import BACKBONES, make_encoder
+from byolt.model.resnet import BACKBONES, RESNET8_WIDTHS, make_encoder
 
 
 def _small() -> BYOL:
@@ -18,7 +18,7 @@ def _small() -> BYOL:
 
 
 @pytest.mark.parametrize("stem", ["imagenet", "cifar"])
-@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name != "resnet8"])
+@pytest.mark.parametrize("backbone", [name for name in BACKBONES if name not in RESNET8_WIDTHS])
 def test_encoder_has_torchvisions_keys_and_shapes(backbone: str, stem: str) -> None:
     with torch.device("meta"):
         encoder = make_encoder(backbone, stem)
@@ -45,14 +45,17 @@ def test_torchvision_weights_give_torchvisions_features() -> None:
 
 
 @pytest.mark.parametrize(("stem", "map_size"), [("cifar", 8), ("imagenet", 2)])
-def test_resnet8(stem: str, map_size: int) -> None:
-    encoder: Any = make_encoder("resnet8", stem)
+@pytest.mark.parametrize(
+    ("backbone", "features", "parameters"), [("resnet8", 128, 307_360), ("resnet8_half", 64, 77_392)]
+)
+def test_resnet8(backbone: str, features: int, parameters: int, stem: str, map_size: int) -> None:
+    encoder: Any = make_encoder(backbone, stem)
     sizes = []
     encoder.layer3.register_forward_hook(lambda _m, _i, out: sizes.append(tuple(out.shape)))
-    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 128) == (2, encoder.num_features)
-    assert sizes == [(2, 128, map_size, map_size)]
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, features) == (2, encoder.num_features)
+    assert sizes == [(2, features, map_size, map_size)]
     if stem == "cifar":
-        assert sum(p.numel() for p in encoder.parameters()) == 307_360
+        assert sum(p.numel() for p in encoder.parameters()) == parameters
     assert {name.split(".")[0] for name in encoder.state_dict()} == {
         "conv1",
         "bn1",

@@ -121,7 +121,9 @@ def test_command_lines_are_understood(command: Command, monkeypatch: pytest.Monk
         return
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(rest) <= set(targets)
+        variables = re.findall(r"^([A-Z_]+) \?=", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert {word for word in rest if "=" not in word} <= set(targets)
+        assert {word.partition("=")[0] for word in rest if "=" in word} <= set(variables)
         return
     if program == "pip":
         extras = ",".join(re.findall(r"\.\[([a-z0-9,-]+)\]", " ".join(rest))).split(",")

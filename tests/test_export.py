@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from byolt.configs import schema
 from byolt.model.byol import make_byol
-from byolt.model.resnet import BACKBONES, make_encoder
+from byolt.model.resnet import BACKBONES, RESNET8_WIDTHS, make_encoder
 from byolt.model.run import checkpoint
 from byolt.model.run.trained import Trained, load_trained
 from byolt.tools import export
@@ -90,7 +90,7 @@ def test_torchvision(stem: str, tmp_path: Path, capsys: pytest.CaptureFixture) -
 
 
 def test_every_backbone_of_torchvision_has_its_keys() -> None:
-    for backbone in set(BACKBONES) - {"resnet8"}:
+    for backbone in set(BACKBONES) - set(RESNET8_WIDTHS):
         with torch.device("meta"):
             ours = make_encoder(backbone, "imagenet").state_dict()
             theirs = torchvision.models.get_model(backbone, weights=None).state_dict()
@@ -290,7 +290,7 @@ def test_a_wrong_export_leaves_nothing(trained: Path, tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("backbone", "stem", "target", "part"),
     [
-        ("resnet8", "cifar", "torchvision", "model.backbone=resnet8 is this project's own"),
+        ("resnet8_half", "cifar", "torchvision", "model.backbone=resnet8_half is this project's own"),
         ("resnet18", "cifar", "timm", "model.stem=cifar: timm, which --to timm uses"),
         ("resnet18", "cifar", "huggingface", "use --to torchvision"),
     ],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from byolt.configs import schema
+from byolt.model.resnet import RESNET8_WIDTHS
 from byolt.model.run.trained import Trained, export_trained
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.sources import open_source
@@ -68,10 +69,10 @@ def check_architecture(trained: Trained, target: str) -> None:
         ValueError: names the setting and the remedy.
     """
     model = trained.config.model
-    if model.backbone == "resnet8":
+    if model.backbone in RESNET8_WIDTHS:
         raise ValueError(
-            f"model.backbone=resnet8 is this project's own network, which {LIBRARIES[target]} does not have: load "
-            "encoder.safetensors with byolt's load_trained, or train another backbone"
+            f"model.backbone={model.backbone} is this project's own network, which {LIBRARIES[target]} does not have: "
+            "load encoder.safetensors with byolt's load_trained, or train another backbone"
         )
     if model.stem == "cifar" and target != "torchvision":
         raise ValueError(
