@@ -139,6 +139,11 @@ class Manifest:
             yield shard, first, self.samples[first : first + shard.samples]
             first += shard.samples
 
+    @property
+    def proven(self) -> bool:
+        """Whether make_shards decoded every image; not of tars made elsewhere and indexed."""
+        return bool(self.settings.get("decode"))
+
     def fingerprint(self) -> str:
         """Identifies the data set, see `sources.Source`."""
         identity = [[shard.name, shard.sha256] for shard in self.shards], self.classes

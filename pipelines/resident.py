@@ -98,7 +98,7 @@ class Resident:
 
     def _load(self, source: Source, number: int) -> None:
         try:
-            image = decode(read_sound(source, number, self._max_pixels)).numpy()
+            image = decode(read_sound(source, number, self._max_pixels, not source.proven)).numpy()
         except ValueError as error:
             self.broken[number] = str(error)
         else:

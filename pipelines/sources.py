@@ -27,6 +27,7 @@ from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
 from byolt.pipelines.formats.folder import FolderSource
+from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
 from byolt.pipelines.manifest import MANIFEST, Manifest, checksums, labels
 from byolt.pipelines.remote.dataset import RemoteData
@@ -47,6 +48,7 @@ class Source(Protocol):
         classes: Name of each label, or None.
         checksums: uint64 (len,), `encoded.checksum` of each image as stored; None if they are not known. `read` refuses
             other bytes.
+        proven: Whether every image was decoded when its checksum was taken, and found undamaged.
         fingerprint: Hex digest that identifies the data set; a run resumes only if it is unchanged.
         former_fingerprints: What identified the same data in an earlier release, or before it had an index.
     """
@@ -55,6 +57,7 @@ class Source(Protocol):
     heights: np.ndarray
     widths: np.ndarray
     classes: list[str] | None
+    proven: bool
 
     @property
     def checksums(self) -> npt.NDArray[np.uint64] | None: ...
@@ -197,28 +200,43 @@ def _open_shards(folder: Path) -> Source:
     return BetonFolder(folder, manifest) if is_beton else TarSource(folder, manifest)
 
 
-def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS) -> bytes:
+def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS, prove: bool = False) -> bytes:
     """Encoded image `i`, whose bytes, header and end are those of the index; see `encoded.check`.
+
+    Args:
+        source: the data set.
+        i: number of the sample.
+        max_pixels: larger images are not sound.
+        prove: whether a JPEG is also decoded; see `proof.prove_jpeg`.
 
     Raises:
         OSError: it cannot be read; names the place.
         ValueError: it is not sound, or larger than `max_pixels`; the message is the reason.
     """
     data = source.read(i)
-    check(data, int(source.heights[i]), int(source.widths[i]), max_pixels)
+    header = check(data, int(source.heights[i]), int(source.widths[i]), max_pixels)
+    if prove and header.format == "jpeg":
+        prove_jpeg(data, header)
     return data
 
 
 class ParallelReader:
-    """Reads and checks samples of one source in threads; `close` ends them."""
+    """Reads and checks samples of one source in threads; `close` ends them.
 
-    def __init__(self, source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> None:
+    The first read of an image also proves it, unless the data set was proven when it was made.
+    """
+
+    def __init__(
+        self, source: Source, threads: int, max_pixels: int = MAX_PIXELS, prove: bool = True
+    ) -> None:
         """
         Args:
             source: the data set.
             threads: parallel reads, at least 1; with 1 the caller's own thread reads.
             max_pixels: larger images are not sound.
+            prove: False: images count as proven.
         """
+        self._prove, self._proven = prove and not source.proven, np.zeros(len(source), bool)
         self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
@@ -243,9 +261,12 @@ class ParallelReader:
     def read(self, number: int) -> bytes | ValueError:
         """One sample, in the caller's thread; see `__call__`."""
         try:
-            return read_sound(self._source, number, self._max_pixels)
+            prove = self._prove and not self._proven[number]
+            data = read_sound(self._source, number, self._max_pixels, prove)
         except ValueError as error:
             return error
+        self._proven[number] |= prove
+        return data
 
     def close(self) -> None:
         """Ends the threads."""
@@ -262,7 +283,7 @@ class TarSource:
         manifest = _checked_manifest(self.folder, manifest or Manifest.load(folder))
         self._shards, self._samples = manifest.shards, manifest.samples
         self.paths = [self.folder / shard.name for shard in manifest.shards]
-        self.classes = manifest.classes
+        self.classes, self.proven = manifest.classes, manifest.proven
         self.lengths, self.heights, self.widths = (
             manifest.samples[name]
             for name in ("length", "height", "width")  # mapped: all ranks share the pages
@@ -335,7 +356,7 @@ class BetonFolder(BetonSource):
                 f"{self.folder}: labels or sizes differ from {MANIFEST}: "
                 f"tools/verify_shards.py {self.folder} says where"
             )
-        self.classes = manifest.classes
+        self.classes, self.proven = manifest.classes, manifest.proven
         self.checksums = checksums(manifest.samples)
         self.fingerprint = manifest.fingerprint()
         self.former_fingerprints = []

@@ -30,7 +30,7 @@ class Subset:
         self.labels, self.heights, self.widths = (
             array[ids] for array in (source.labels, source.heights, source.widths)
         )
-        self.classes = source.classes
+        self.classes, self.proven = source.classes, source.proven
         self.former_fingerprints: list[str] = []
         chosen = np.asarray(ids, "<i8").tobytes()
         self.fingerprint = hashlib.sha256(source.fingerprint.encode() + chosen).hexdigest()

@@ -8,10 +8,12 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from test_beton import mixed, write_beton
 from test_loader import ids, make_config, take
 
+from byolt.model.distributed import World
 from byolt.model.run.resume import begin
 from byolt.pipelines.formats import beton
 from byolt.pipelines.formats.beton import BetonSource
@@ -152,6 +154,7 @@ def test_a_fingerprint_of_an_earlier_release_is_accepted_with_a_line(tmp_path: P
     (tmp_path / "a").mkdir()
     Image.new("RGB", (30, 20)).save(tmp_path / "a/1.png")
     source, config = open_source(tmp_path), make_config()
+    world = World(0, 0, 1, torch.device("cpu"), "none")
     state = {"data": source.fingerprint, "config": config.model_dump(mode="json"), "rounding": {}, "step": 3}
 
     def resumed(**changed: str) -> str:
@@ -160,7 +163,7 @@ def test_a_fingerprint_of_an_earlier_release_is_accepted_with_a_line(tmp_path: P
             patch("byolt.model.run.resume.find_checkpoint", return_value=found),
             patch("byolt.model.run.resume.restore"),
         ):
-            return begin("auto", config, source, [], None, None, None, {}).origin  # type: ignore[arg-type]
+            return begin("auto", config, source, [], None, None, world, {}).origin  # type: ignore[arg-type]
 
     assert resumed() == "resumed from x.pt"
     assert "does not cover every image" in resumed(data=source.former_fingerprints[0])

@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
-import simplejpeg
 from PIL import Image, features
 
 from byolt.pipelines.formats.beton import LARGEST_SIDE
 from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, for_pil, inspect, ppm_header
+from byolt.pipelines.formats.proof import prove_jpeg
 
 # PIL may have been built without the last two.
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000"}
@@ -151,27 +151,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 def prove(data: bytes, header: ImageHeader) -> None:
     """Decodes an image to prove that it can be decoded and is not damaged.
 
-    JPEG: libjpeg-turbo at 1/8 size with its warnings as errors, which reads all bits and saves most of the inverse
-    transform. PIL, and with it torchvision, accepts an image whose rest is zeros, or that was cut and got an end
-    marker. PNG: PIL. A PPM that `inspect` accepted is whole.
+    JPEG: see `proof.prove_jpeg`. PNG: PIL. A PPM that `inspect` accepted is whole.
 
     Raises:
         ValueError: With the decoder's reason.
     """
-    if header.format == "png":
-        _prove_with_pil(data)
-    if header.format != "jpeg":
-        return
-    colors = "CMYK" if header.channels == 4 else "GRAY"
-    speed = {"fastdct": True, "fastupsample": True, "min_height": 1, "min_width": 1, "min_factor": 8}
-    try:
-        simplejpeg.decode_jpeg(data, colors, strict=True, **speed)
-    except ValueError as error:
-        if "subsampling" not in str(error):
-            raise ValueError(str(error)) from None
-        _prove_with_pil(data)  # only the TurboJPEG API refuses it
-
-
-def _prove_with_pil(data: bytes) -> None:
-    with _opened(data) as image:
-        image.load()
+    if header.format == "png" or (header.format == "jpeg" and not prove_jpeg(data, header)):
+        with _opened(data) as image:
+            image.load()

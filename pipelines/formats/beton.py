@@ -105,6 +105,7 @@ class BetonSource:
             self._read_sizes(layout, rows)
         counts = [layout.samples for layout in layouts]
         self.checksums: npt.NDArray[np.uint64] | None = read_indexes(self.paths, counts)
+        self.proven = self.checksums is not None  # verify_shards decodes before it writes an index
 
     def _read_metadata(self, layout: "_Layout", rows: slice) -> None:
         for first, piece in _pieces(layout, layout.record, layout.metadata, layout.samples):

@@ -49,7 +49,7 @@ class FolderSource:
             )
         self.labels = np.array(labels, np.int64)
         self.heights, self.widths = np.array(sizes, np.int64).T.copy()
-        self.checksums = np.array(checksums, np.uint64)
+        self.checksums, self.proven = np.array(checksums, np.uint64), False
         self.fingerprint = digest.hexdigest()
         self.former_fingerprints = [former.hexdigest()]  # of names, labels, lengths and headers only
 

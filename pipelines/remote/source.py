@@ -47,6 +47,7 @@ class RemoteSource:
         self.classes, self.fingerprint = manifest.classes, manifest.fingerprint()
         self.former_fingerprints: list[str] = []
         self.labels = labels(manifest.samples)
+        self.proven = manifest.proven
         self.heights, self.widths = manifest.samples["height"], manifest.samples["width"]
         self._extents = extents(manifest.samples, dataset.PIECE)
         self._first = np.ascontiguousarray(self._extents["first"])
