@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -117,6 +116,13 @@ def read_run(folder: Path) -> RunFiles:
     return RunFiles(folder, rows, starts, corrupt, config, trained, problems)
 
 
+class _Numbered:
+    """The images of a data set with their ids as labels, which then say which of the images decode."""
+
+    def __init__(self, source: Source) -> None:
+        self.read, self.labels = source.read, np.arange(len(source))
+
+
 def compute_features(run: RunFiles, source: Source, images: int) -> ImageFeatures:
     """Features of at most `images` evenly spaced images, labeled or not, on the GPU if there is one.
 
@@ -127,8 +133,7 @@ def compute_features(run: RunFiles, source: Source, images: int) -> ImageFeature
     config = run.trained.config
     ids = spaced(len(source), images)
     thumbnails: list[np.ndarray] = []
-    # With its ids in the place of its labels, the data set says which of the images decode.
-    numbered: Any = SimpleNamespace(read=source.read, labels=np.arange(len(source)))
+    numbered = cast(Source, _Numbered(source))
     batches = _keeping_thumbnails(plain_images(numbered, ids, config), config, thumbnails)
     encoder = run.trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     features, kept = extract_features(encoder, batches)
