@@ -283,11 +283,13 @@ def test_rank_0_s_mistake_is_every_rank_s(halved: Run) -> None:
 
 
 def _slow_data_on_rank_1() -> None:
-    def read(self: FolderSource, i: int, plain: Callable = FolderSource.read) -> bytes:
-        time.sleep(0.25 if os.environ["RANK"] == "1" else 0)
-        return plain(self, i)
+    def take(self: Loader, plain: Callable = Loader._take) -> object:
+        if os.environ["RANK"] == "1":
+            time.sleep(0.3)
+            self.waited += 0.3
+        return plain(self)
 
-    FolderSource.read = read  # type: ignore[method-assign,assignment]
+    Loader._take = take  # type: ignore[method-assign,assignment]
 
 
 def _slow_steps_on_rank_1() -> None:
@@ -300,7 +302,7 @@ def _slow_steps_on_rank_1() -> None:
 
 @pytest.mark.parametrize("before", [_slow_data_on_rank_1, _slow_steps_on_rank_1])
 def test_straggler_is_named(before: Callable[[], None], run: Run) -> None:
-    ranks = run.start_ranks(2, "train.stop_at_step=6", "data.prefetch=1", before=before)
+    ranks = run.start_ranks(2, "train.stop_at_step=4", before=before)
     assert all_end(ranks) == [0, 0], ranks[0].text
     said = re.findall(
         r"^warning: step \d: the others wait for rank (\d) on (\S+): (.*)$", ranks[0].text, re.MULTILINE
