@@ -103,8 +103,9 @@ class DataConfig(Section):
     """Largest size of data.cache in GB; the files used least recently are removed. ImageNet has 140 GB."""
     connections: Annotated[int, Field(ge=1, le=256)] = 8
     """Parallel requests per rank to the server of a URL, of about 8 MB each."""
-    remote_minutes: Annotated[float, Field(gt=0, le=1e6)] = 10
-    """How long a request to the server of a URL is repeated before the run stops."""
+    remote_minutes: Annotated[float, Field(gt=0, le=1e6)] = 8
+    """How long a request to the server of a URL is repeated before the run stops. With several ranks it must be below
+    train.timeout_minutes, after which the others give up the waiting one."""
 
 
 class ViewConfig(Section):
@@ -315,9 +316,16 @@ class Config(Section):
         """Refuses settings that do not fit the number of ranks.
 
         Raises:
-            ValueError: the ranks cannot share the batch (`images_per_rank`), or train.compile is set for several.
+            ValueError: the ranks cannot share the batch (`images_per_rank`), or several have train.compile set, or
+                would give up one that repeats a request.
         """
         self.images_per_rank(world_size)
+        remote, timeout = self.data.remote_minutes, self.train.timeout_minutes
+        if world_size > 1 and "://" in self.data.path and remote >= timeout:
+            raise ValueError(
+                f"data.remote_minutes={remote:g} must be below train.timeout_minutes={timeout:g}: {world_size} ranks "
+                "would give up one that still repeats a request. Lower the first, or raise the second"
+            )
         if self.train.compile and world_size > 1:
             raise ValueError(
                 f"train.compile=true does not work with {world_size} ranks: DDP's static graph excludes compiled "

@@ -282,6 +282,18 @@ def test_batch_that_does_not_divide(minimal: Path) -> None:
         load(minimal).images_per_rank(64)
 
 
+def test_ranks_wait_longer_than_requests_are_repeated(minimal: Path) -> None:
+    url = "data.path=https://example.org/train"
+    load(minimal, [url]).check_ranks(2)
+    late = [url, "train.timeout_minutes=8"]
+    load(minimal, late).check_ranks(1)
+    load(minimal, late[1:]).check_ranks(2)
+    with pytest.raises(
+        ValueError, match=r"data\.remote_minutes=8 must be below train\.timeout_minutes=8: 2 ranks"
+    ):
+        load(minimal, late).check_ranks(2)
+
+
 def test_several_ranks_do_not_compile(minimal: Path) -> None:
     load(minimal, ["train.compile=true"]).check_ranks(1)
     load(minimal).check_ranks(2)
