@@ -172,6 +172,8 @@ def limits() -> str:
         ("lanes", f"{LANES} ranks",
          f"at {ranks} ranks {share} read each lane: {share} x the traffic, unless they share their node's cache"),
         ("index opened in 2 s", f"{number(2 / (OPENING / 2) / 1e6)} M images", billion),
+        ("open files", f"{number(2**20 * 256e6 / IMAGE / 1e6)} M images with a limit of 1,048,576",
+         "local shards of 256 MB are an open file each: make larger ones (--shard-size)"),
         ("order `full`", f"{number(10 / FULL / 1e6)} M images",
          "10 CPU s at the start of each epoch: take `lanes`"),
         ("window of `lanes`", f"{LANES * LANE_WINDOW * BLOCK:,} images",
