@@ -157,7 +157,7 @@ def _batch_part(
 
 @lru_cache(maxsize=2)
 def _full_order(seed: int, epoch: int, num_samples: int) -> _Ids:
-    """The permutation of one epoch: 0.3 s for 1.28 M samples, 30 s and 2.4 GB for 100 M."""
+    """The permutation of one epoch: 0.3 s for 1.28 M samples, 27 s and 3.2 GB for 100 M."""
     return _frozen(_shuffled(seed, epoch, np.arange(num_samples), slot=0))
 
 

@@ -35,4 +35,4 @@ def test_numbers_agree_with_a_calculation_by_hand(scale: ModuleType) -> None:
 def test_measures(scale: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     scale.measure(5000)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and lines[0].startswith("opened in 0.") and lines[-1].startswith("full: 0.")
+    assert len(lines) == 5 and lines[0].startswith("opened in 0.") and lines[-1].startswith("full: 0.")
