@@ -5,7 +5,7 @@ that makes the views keeps the pixels, and Python touches no single sample.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from weakref import WeakKeyDictionary
 
@@ -74,7 +74,8 @@ class Resident:
         self._starts = np.cumsum(sizes) - sizes
         self._pixels = self._allocate(int(sizes.sum()), torch.device("cpu"))
         self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), heights, widths], 1)
-        for _ in self._pool.map(lambda i: self._load(source, i), range(len(source))):
+        parts = [range(i, min(i + 256, len(source))) for i in range(0, len(source), 256)]
+        for _ in self._pool.map(lambda part: self._load(source, part), parts):
             pass
         sound = np.setdiff1d(np.arange(len(source)), list(self.broken))
         if not len(sound):
@@ -96,14 +97,16 @@ class Resident:
             gigabytes = f"{size / 1e9:.1f} GB of decoded images do not fit into the memory of {device}"
             raise ValueError(f"{gigabytes}: set data.resident=never") from None
 
-    def _load(self, source: Source, number: int) -> None:
-        try:
-            image = decode(read_sound(source, number, self._max_pixels, not source.proven)).numpy()
-        except ValueError as error:
-            self.broken[number] = str(error)
-        else:
-            start = self._starts[number]
-            self._pixels.numpy()[start : start + image.size] = image.reshape(-1)
+    def _load(self, source: Source, numbers: Iterable[int]) -> None:
+        pixels = self._pixels.numpy()
+        for number in numbers:
+            try:
+                image = decode(read_sound(source, number, self._max_pixels, not source.proven)).numpy()
+            except ValueError as error:
+                self.broken[number] = str(error)
+            else:
+                start = self._starts[number]
+                pixels[start : start + image.size] = image.reshape(-1)
 
     def decoded(self, ids: Sequence[int]) -> list[Tensor | None]:
         """The images (H, W, 3) uint8 of samples, views of the kept pixels; None for a broken one."""
