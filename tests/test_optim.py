@@ -304,3 +304,23 @@ def test_ema_refuses_unpaired_lists() -> None:
 def test_lars_refuses(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LARS(_parameters(), **{"lr": 0.1, **wrong})
+
+
+@pytest.mark.slow
+def test_equilibrium_of_a_scale_invariant_weight_is_that_of_the_docs() -> None:
+    """Plain SGD (a cap that never binds) on gradients at a right angle to p, inversely proportional to its length."""
+    generator, lr, decay = torch.Generator().manual_seed(0), 0.1, 0.005
+    p = torch.nn.Parameter(torch.randn(1, 2000, generator=generator))
+    optimizer = LARS([p], lr, momentum=0.9, weight_decay=decay, trust_coefficient=10.0, trust="clip")
+    moved, turned = [], []
+    for _ in range(800):
+        before = p.detach().clone()
+        noise = torch.randn(1, 2000, generator=generator)
+        p.grad = noise - (noise * before).sum() / before.square().sum() * before
+        p.grad *= 5 / (p.grad.norm() * before.norm())
+        optimizer.step()
+        moved.append(lr * p.grad.norm() / before.norm())
+        turned.append((p.detach() - before).norm() / before.norm())
+    rate, seen = torch.stack(moved[-300:]).mean().item(), torch.stack(turned[-300:]).mean().item()
+    assert rate == pytest.approx((2 * lr * decay * (1 - 0.9)) ** 0.5, rel=0.03)
+    assert seen == pytest.approx((2 * lr * decay / (1 + 0.9)) ** 0.5, rel=0.03)
