@@ -22,6 +22,7 @@ from matplotlib import pyplot as plt
 from whole_runs import ROOT, Run, write_images
 
 from byolt.tools.make_shards import main as make_shards
+from byolt.tools.reporting.figures import MARKS
 
 Row = dict[str, float]
 WHAT = {"memory_mb": "resident memory (MB)", "descriptors": "file descriptors", "threads": "threads"}
@@ -73,15 +74,19 @@ def growth(rows: list[Row], name: str) -> float:
 
 
 def draw(lives: list[list[Row]], path: Path) -> None:
-    """A picture of each quantity over the steps, one colour for each life."""
+    """A picture of each quantity over the steps, one color and marker for each life."""
     figure, axes = plt.subplots(3, 1, figsize=(7, 6), sharex=True)
+    figure.suptitle("A run that is killed half-way and resumed, seen by the kernel")
     for axis, (name, label) in zip(axes, WHAT.items(), strict=True):
-        for life in lives:
-            axis.plot([row["step"] for row in life], [row[name] for row in life])
+        for life, mark, when in zip(lives, MARKS, ("until it is killed", "resumed"), strict=False):
+            steps, values = [row["step"] for row in life], [row[name] for row in life]
+            every = max(1, len(life) // 10)
+            axis.plot(steps, values, color=mark.color, marker=mark.marker, markevery=every, label=when)
         axis.set(ylabel=label)
         axis.set_ylim(0, 1.15 * max(row[name] for life in lives for row in life))
         axis.grid(alpha=0.3)
-    axes[-1].set_xlabel("step (killed and resumed half-way)")
+    axes[0].legend(loc="lower right")
+    axes[-1].set_xlabel("step")
     figure.tight_layout()
     figure.savefig(path, dpi=100)
 

@@ -251,6 +251,7 @@ def test_comparison_draws_each_run_where_it_has_the_key(
     one, other = MARKS[:2]
     assert [line.get_color() for line in loss.lines] == [one.color, one.color, other.color]
     assert [line.get_marker() for line in loss.lines] == [one.marker, one.marker, other.marker]
+    assert [line.get_linestyle() for line in loss.lines] == ["-", "--", "-"]  # the second is another seed
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height > 300

@@ -23,6 +23,7 @@ from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser
 from byolt.files.console import say
 from byolt.files.paths import home_path
+from byolt.model.run.pictures import dark_frame
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.torch_backend import TorchBackend
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
         f"{args.config}, {' '.join(overrides)}".rstrip(", "),
         f"{args.dataset}; epoch {args.epoch}, seed {config.run.seed}, views of {config.augment.size} px",
         reason,
+        *filter(None, [dark_frame(config.augment)]),
     ]
     if args.compare:
         name = reason.partition(": ")[2].partition(",")[0]

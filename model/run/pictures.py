@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from byolt.configs.schema import AugmentConfig
@@ -55,6 +56,7 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axis = figure.add_subplot()
     axis.set_xlabel("step")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_ylabel("BYOL loss", color=LOSS)
     axis.grid(alpha=0.3)
     drawn = []

@@ -18,6 +18,7 @@ from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides
 Rows = list[dict[str, float]]  # of a metrics.jsonl
 _COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
             "prediction_std": ("prediction std", 4), "projection_std": ("projection std", 4)}  # fmt: skip
+_STYLES = ("-", "--", ":", "-.")  # of the lines of several seeds
 _PANELS = {
     "knn_top1": "kNN top-1 (%)",
     "loss": "BYOL loss",
@@ -127,9 +128,9 @@ def save_curves(
     path: Path,
     runs: Mapping[str, list[Rows]],
     panels: Mapping[str, str],
-    title: str = "One color and marker per ablation, one line per seed",
+    title: str = "One color and marker per ablation; its seeds: solid, dashed, dotted, dash-dotted",
 ) -> None:
-    """Draws curves over the epochs: one panel per number, one color and marker per ablation, one line per seed.
+    """Draws curves over the epochs: one panel per number, one color and marker per ablation, one line style per seed.
 
     Where the rows of a run have no epoch, the axis is the step. `runs` are rows of metrics of each seed, by ablation;
     `panels` are labels of vertical axes, by keys of the rows.
@@ -149,15 +150,16 @@ def save_curves(
         figure.suptitle(title)
         for axis, (key, label) in zip(axes, panels.items(), strict=True):
             for (name, seeds), mark, units in zip(runs.items(), cycle(MARKS), scales):
-                for number, (rows, scale) in enumerate(zip(seeds, units, strict=True)):
+                for number, (rows, scale, style) in enumerate(
+                    zip(seeds, units, cycle(_STYLES), strict=False)
+                ):
                     unit = scale if in_epochs and scale else 1
                     points = [(row["step"] * unit, row[key]) for row in rows if key in row]
                     steps, values = zip(*points, strict=True) if points else ((), ())
                     every = max(1, len(points) // 10)
                     legend = name if number == 0 else None
-                    axis.plot(
-                        steps, values, color=mark.color, marker=mark.marker, markevery=every, label=legend
-                    )
+                    look = {"color": mark.color, "marker": mark.marker, "linestyle": style}
+                    axis.plot(steps, values, markevery=every, label=legend, **look)
             axis.set_xlabel("epoch" if in_epochs else "step")
             axis.set_ylabel(label)
         axes[0].legend()

@@ -113,6 +113,6 @@ def _thumbnail(images: ImageFeatures, i: int, cosine: str = "", verdict: str = "
     """One image with the name of its class below it, or of its file if it has no label."""
     file, label = images.file(i), int(images.labels[i])
     short = file.rpartition("/")[2]
-    short = short if len(short) <= _NAME else "…" + short[1 - _NAME :]
+    short = short if len(short) <= _NAME else "…\u2060" + short[1 - _NAME :]  # no break behind the ellipsis
     name = short if label < 0 else images.name(label)
     return Thumbnail(images.thumbnails[i], name + cosine, verdict, file)
