@@ -226,17 +226,14 @@ class ParallelReader:
     The first read of an image also proves it, unless the data set was proven when it was made.
     """
 
-    def __init__(
-        self, source: Source, threads: int, max_pixels: int = MAX_PIXELS, prove: bool = True
-    ) -> None:
+    def __init__(self, source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> None:
         """
         Args:
             source: the data set.
             threads: parallel reads, at least 1; with 1 the caller's own thread reads.
             max_pixels: larger images are not sound.
-            prove: False: images count as proven.
         """
-        self._prove, self._proven = prove and not source.proven, np.zeros(len(source), bool)
+        self._proven = np.zeros(len(source), bool)
         self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
@@ -261,7 +258,7 @@ class ParallelReader:
     def read(self, number: int) -> bytes | ValueError:
         """One sample, in the caller's thread; see `__call__`."""
         try:
-            prove = self._prove and not self._proven[number]
+            prove = not (self._source.proven or self._proven[number])
             data = read_sound(self._source, number, self._max_pixels, prove)
         except ValueError as error:
             return error

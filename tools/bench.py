@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
     config, world = settings(args.config, overrides)
     source, hardware = open_source(config.data.path, config.data), provenance.hardware(world.device)
+    source.proven = True  # as after the first epoch, in which images of a folder are proven
     on_gpu, cores = world.device.type == "cuda", len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)  # for the step, as in train.py
     print(

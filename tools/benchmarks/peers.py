@@ -49,6 +49,7 @@ def loader(request: Request) -> Iterator[tuple[Tensor, Tensor]]:
         ],
     )
     source, where = open_source(config.data.path), (torch.device("cpu"), torch.float32)
+    source.proven = True  # as after the first epoch
     kept = make_resident(config, source, *where)
     backend, _ = kept or make_backend(config, *where)
     with Loader(config, source, backend) as batches:

@@ -129,7 +129,7 @@ def measure_stages(
     small = config.model_copy(update={"augment": augment.model_copy(update={"size": SMALL})})
     backend, _ = make_backend(config, device, dtype)
     decode, _ = make_backend(small, device, dtype)
-    reader = ParallelReader(source, config.data.threads, prove=False)  # the proof is paid once a run
+    reader = ParallelReader(source, config.data.threads)
     layout = torch.channels_last if config.train.channels_last else torch.contiguous_format
     for number in range(batches + 1):
         if number <= 1:  # the first batch is not counted
