@@ -17,7 +17,7 @@ class Ablation(NamedTuple):
 
     overrides: tuple[str, ...]
     paper: float | None = None  # top-1 in percent: ImageNet, ResNet-50, 300 epochs, linear evaluation
-    source: str = "-"
+    source: str = ""
 
 
 def _both_views(*settings: str) -> tuple[str, ...]:

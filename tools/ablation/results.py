@@ -81,13 +81,18 @@ def table_of(
     results: Mapping[str, list[dict[str, float | None]]], ablations: Mapping[str, Ablation] = ABLATIONS
 ) -> tuple[Table, str]:
     """The table for a terminal, and the same in Markdown, from the `last_values` of each seed, by ablation."""
-    columns = ("ablation", *(name for name, _ in _COLUMNS.values()), "paper top-1 %", "source")
+    of_paper = any(ablation.source for ablation in ablations.values())
+    columns = ["ablation", *(name for name, _ in _COLUMNS.values())]
+    columns += ["paper top-1 %", "source"] if of_paper else ["settings"]
     table = Table(*columns)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, seeds in results.items():
         ablation = ablations[name]
         cells = [name, *(_mean([seed[key] for seed in seeds], d) for key, (_, d) in _COLUMNS.items())]
-        cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
+        if of_paper:
+            cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
+        else:
+            cells.append(", ".join(ablation.overrides) or "the recipe's")
         table.add_row(*cells)
         lines.append("| " + " | ".join(cells) + " |")
     return table, "\n".join(lines) + "\n"
