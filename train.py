@@ -21,6 +21,7 @@ from byolt.configs import command_line, derived, fixed, schema
 from byolt.files import failpoint
 from byolt.files.console import say
 from byolt.files.lock import Lock
+from byolt.files.machine import find_device
 
 if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and signals handled before
     from byolt.model.distributed import World
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         from byolt.pipelines.sources import check_paths, open_source
 
         if args.print_config:
-            say(derived.describe(config, world_size, open_source))
+            say(derived.describe(config, world_size, open_source, find_device(config.train.device)))
             return 0
         command_line.check_resume(args.resume)
         command_line.check_logger(config.run.wandb)
@@ -118,11 +119,13 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
         code = report(run)
     except Exception as error:
         mistake = run is None and isinstance(error, (ValueError, OSError, CheckpointError))
+        mistake = mistake or failure.is_out_of_memory(error)
         foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
         foreseen_here = mistake or isinstance(error, foreseen) or limit_behind(error)
         if not foreseen_here and not distributed.is_lost_peer(error):
             traceback.print_exc()
-        say(f"error: {failure.explain(error, run.step if run else None, world)}", file=sys.stderr)
+        reason = failure.explain(error, run.step if run else None, world, run.config if run else config)
+        say(f"error: {reason}", file=sys.stderr)
         return 2 if mistake else 1
     distributed.shutdown(world)
     return code
@@ -138,7 +141,7 @@ def prepare(
     from byolt.model.quality.monitor import KnnMonitor
     from byolt.model.quality.probe import make_probe
     from byolt.model.run import provenance, trace
-    from byolt.model.run.resume import begin
+    from byolt.model.run.resume import begin, settle
     from byolt.model.run.run import Run
     from byolt.model.step import PRECISIONS, make_step
     from byolt.pipelines.backends import make_backend, make_resident
@@ -159,12 +162,11 @@ def prepare(
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
     source = open_split("data.path", config.data.path, config.data)
+    config = settle(config, args.resume, len(source), world)
     queries = open_split("eval.path", config.eval.path, config.data) if config.eval.path else None
     knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None
     steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
     total_steps = config.total_steps(len(source))
-    if total_steps < 1:
-        raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step: raise it")
     last_step = min(total_steps, config.train.stop_at_step or total_steps)
     dtype = PRECISIONS[precision] if device.type == "cuda" else torch.float32
     backend, reason = make_resident(config, source, device, dtype) or make_backend(config, device, dtype)

@@ -9,11 +9,21 @@ import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO, get_args
+from typing import Annotated, Any, Literal, TextIO, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
 from byolt.files.paths import expand_home
@@ -41,6 +51,13 @@ def _project(name: str) -> str:
     return name
 
 
+def _or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == "auto" else validate(value)
+
+
+T = TypeVar("T")
+# A setting that may be "auto" until `derived.decide` puts a value of type T in its place, at the start of a run.
+OrAuto = Annotated[T, WrapValidator(_or_auto), PlainSerializer(lambda value: value)]
 PathText = Annotated[str, AfterValidator(expand_home)]
 ProjectName = Annotated[str, AfterValidator(_project)]
 Probability = Annotated[float, Field(ge=0, le=1)]
@@ -141,7 +158,7 @@ class AugmentConfig(Section):
     profile: Profile = "byol"
     """Definition of the operations. byol: the reference implementation's (byol/utils/augmentations.py). torchvision:
     transforms.v2's, as in solo-learn and lightly: RandomResizedCrop with 10 tries and antialias, ColorJitter."""
-    size: Annotated[int, Field(ge=8, le=1024)] = 224
+    size: OrAuto[Annotated[int, Field(ge=8, le=1024)]] = 224
     """Side of a view in pixels."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Subtracted from each channel after augmentation (ImageNet; range [0, 1])."""
@@ -159,7 +176,7 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: Backbone = "resnet50"
+    backbone: OrAuto[Backbone] = "resnet50"
     """Encoder: a torchvision network, or for small images on a CPU resnet8 (0.3 M parameters) or resnet8_half (half as
     wide, 0.08 M)."""
     stem: Stem = "imagenet"
@@ -176,9 +193,9 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    base_lr: Annotated[float, Field(ge=0)]
+    base_lr: OrAuto[Annotated[float, Field(ge=0)]]
     """Learning rate at a batch of 256; the peak is base_lr * batch_size / 256."""
-    warmup_epochs: Annotated[float, Field(ge=0, le=1e6)] = 10
+    warmup_epochs: OrAuto[Annotated[float, Field(ge=0, le=1e6)]] = 10
     """Length of the linear warm-up from 0; then a cosine to 0 (paper, section 3.3)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Heavy-ball momentum of LARS (reference: 0.9)."""
@@ -194,18 +211,18 @@ class OptimizerConfig(Section):
     backend: UpdateBackend = "auto"
     """Kernels of the update: triton fuses LARS, EMA and the finite check (CUDA only), foreach is torch's multi-tensor
     operations, apex is NVIDIA's amp_C, built from source. auto: triton on CUDA, foreach elsewhere."""
-    base_tau: Probability
+    base_tau: OrAuto[Probability]
     """tau of the target's moving average at step 0."""
     tau_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: tau rises to 1 at the end (paper, section 3.3). constant: for ablations."""
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0, le=1e6)]
+    epochs: OrAuto[Annotated[float, Field(gt=0, le=1e6)]]
     """Length of the run in passes over the data set: int(epochs * images / batch_size) steps, as in the reference."""
-    batch_size: Annotated[int, Field(ge=2, le=2**24)]
+    batch_size: OrAuto[Annotated[int, Field(ge=2, le=2**24)]]
     """Images per optimizer step over all ranks."""
-    accumulation: Annotated[int, Field(ge=1, le=2**24)] = 1
+    accumulation: OrAuto[Annotated[int, Field(ge=1, le=2**24)]] = 1
     """Micro-batches per optimizer step. Batch norm's statistics are those of a micro-batch."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on CUDA, fp32 on the CPU."""
@@ -270,7 +287,10 @@ class RunConfig(Section):
 
 
 class Config(Section):
-    """All settings of a run."""
+    """All settings of a run.
+
+    Settings of the type `OrAuto` may be "auto" in a config file; `derived.decide` replaces them before the run begins.
+    """
 
     run: RunConfig
     data: DataConfig
@@ -282,12 +302,13 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> "Config":
-        if self.train.batch_size % self.train.accumulation:
+        train, warmup = self.train, self.optimizer.warmup_epochs
+        if "auto" not in (train.batch_size, train.accumulation) and train.batch_size % train.accumulation:
             raise ValueError(
                 f"train.batch_size={self.train.batch_size} is not divisible by "
                 f"train.accumulation={self.train.accumulation}: change one of the two"
             )
-        if self.optimizer.warmup_epochs >= self.train.epochs:
+        if "auto" not in (warmup, train.epochs) and warmup >= train.epochs:
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} leaves nothing of "
                 f"train.epochs={self.train.epochs:g}: shorten the warm-up"
@@ -298,6 +319,17 @@ class Config(Section):
                 "data.resident=auto"
             )
         return self
+
+    @property
+    def undecided(self) -> list[str]:
+        """Dotted keys of the settings that are still "auto"."""
+        sections = ((name, getattr(self, name)) for name in type(self).model_fields)
+        return [
+            f"{name}.{key}"
+            for name, section in sections
+            for key, field in type(section).model_fields.items()
+            if getattr(section, key) == "auto" and any(isinstance(m, WrapValidator) for m in field.metadata)
+        ]
 
     @property
     def peak_lr(self) -> float:
@@ -319,7 +351,8 @@ class Config(Section):
             ValueError: the ranks cannot share the batch (`images_per_rank`), or several have train.compile set, or
                 would give up one that repeats a request.
         """
-        self.images_per_rank(world_size)
+        if "auto" not in (self.train.batch_size, self.train.accumulation):
+            self.images_per_rank(world_size)
         remote, timeout = self.data.remote_minutes, self.train.timeout_minutes
         if world_size > 1 and "://" in self.data.path and remote >= timeout:
             raise ValueError(
@@ -490,9 +523,12 @@ def _check_events(text: str | TextIO, *, aliases: bool) -> None:
 def from_settings(settings: Any) -> Config:
     """The config from nested settings, as a checkpoint holds them; a ValueError lists the mistakes in one line."""
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         raise ValueError("; ".join(_explain(mistake) for mistake in error.errors())) from None
+    if config.undecided:
+        raise ValueError(f"{', '.join(config.undecided)}: auto is for config files only: set a value")
+    return config
 
 
 _REASONS = {  # by pydantic's type of error

@@ -1,5 +1,6 @@
 """Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
 
+import math
 import re
 from collections.abc import Iterable
 from typing import TextIO
@@ -24,6 +25,14 @@ def say(text: object, file: TextIO | None = None) -> None:
 def count(number: int, noun: str) -> str:
     """ "1 shard", "2 shards", "1,024 shards"."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def duration(seconds: float) -> str:
+    """ "1 min", "1 h 5 min", "12 days": rounded up."""
+    minutes = max(1, math.ceil(seconds / 60))
+    if minutes >= 100 * 60:
+        return f"{math.ceil(minutes / 60 / 24):,} days"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def shown(items: Iterable[object], separator: str = ", ") -> str:

@@ -34,6 +34,7 @@ def minimal(tmp_path: Path) -> Path:
 def test_all_configs_are_there() -> None:
     names = {"r50_1000ep", "r50_300ep", "r50_100ep", "r18_cifar10", "r8_cifar10", "quickstart", "throughput"}
     names |= {"r18_stl10", "r18_imagenet100", "r50_imagenet100"}
+    names.add("own_images")
     assert {path.stem for path in CONFIGS} == names
 
 

@@ -28,10 +28,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from byolt import train
+from byolt.files.machine import Device
 from byolt.model.byol import Online
 from byolt.model.quality.features import calibrate_batch_norm
 from byolt.model.resnet import make_encoder
-from byolt.model.run import checkpoint
+from byolt.model.run import checkpoint, provenance
 from byolt.model.run.guard import FiniteCheck
 from byolt.model.run.run import Run as TrainingRun
 from byolt.model.step import TrainStep
@@ -607,6 +608,45 @@ def test_print_config_derives(run: Run) -> None:
     assert "# peak learning rate: 0.0625" in done.stdout
     assert "# images: 32" in done.stdout and "# steps: 4, warm-up: 1" in done.stdout
     assert "# images per rank and micro-batch: 16 on 1 rank\n" in done.stdout
+
+
+def test_print_config_decides_what_is_auto_and_estimates(run: Run) -> None:
+    done = run("--print-config", "train.batch_size=auto", "optimizer.base_tau=auto")
+    assert done.returncode == 0 and "\n  batch_size: 8\n" in done.stdout and "base_tau: 0.95" in done.stdout
+    for line in (
+        r"auto: optimizer\.base_tau, train\.batch_size",
+        r"device: \d+ CPU cores? \(.+\)",
+        r"memory: about 0\.7 of [0-9.]+ GiB \(.*\); largest that fits: train\.batch_size=\d+",
+        r"steps: 8, warm-up: 2",
+        r"time: about 1 min at [0-9,]+ images/s \(scaled from resnet8 at 24 px on 2 cores of .*\)",
+    ):
+        assert re.search(rf"^# {line}$", done.stdout, re.M), (line, done.stdout)
+    done = run("--print-config", "train.batch_size=auto", "data.path=/nowhere")
+    assert done.returncode == 0 and "batch_size: auto" in done.stdout
+    assert "# auto, decided when the images are known: train.batch_size\n# steps: unknown:" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_that_continues_keeps_the_values_of_its_auto_settings(run: Run) -> None:
+    settings = ("train.batch_size=auto", "optimizer.base_tau=auto", "data.threads=auto", "eval.path=null")
+    done = run(*settings, "train.stop_at_step=2")
+    chosen = r"data\.threads=\d+ optimizer\.base_tau=0\.95 train\.batch_size=8$"
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"^auto, for these images and this device: {chosen}", done.stderr, re.M)
+    assert re.search(r"^\d+ CPU cores? \(.*\): about 1 min at ", done.stderr, re.M)
+    path, state, _ = checkpoint.load_newest(run.out)
+    assert (state["config"]["train"]["batch_size"], state["config"]["optimizer"]["base_tau"]) == (8, 0.95)
+    gpu = Device("cuda", "NVIDIA H200", 140 * 2**30, 12)
+    state["config"]["train"]["batch_size"] = 16  # as a run on other images would have begun
+    checkpoint.write(path, state)
+    with patch.object(provenance, "device_of", lambda device: gpu):
+        done = run(*settings, "--resume", "auto", "train.stop_at_step=3")
+    assert done.returncode == 0, done.stderr
+    chosen = r"data\.threads=12 optimizer\.base_tau=0\.95 train\.batch_size=16$"
+    assert re.search(rf"^auto, as in {path}: {chosen}", done.stderr, re.M)
+    assert checkpoint.load_newest(run.out)[1]["config"]["train"]["batch_size"] == 16
+    again = run(*settings[1:], "train.batch_size=8", "--resume", "auto", "train.stop_at_step=3")
+    assert again.returncode == 2 and "train.batch_size: 16 in the checkpoint, 8 now" in again.stderr
 
 
 def test_print_config_says_why_the_images_cannot_be_counted(run: Run, images: Path, tmp_path: Path) -> None:

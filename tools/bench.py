@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from byolt.configs import schema
+from byolt.configs import derived, schema
 from byolt.configs.command_line import SettingsParser
 from byolt.files.console import count, say
 from byolt.files.paths import home_path
@@ -67,6 +67,9 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
     if config.data.backend == "auto":
         first = [*first, "data.backend=dali"]
     config = schema.load(path, [*first, *overrides])
+    if config.undecided:
+        images = len(open_source(config.data.path))
+        config = derived.decide(config, images, provenance.device_of(world.device), world.size)
     make_backend(config, world.device, torch.float32)  # raises now if DALI is missing
     return config, world
 

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from byolt.configs import schema
+from byolt.configs import derived, schema
 from byolt.configs.command_line import SettingsParser
 from byolt.files.console import say
+from byolt.model.run import provenance
 from byolt.files.paths import home_path
 from byolt.model.run.pictures import dark_frame
 from byolt.pipelines.backends import make_backend
@@ -59,8 +60,10 @@ def run(args: argparse.Namespace) -> None:
     source = open_source(args.dataset, few)
     if not len(source):
         raise ValueError(f"data path {args.dataset!r} holds no images")
-    device = "cuda" if config.train.device != "cpu" and torch.cuda.is_available() else "cpu"
-    backend, reason = make_backend(config, torch.device(device), torch.float32)
+    on_gpu = config.train.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if on_gpu else "cpu")
+    config = derived.decide(config, len(source), provenance.device_of(device), 1)
+    backend, reason = make_backend(config, device, torch.float32)
     if args.compare and isinstance(backend, TorchBackend):
         raise ValueError(f"--compare needs a back end other than torch; {reason}")
     count = 1 if args.operations else args.images

@@ -10,23 +10,61 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 
-from byolt.files.console import shown
+import torch
+
+from byolt.configs import estimate
+from byolt.configs.schema import Config
+from byolt.files.console import count, shown
 from byolt.files.limits import limit_behind
 from byolt.model import distributed
 from byolt.model.distributed import World
+from byolt.model.run import provenance
 
 REASON_TIMEOUT = timedelta(seconds=5)  # a rank that lost a peer waits this long for a reason
 REPORT_TIMEOUT = timedelta(seconds=2)  # rank 0, whose process is the store, waits this long for the others
 
 
-def explain(error: Exception, step: int | None, world: World) -> str:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left; on a CPU torch raises no narrower error."""
+    words = ("out of memory", "can't allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    named = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return named or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _memory_reason(config: Config, step: int | None, world: World) -> str:
+    """Names batch, size and remedies, in two lines."""
+    train, device = config.train, provenance.device_of(world.device)
+    micro = f"train.batch_size={train.batch_size} train.accumulation={train.accumulation}"
+    line = f"out of memory on {device}: {micro} augment.size={config.augment.size}"
+    if config.undecided:
+        return line
+    images, parts = (
+        config.images_per_rank(world.size),
+        estimate.fitting_accumulation(config, device, world.size),
+    )
+    need = estimate.memory(config, device.kind)
+    parts = parts if parts > train.accumulation else 2 * train.accumulation
+    allowed = " --allow-change train.accumulation" * bool(step)
+    remedies = f"train.accumulation={parts}{allowed}, a smaller train.batch_size or augment.size"
+    if need.largest(device.memory) < 2:
+        remedies = "a smaller network (model.backbone, model.projector_hidden, model.predictor_hidden)"
+    if estimate.precision(config, device.kind) == "fp32" and device.kind == "cuda":
+        remedies += ", or train.precision=bf16"
+    each = f"{count(images, 'image')} per rank and micro-batch"
+    return f"{line}\n  {each} need about {need.total(images) / 2**30:.1f} GiB: set {remedies}"
+
+
+def explain(error: Exception, step: int | None, world: World, config: Config | None = None) -> str:
     """Reports the error that ended this rank after `step` steps (None before the loop) to the other ranks.
 
     Returns:
         The run's first failure, "rank R, step S: reason", after 11 seconds at most.
     """
     here = f"rank {world.rank}" + ("" if step is None else f", step {step}")
-    reason = f"{str(error) or type(error).__name__}{limit_behind(error)}"
+    if config and is_out_of_memory(error):
+        reason = f"{_memory_reason(config, step, world)}{limit_behind(error)}"
+    else:
+        reason = f"{str(error) or type(error).__name__}{limit_behind(error)}"
     mine = f"{here}: {reason}"
     if world.size == 1:
         return mine if step is not None else reason

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from byolt.configs.schema import Config
+from byolt.files import machine
 from byolt.files.rows import append_row
 from byolt.model.distributed import World
 from byolt.model.optim import resolve_backend
@@ -64,11 +65,19 @@ def rounding_of(config: Config, world: World, precision: str, backend: str) -> d
 def hardware(device: torch.device) -> str:
     """Names the GPU, if the device is one, the processor, and the number of cores that this process may use."""
     cores = len(os.sched_getaffinity(0))
-    host = f"{_processor()}, {cores} core{'s' * (cores > 1)}"
+    host = f"{machine.processor()}, {cores} core{'s' * (cores > 1)}"
     if device.type != "cuda":
         return host
-    memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB); {host}"
+    _, name, memory, _ = device_of(device)
+    return f"{name} ({memory / 2**30:.0f} GiB); {host}"
+
+
+def device_of(device: torch.device) -> machine.Device:
+    """This rank's device, for estimates."""
+    if device.type != "cuda":
+        return machine.cpu()
+    found = torch.cuda.get_device_properties(device)
+    return machine.Device("cuda", found.name, found.total_memory, machine.cores_per_rank())
 
 
 def versions() -> dict[str, str]:
@@ -80,13 +89,3 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found | {"torch": torch.__version__}  # with the CUDA it was built for
-
-
-def _processor() -> str:
-    """The processor's name in /proc/cpuinfo, or else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

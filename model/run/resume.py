@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from byolt.configs import fixed
+from byolt.configs import derived, fixed
 from byolt.configs.schema import Config
 from byolt.files.console import say, shown
 from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.quality.probe import OnlineProbe
-from byolt.model.run import checkpoint
+from byolt.model.run import checkpoint, provenance
 from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.step import TrainStep
 
@@ -97,6 +97,41 @@ def begin(
     then = state["rounding"]
     changed = [f"{key}: {then[key]} -> {now}" for key, now in rounding.items() if then.get(key, now) != now]
     return Start(path, state["step"], state["knn_untrained"], changed, origin)
+
+
+def settle(config: Config, resume: str | None, num_images: int, world: World) -> Config:
+    """Puts values in the place of "auto", the same on every rank, and checks that an epoch has enough steps.
+
+    A run that continues keeps the values of its checkpoint, on any machine.
+
+    Raises:
+        ValueError: the settings do not fit together, or the run would have no step.
+        CheckpointError: the checkpoint named by `resume` cannot be used.
+    """
+
+    device = provenance.device_of(world.device)
+
+    def decide() -> dict[str, Any]:
+        path, state = (
+            (None, {}) if resume in (None, "auto") else (Path(str(resume)), _load(Path(str(resume))))
+        )
+        if resume == "auto":
+            path, state, _ = checkpoint.load_newest(Path(config.run.out))
+            if path:
+                _check_state(path, state)
+        decided = derived.decide(config, num_images, device, world.size, state.get("config"))
+        values = fixed.flatten(decided.model_dump())
+        chosen = " ".join(f"{key}={values[key]}" for key in config.undecided)
+        say(f"auto, {f'as in {path}' if path else 'for these images and this device'}: {chosen}", sys.stderr)
+        return decided.model_dump(mode="json")
+
+    if config.undecided:
+        values = distributed.on_main(decide, world)
+        config = derived.decide(config, num_images, device, world.size, values)
+        config.check_ranks(world.size)
+    if config.total_steps(num_images) < 1:
+        raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step: raise it")
+    return config
 
 
 def find_checkpoint(out: Path, resume: str | None, world: World) -> tuple[Path | None, dict[str, Any]]:

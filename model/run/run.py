@@ -10,14 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
+from byolt.configs import estimate
 from byolt.configs.schema import Config
 from byolt.files import failpoint
+from byolt.files.console import duration
 from byolt.files.progress import Meter
 from byolt.model import distributed, schedules
 from byolt.model.distributed import World
 from byolt.model.quality.monitor import KnnMonitor
 from byolt.model.quality.probe import OnlineProbe
-from byolt.model.run import checkpoint, guard
+from byolt.model.run import checkpoint, guard, provenance
 from byolt.model.run.log import MetricLog, Window
 from byolt.model.run.pictures import save_view_pairs
 from byolt.model.run.resume import Start
@@ -75,6 +77,10 @@ class Run:
                 f"the schedules are computed for the {self.num_images:,} images of {path}; the recipe expects "
                 f"{expected:,}"
             )
+        if self.step < self.last_step:
+            device, steps = provenance.device_of(self.world.device), self.last_step - self.step
+            for line in estimate.expect(self.config, device, self.world.size, steps):
+                self.meter.say(line)
         self._vote_on_stopping()
         if self.step == 0 and not self.stopping:
             self.knn_untrained = self.evaluate(untrained=True)
@@ -172,9 +178,8 @@ class Run:
         if not self._duration_said and self._first_step + 1 < self.step < self.last_step:
             self._duration_said = True
             steps = self.last_step - self._first_step
-            minutes = math.ceil(steps * self.config.train.batch_size / images_per_second / 60)
-            duration = f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-            self.meter.say(f"at this speed {steps} steps take {duration}")
+            seconds = steps * self.config.train.batch_size / images_per_second
+            self.meter.say(f"at this speed {steps} steps take {duration(seconds)}")
 
     def _write(self, values: dict[str, float]) -> None:
         if self.metrics:

@@ -1,0 +1,83 @@
+"""Finds the machine's processor, memory and first GPU without importing torch."""
+
+import ctypes
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Device(NamedTuple):
+    """What one rank computes on."""
+
+    kind: str  # "cpu" or "cuda"
+    name: str  # "NVIDIA H200", "AMD EPYC 9005"
+    memory: int  # bytes: all of a GPU's; what is available of the main memory
+    cores: int  # CPU cores of this rank
+
+    def __str__(self) -> str:
+        cores = f"{self.cores} CPU core{'s' * (self.cores != 1)} ({self.name})"
+        return cores if self.kind == "cpu" else f"{self.name} with {self.memory / 2**30:.0f} GiB"
+
+
+def find_device(wanted: str = "auto") -> Device:
+    """The device that train.device={wanted} chooses, as well as it can be known without torch."""
+    gpu = None if wanted == "cpu" or _torch_is_for_cpus() else _first_gpu()
+    return Device("cuda", *gpu, cores_per_rank()) if gpu else cpu()
+
+
+def cpu() -> Device:
+    """The processor."""
+    return Device("cpu", processor(), _available_memory(), cores_per_rank())
+
+
+def cores_per_rank() -> int:
+    """CPU cores that this process may use, divided by the ranks on this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def processor() -> str:
+    """The processor's name in /proc/cpuinfo, or else the architecture."""
+    return _field("/proc/cpuinfo", "model name") or platform.machine()
+
+
+def _available_memory() -> int:
+    """Bytes of main memory that are available, or that the container's limit allows."""
+    available = int((_field("/proc/meminfo", "MemAvailable") or "0").partition(" ")[0]) * 1024
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return available
+    return min(available, int(limit)) if limit.isdecimal() else available
+
+
+def _field(path: str, name: str) -> str:
+    try:
+        lines = Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def _torch_is_for_cpus() -> bool:
+    try:
+        return metadata.version("torch").endswith("+cpu")
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def _first_gpu(library: str = "libcuda.so.1") -> tuple[str, int] | None:
+    """Name and bytes of memory of the first GPU in CUDA_VISIBLE_DEVICES; None without one. Allocates nothing on it."""
+    try:
+        cuda: Any = ctypes.CDLL(library)
+    except OSError:
+        return None
+    device, memory, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+    failed = (
+        cuda.cuInit(0)
+        or cuda.cuDeviceGet(ctypes.byref(device), 0)
+        or cuda.cuDeviceGetName(name, len(name), device)
+        or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    )
+    return None if failed else (name.value.decode(errors="replace"), memory.value)

@@ -1,0 +1,88 @@
+"""Settings that are auto: their values for a data set and a device, and for a run that continues."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from byolt.configs import schema
+from byolt.configs.derived import decide
+from byolt.files.machine import Device
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = Device("cpu", "AMD EPYC", 16 * 2**30, 2)
+GPU = Device("cuda", "NVIDIA H200", 140 * 2**30, 12)
+
+
+def own(*overrides: str) -> schema.Config:
+    return schema.load(ROOT / "configs" / "own_images.yaml", [*overrides])
+
+
+def values(config: schema.Config) -> tuple[Any, ...]:
+    return (
+        config.model.backbone, config.augment.size, config.train.batch_size, config.train.accumulation,
+        config.train.epochs, config.data.threads,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("images", "device", "ranks", "expected"),
+    [
+        (250, CPU, 1, ("resnet18", 96, 16, 1, 36, 2)),
+        (10, CPU, 1, ("resnet18", 96, 2, 1, 400, 2)),
+        (100_000, CPU, 1, ("resnet18", 96, 16, 1, 10, 2)),
+        (250, GPU, 1, ("resnet50", 224, 32, 1, 400, 12)),
+        (100_000, GPU, 1, ("resnet50", 224, 256, 1, 50, 12)),
+        (100_000, GPU, 8, ("resnet50", 224, 2048, 1, 50, 12)),
+        (100_000, GPU, 3, ("resnet50", 224, 768, 1, 50, 12)),
+        (100_000, GPU._replace(memory=16 * 2**30), 1, ("resnet50", 224, 256, 2, 50, 12)),
+        (1_281_167, GPU, 1, ("resnet50", 224, 256, 1, 10, 12)),
+    ],
+)
+def test_settings_follow_from_images_and_device(
+    images: int, device: Device, ranks: int, expected: tuple[Any, ...]
+) -> None:
+    config = decide(own(), images, device, ranks)
+    assert values(config) == expected and not config.undecided
+    assert config.optimizer.warmup_epochs == pytest.approx(config.train.epochs / 10)
+    config.check_ranks(ranks)
+    assert config.total_steps(images) >= 1 and config.train.batch_size <= images
+
+
+def test_schedules_follow_from_the_number_of_steps() -> None:
+    few, some, many = (decide(own(f"train.epochs={n}"), 1000, CPU, 1).optimizer for n in (10, 50, 100))
+    assert [few.base_tau, some.base_tau, many.base_tau] == [0.95, 0.97, 0.99]
+    assert few.base_lr > many.base_lr
+
+
+def test_a_stated_value_stays_and_others_follow_it() -> None:
+    config = decide(own("train.batch_size=64", "augment.size=128", "optimizer.base_tau=0.9"), 250, CPU, 1)
+    assert (config.train.batch_size, config.augment.size, config.optimizer.base_tau) == (64, 128, 0.9)
+    reference = schema.load(ROOT / "configs" / "r50_100ep.yaml")
+    assert decide(reference, 250, CPU, 1) == reference
+
+
+def test_a_run_keeps_its_values_on_another_device() -> None:
+    begun = decide(own(), 250, CPU, 1)
+    state = begun.model_dump(mode="json")
+    assert decide(own(), 250, GPU, 1, state) == begun.model_copy(
+        update={"data": begun.data.model_copy(update={"threads": 12})}  # may change, and follows the machine
+    )
+    del state["train"]["accumulation"]  # as an older version may have written it
+    assert decide(own(), 250, GPU, 1, state).train.accumulation == 1
+
+
+def test_values_that_do_not_fit_together_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_epochs=50 leaves nothing of train\.epochs=36"):
+        decide(own("optimizer.warmup_epochs=50"), 250, CPU, 1)
+    with pytest.raises(
+        ValueError, match=r"train\.batch_size, train\.accumulation: auto is for config files only"
+    ):
+        schema.from_settings(own().model_dump())
+
+
+def test_auto_only_where_a_setting_allows_it() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.momentum='auto' must be a number"):
+        own("optimizer.momentum=auto")
+    with pytest.raises(ValueError, match="not divisible by"):
+        own("train.batch_size=10", "train.accumulation=3")
