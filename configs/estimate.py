@@ -22,6 +22,7 @@ class Cost(NamedTuple):
 
 COSTS = {  # by model.backbone and model.stem
     ("resnet8", "imagenet"): Cost(311200, 128, 89.3, 162.3, 8240),
+    ("resnet8_half", "imagenet"): Cost(79312, 64, 47.6, 87.1, 2648),
     ("resnet18", "imagenet"): Cost(11176512, 512, 239.1, 444.1, 72288),
     ("resnet34", "imagenet"): Cost(21284672, 512, 340.7, 645.7, 146016),
     ("resnet50", "imagenet"): Cost(23508032, 2048, 883.5, 1723.5, 162912),
@@ -29,6 +30,7 @@ COSTS = {  # by model.backbone and model.stem
     ("resnet152", "imagenet"): Cost(58143808, 2048, 1816.9, 3568.9, 458848),
     ("wide_resnet50_2", "imagenet"): Cost(66834240, 2048, 1148.8, 2250.8, 454240),
     ("resnet8", "cifar"): Cost(307360, 128, 630.3, 1260.3, 95936),
+    ("resnet8_half", "cifar"): Cost(77392, 64, 318.1, 636.1, 24416),
     ("resnet18", "cifar"): Cost(11168832, 512, 2296.1, 4590.1, 1084800),
     ("resnet34", "cifar"): Cost(21276992, 512, 3897.7, 7791.7, 2264448),
     ("resnet50", "cifar"): Cost(23500352, 2048, 12465.5, 24919.5, 2534784),

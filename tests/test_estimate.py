@@ -32,7 +32,7 @@ def kept_bytes(network: nn.Module, images: Tensor) -> int:
     return sum(size for storage, size in kept.items() if storage not in own)
 
 
-SMALL = ("resnet8", "resnet18")
+SMALL = ("resnet8", "resnet8_half", "resnet18")
 
 
 @pytest.mark.parametrize(

@@ -22,8 +22,8 @@ import torch
 from byolt.configs import derived, schema
 from byolt.configs.command_line import SettingsParser
 from byolt.files.console import say
-from byolt.model.run import provenance
 from byolt.files.paths import home_path
+from byolt.model.run import provenance
 from byolt.model.run.pictures import dark_frame
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.sources import open_source
