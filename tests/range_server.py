@@ -1,4 +1,4 @@
-"""An HTTP server on loopback that serves ranges of a folder's files, with planned faults, delays and bandwidth."""
+"""Servers on loopback: one for ranges of a folder's files with planned faults, delays and bandwidth; moto's for S3."""
 
 import hashlib
 import re
@@ -6,8 +6,10 @@ import socket
 import struct
 import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -143,3 +145,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+
+@contextmanager
+def s3_bucket(secret: str) -> Iterator[dict[str, str]]:
+    """Starts moto's server with an empty bucket named "bucket"; yields the environment that leads there."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        address = f"http://{host}:{port}"
+        urllib.request.urlopen(urllib.request.Request(f"{address}/bucket", method="PUT"))
+        yield {
+            "AWS_ENDPOINT_URL": address,
+            "AWS_ACCESS_KEY_ID": "AKIATEST",
+            "AWS_SECRET_ACCESS_KEY": secret,
+            "AWS_REGION": "us-east-1",
+        }
+    finally:
+        server.stop()

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from range_server import RangeServer
 
 from byolt.configs.schema import DataConfig
 from byolt.pipelines.convert.make import make
@@ -22,7 +23,6 @@ from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource, extents
 from byolt.pipelines.sources import Source, TarSource, open_source
-from tests.range_server import RangeServer
 
 SECRET = "planted-secret-4711"
 

@@ -1,12 +1,12 @@
 """The commands on a bucket: moto's server speaks S3 on loopback."""
 
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from range_server import s3_bucket
 
 from byolt.configs.schema import DataConfig
 from byolt.pipelines.remote import retry
@@ -24,22 +24,10 @@ SECRET = "planted-secret-4711"
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """An empty bucket; the environment leads obstore there."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for key, value in (
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_ACCESS_KEY_ID", "AKIATEST"),
-            ("AWS_SECRET_ACCESS_KEY", SECRET),
-            ("AWS_REGION", "us-east-1"),
-        ):
+    with s3_bucket(SECRET) as environment, pytest.MonkeyPatch.context() as patch:
+        for key, value in environment.items():
             patch.setenv(key, value)
-        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT"))
         yield "s3://bucket"
-    server.stop()
 
 
 @pytest.fixture(scope="module")
