@@ -159,6 +159,19 @@ def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None
     assert "note" not in page.classes  # nothing is missing
 
 
+@pytest.fixture
+def curves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict, dict]]:
+    """What is to be drawn as curves; nothing is, which saves half a second a report."""
+    drawn: list[tuple[dict, dict]] = []
+
+    def draw(series: dict, *_: object, **more: object) -> bytes:
+        drawn.append((series, more))
+        return b"png"
+
+    monkeypatch.setattr(figures, "curves", draw)
+    return drawn
+
+
 def _result(folder: Path, name: str, protocol: str, *rows: dict, step: int = 8, **more: object) -> None:
     document = {
         "protocol": protocol, "untrained": False, "step": step, "results": rows, "test": {"path": "<val>"}, **more,
@@ -171,7 +184,7 @@ def _knn(k: int, top1: float) -> dict:
     return {"name": f"k = {k}", "images": 9, "top1": top1, "top1_interval": [40, 60], "mean_per_class": 51}
 
 
-def test_results_of_evaluate_stand_beside_those_of_the_training(folder: Path) -> None:
+def test_results_of_evaluate_stand_beside_those_of_the_training(folder: Path, curves: list) -> None:
     _rows(folder, [ROWS[0], {**ROWS[1], "probe_top1": 71.25}, ROWS[2]])
     _result(folder, "knn-step8", "knn", _knn(200, 50.125), _knn(20, 55), drawn="k = 20")
     _result(folder, "linear-fast-step8", "linear-fast", {"name": "lr = 0.4", "images": 9, "top1": 66.0})
@@ -201,7 +214,7 @@ def test_results_of_evaluate_stand_beside_those_of_the_training(folder: Path) ->
     assert page.classes["plot"] == 9 + 2
 
 
-def test_a_run_without_evaluations_says_how_to_get_them(folder: Path) -> None:
+def test_a_run_without_evaluations_says_how_to_get_them(folder: Path, curves: list) -> None:
     _rows(folder, ROWS)
     assert "tools/evaluate.py RUN measures kNN and, with --protocol linear" in _report(folder)[0]
 
@@ -221,7 +234,7 @@ def _two_runs(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "first" / "run$x", tmp_path / "second" / "run$x"
 
 
-def test_runs_are_compared(tmp_path: Path) -> None:
+def test_runs_are_compared(tmp_path: Path, curves: list) -> None:
     first, second = _two_runs(tmp_path)
     _result(first, "knn-step8", "knn", _knn(20, 55))
     assert report.main([str(first), str(second)]) == 0
@@ -244,10 +257,16 @@ def test_runs_are_compared(tmp_path: Path) -> None:
         "Gradient",
     ):
         assert title in text
-    assert page.classes["plot"] == page.tags["img"] == 12
+    assert page.classes["plot"] == page.tags["img"] == len(curves) == 12
+    names, marks = ("first/run$x", "second/run$x"), figures.MARKS
+    assert curves[0] == (
+        {names[0]: [(2, 3.5)], names[1]: [(2, 3.5), (4, 1.25)]}, {"marks": [marks[0], marks[1]]}
+    )  # fmt: skip
+    assert curves[1][0] == {names[0]: [(0, 25.0), (8, 62.5)], names[1]: [(0, 25.0)]}
+    assert curves[2] == ({names[1]: [(4, 33.0)]}, {"marks": [marks[1]]})  # the same mark in every figure
 
 
-def test_equal_runs_have_equal_settings(tmp_path: Path) -> None:
+def test_equal_runs_have_equal_settings(tmp_path: Path, curves: list) -> None:
     first, second = _two_runs(tmp_path)
     for name in ("checkpoint-000000008.pt", "starts.jsonl"):
         (second / name).write_bytes((first / name).read_bytes())
