@@ -217,7 +217,8 @@ def _beside(data: bytes, folder: Path) -> None:
     assert {"metrics.jsonl", "starts.jsonl", "run.lock", "encoder.safetensors", "views.png"} <= {*names}
     for name in names:
         (run.out / name).write_bytes(data)
-    (run.out / "corrupt.jsonl").write_bytes(data)
+    for name in ("corrupt.jsonl", "evaluate-knn.json", "evaluate-knn.png"):
+        (run.out / name).write_bytes(data)
     report.main([str(run.out)])
     read_rows(run.out / "metrics.jsonl")
     with Lock(run.out / "run.lock", "x") as lock:
@@ -347,11 +348,15 @@ class Shown(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.attributes: set[tuple[str, str]] = set()
+        self.text = ""
         self.feed(html)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes |= {(name, value or "") for name, value in attributes}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
 
 
 def _browse(page: Path, folder: Path) -> Shown:
@@ -377,7 +382,7 @@ def _hostile(address: str) -> list[str]:
         f"<iframe srcdoc=\"<script>parent.{run}</script>\" src='javascript:parent.{run}'></iframe>",
         f"<base href='{address}/'><link rel=stylesheet href='{address}/link'><a href='javascript:{run}'>",
         f"<meta http-equiv=refresh content='0;url={address}/refresh'>",
-        "{{ 7 * 191 }} {% raw %} ${7 * 191} {# #}",
+        "{{ 98765 * 43211 }} {% raw %} ${98765 * 43211} {# #}",
         "\u202egpj.exe\u202c \u2066\u200f \x1b[31m \x07 &lt;b&gt; &#60;i&#62; \ud800 \udcff",
     ]
 
@@ -391,9 +396,8 @@ def test_no_name_in_a_report_runs_or_fetches_anything(
     control = tmp_path / "control.html"
     control.write_text(f"<html><body>{''.join(names[:6])}</body></html>", errors="replace")
     shown = _browse(control, tmp_path / "control")
-    assert ("data-ran", "1") in shown.attributes and {"/script", "/img"} <= {
-        *asked
-    }  # the names do what they claim
+    # The names do what they claim where they are not escaped.
+    assert ("data-ran", "1") in shown.attributes and {"/script", "/img"} <= {*asked}
     asked.clear()
 
     file_names = [name.replace("/", "\u2044").replace("\ud800", "")[:200] for name in names]
@@ -417,16 +421,30 @@ def test_no_name_in_a_report_runs_or_fetches_anything(
         with (run.out / file).open("a") as rows:
             rows.write(json.dumps(row) + "\n")
     (run.out / f"checkpoint-000000009{file_names[4]}.pt").write_bytes(b"")
-    for encoder in (True, False):  # its config is the exported one's, then the hostile one's
-        if not encoder:
+    row = {"name": "".join(names), "top1": 1.0, "images": 1}
+    result = {
+        "protocol": names[0],
+        "test": {"path": names[1]},
+        "untrained": False,
+        "step": 2,
+        "results": [row],
+    }
+    (run.out / f"evaluate-{file_names[1]}.json").write_text(json.dumps(result))
+    (run.out / f"evaluate-{file_names[1]}.png").write_bytes(b"\x89PNG\r\n\x1a\n" + names[0].encode())
+    (run.out / f"evaluate-{file_names[4]}.json").write_text(json.dumps(result | {"step": names[2]}))
+    other = shutil.copytree(run.out, tmp_path / file_names[5])
+    pages = {"a run": [run.out], "two runs": [run.out, other], "a run without an encoder": [run.out]}
+    for kind, runs in pages.items():
+        if "without" in kind:  # the hostile config in starts.jsonl is then the only one
             for path in [*run.out.glob("checkpoint-*"), run.out / "encoder.safetensors"]:
                 path.write_bytes(b"")
-        assert report.main([str(run.out), "--out", str(tmp_path / "report.html")]) == 0
-        html = (tmp_path / "report.html").read_text()
-        assert html.count("&lt;script&gt;document") >= (10 if encoder else 1) and "{{ 7 * 191 }}" in html
-        assert "Content-Security-Policy" in html and str(7 * 191) not in html
-        shown = _browse(tmp_path / "report.html", tmp_path / f"profile {encoder}")
+        page = tmp_path / f"{kind}.html"
+        assert report.main([*map(str, runs), "--out", str(page)]) == 0
+        html = page.read_text()
+        assert html.count("&lt;script&gt;document") >= 2 and "Content-Security-Policy" in html
+        shown = _browse(page, tmp_path / f"profile of {kind}")
         assert asked == []
+        assert "{{ 98765 * 43211 }}" in shown.text and str(98765 * 43211) not in shown.text
         assert not shown.tags & {"script", "iframe", "svg", "base", "link", "a", "object", "form"}
         for name, value in shown.attributes:
             assert not name.startswith(("on", "data-")), name
