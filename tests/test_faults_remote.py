@@ -123,6 +123,18 @@ def test_refusal_ends_the_run_in_one_line(
     assert "Traceback" not in process.text
 
 
+def test_second_ctrl_c_ends_the_waiting_for_a_server(server: RangeServer, tmp_path: Path) -> None:
+    run = new_run(tmp_path, f"{server.url}/train")
+    process = run.start(before=small_pieces)
+    process.wait_for("^step 2/")
+    server.down = True
+    time.sleep(1)
+    for _ in range(2):
+        process.signal(signal.SIGINT)
+        time.sleep(0.3)
+    assert process.wait(5) == 130
+
+
 def test_killed_at_random_moments(server: RangeServer, whole: Process, tmp_path: Path) -> None:
     server.latency = 0.01
     run = new_run(tmp_path, f"{server.url}/train")

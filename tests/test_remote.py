@@ -207,6 +207,18 @@ def test_a_file_wanted_by_several_is_fetched_once(tmp_path: Path) -> None:
     assert fetched == [10]
 
 
+def test_waiting_for_another_process_can_be_ended(tmp_path: Path) -> None:
+    stop, fetching = threading.Event(), threading.Event()
+    slow = lambda descriptor: fetching.set() or stop.wait(10)  # noqa: E731
+    thread = threading.Thread(target=Cache(tmp_path, 1000).fill, args=("set/a", 10, slow))
+    thread.start()
+    fetching.wait()
+    threading.Timer(0.05, stop.set).start()
+    with pytest.raises(InterruptedError):
+        Cache(tmp_path, 1000).fill("set/a", 10, slow, stop)
+    thread.join()
+
+
 # ── data sets over HTTP ─────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -11,6 +11,7 @@ import fcntl
 import itertools
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from byolt.files.atomic import TEMPORARY
 EVICTABLE = "extents"  # the part of a set that may be deleted while it is in use
 _PIN = ".pin"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_POLL = 0.02  # seconds between two tries to take the lock of a file that another process fetches
 _pins: list[int] = []  # open until the process ends
 
 
@@ -80,16 +82,22 @@ class Cache:
         with self._usage() as usage:
             self._remove(usage, self.folder / key)
 
-    def fill(self, key: str, size: int, write: Callable[[int], object]) -> bool:
+    def fill(
+        self, key: str, size: int, write: Callable[[int], object], stop: threading.Event | None = None
+    ) -> bool:
         """Makes the file, unless it is there; waits for another process that is making it.
 
         Args:
             key: Its name.
             size: Its bytes.
             write: Writes them to the descriptor; what it raises leaves no file.
+            stop: Ends the waiting for another process.
 
         Returns:
             True if the file was there or is now; False if the limit or the disk has no room for it.
+
+        Raises:
+            InterruptedError: `stop` was set.
         """
         path = self.folder / key
         temporary = path.with_name(f".{path.name}{TEMPORARY}")
@@ -97,7 +105,7 @@ class Cache:
         while not path.exists():
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                _wait_for_lock(descriptor, stop or threading.Event())
                 if not _is_at(descriptor, temporary):  # another has renamed or removed it meanwhile
                     continue
                 try:
@@ -227,6 +235,18 @@ class _Usage:
 
     def add(self, change: int) -> None:
         self.set(self.value + change)
+
+
+def _wait_for_lock(descriptor: int, stop: threading.Event) -> None:
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if stop.wait(_POLL):
+                raise InterruptedError(
+                    errno.EINTR, "interrupted while another process fetched the file"
+                ) from None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

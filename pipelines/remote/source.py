@@ -53,6 +53,7 @@ class RemoteSource:
         self._first = np.ascontiguousarray(self._extents["first"])
         self._pool: ThreadPoolExecutor | None = None
         self._planned: set[int] = set()
+        self._stop = threading.Event()
         self._lock = threading.Lock()
 
     @property
@@ -106,8 +107,10 @@ class RemoteSource:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
         self._planned.clear()
+        self._stop.set()
         with self._store.interrupted():
             yield
+        self._stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RemoteSource, self._made_by
@@ -146,7 +149,7 @@ class RemoteSource:
             fetched.append(self._store.range(self._shards[extent["shard"]].name, start, length))
             write_all(descriptor, fetched[0], 0)
 
-        self._cache.fill(self._file(number), length, write)
+        self._cache.fill(self._file(number), length, write, self._stop)
         return fetched[0] if fetched else None
 
     def _file(self, number: int) -> str:
