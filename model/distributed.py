@@ -126,6 +126,8 @@ def _place(device: str, local_rank: int, setting: str) -> torch.device:
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank ended or did not join it in time."""
+    if "Duplicate GPU" in str(error):  # NCCL's own check: srun's tasks without --gpus-per-task=1, for example
+        return False
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
 
 

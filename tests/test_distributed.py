@@ -326,6 +326,13 @@ def test_address_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch) -
     assert "\n" not in str(caught.value)
 
 
+def test_ranks_that_share_a_gpu_are_no_lost_peers() -> None:
+    error = torch.distributed.DistBackendError
+    assert distributed.is_lost_peer(error("NCCL error: unhandled system error"))
+    shared = "ncclInvalidUsage: Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 4000"
+    assert not distributed.is_lost_peer(error(shared))
+
+
 @pytest.mark.parametrize(("number", "slurm"), [(0, True), (3, False)])
 def test_a_task_that_sees_its_own_gpu_only_takes_it(
     number: int, slurm: bool, monkeypatch: pytest.MonkeyPatch
