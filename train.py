@@ -146,7 +146,7 @@ def prepare(
     from byolt.model.step import PRECISIONS, make_step
     from byolt.pipelines.backends import make_backend, make_resident
     from byolt.pipelines.loader import Loader
-    from byolt.pipelines.order import steps_per_epoch
+    from byolt.pipelines.order import check_batch_size
     from byolt.pipelines.plain import plain_images
     from byolt.pipelines.sources import open_split
     from byolt.pipelines.subset import spaced
@@ -165,7 +165,7 @@ def prepare(
     config = settle(config, args.resume, len(source), world)
     queries = open_split("eval.path", config.eval.path, config.data) if config.eval.path else None
     knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None
-    steps_per_epoch(len(source), config.train.batch_size)  # refuses a batch larger than the data set
+    check_batch_size(len(source), config.train.batch_size)
     total_steps = config.total_steps(len(source))
     last_step = min(total_steps, config.train.stop_at_step or total_steps)
     dtype = PRECISIONS[precision] if device.type == "cuda" else torch.float32

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +40,6 @@ class Batch(NamedTuple):
 
 
 _Ids = npt.NDArray[np.int64]
-_Make = Callable[[_Ids, int], Batch]  # of sample ids (n,) and their epoch
 
 
 class CorruptBudgetError(Exception):
@@ -87,9 +85,8 @@ class Loader:
         Raises:
             ValueError: the batch is larger than the data set, or not divisible by the number of ranks.
         """
-        order.steps_per_epoch(len(source), config.train.batch_size)
+        config.check_ranks(world_size)
         self._config, self._source = config, source
-        config.images_per_rank(world_size)  # refuses a batch that the ranks cannot share
         self._rank, self._world_size = rank, world_size
         self._order = order.RankOrder(
             config.run.seed, len(source), config.train.batch_size, config.data.order,
@@ -108,11 +105,12 @@ class Loader:
             config.data.prefetch
         )
         self._stop = threading.Event()
-        if isinstance(backend, Resident):
-            work: tuple[_Make, Mapping[int, str]] = partial(self._from_memory, backend), backend.broken
-        else:
-            work = partial(self._from_bytes, backend), {}
-        self._thread = threading.Thread(target=self._produce, args=work, name="loader", daemon=True)
+        self._backend: Callable[[Any, ViewParams, ViewParams], tuple[Tensor, Tensor]] = backend
+        self._find: Callable[[_Ids], tuple[_Ids, Any]] = self._read_sound
+        self._broken: Mapping[int, str] = {}  # known before the first batch
+        if isinstance(backend, Resident):  # it takes ids instead of encoded images
+            self._find, self._broken = backend.find, backend.broken
+        self._thread = threading.Thread(target=self._produce, name="loader", daemon=True)
 
     @property
     def corrupt_count(self) -> int:
@@ -157,20 +155,20 @@ class Loader:
                     self._queue.get(timeout=0.05)
             self._reader.close()
 
-    def _produce(self, make: _Make, broken: Mapping[int, str]) -> None:
-        """Runs in the thread. `make` makes the batches; `broken` are the images already known to be undecodable."""
+    def _produce(self) -> None:
+        """Runs in the thread."""
         try:
             self._check_budget()
-            for number in sorted(broken.keys() - self._corrupt.keys()):
+            for number in sorted(self._broken.keys() - self._corrupt.keys()):
                 if number % self._world_size == self._rank:  # every rank has decoded the whole data set
-                    self._count_corrupt(number, broken[number])
+                    self._count_corrupt(number, self._broken[number])
             planned = self._next_step
             with torch.cuda.stream(self._stream):  # None changes nothing
                 while not self._stop.is_set():
                     planned = self._plan(planned)
                     epoch, rows = self._order.batches(self._next_step)
                     for ids in rows:
-                        batch = make(ids, epoch)
+                        batch = self._make(ids, epoch)
                         self._queue.put((batch, self._stream.record_event() if self._stream else None))
                     self._next_step += 1
         except BaseException as error:  # of any kind: the waiting step must see it
@@ -193,28 +191,24 @@ class Loader:
             self._source.plan(self._order.batches(later)[1].ravel())
         return max(step, end)
 
-    def _from_memory(self, resident: Resident, ids: _Ids, epoch: int) -> Batch:
-        ids = resident.sound(ids)
-        return self._batch(ids, resident(ids, *self._draw(ids, epoch)))
-
-    def _from_bytes(self, backend: Backend, ids: _Ids, epoch: int) -> Batch:
+    def _make(self, ids: _Ids, epoch: int) -> Batch:
+        """The batch of these samples, each damaged one replaced by the next sound one, the same one on any rank."""
         while True:
-            ids, encoded = self._read_sound(ids)
+            ids, images = self._find(ids)
             try:
-                return self._batch(ids, backend(encoded, *self._draw(ids, epoch)))
+                views = self._backend(images, *self._draw(ids, epoch))
             except UndecodableError as error:  # a valid header, but damaged pixels
                 for place, reason in error.reasons.items():
                     self._count_corrupt(int(ids[place]), reason)
+            else:
+                return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))
 
     def _draw(self, ids: _Ids, epoch: int) -> tuple[ViewParams, ViewParams]:
         config, source = self._config, self._source
         return draw_both(config.augment, config.run.seed, epoch, ids, source.heights[ids], source.widths[ids])
 
-    def _batch(self, ids: _Ids, views: tuple[Tensor, Tensor]) -> Batch:
-        return Batch(*views, torch.from_numpy(self._source.labels[ids]), torch.from_numpy(ids))
-
     def _read_sound(self, ids: _Ids) -> tuple[_Ids, list[bytes]]:
-        """The bytes of every id; a damaged image is replaced by the next sound one, the same one on any rank."""
+        """The samples, after replacements, and their bytes."""
         sound, encoded = ids.copy(), []
         for place, data in enumerate(self._reader(ids.tolist(), unwanted=self._corrupt)):
             number = int(ids[place])
@@ -337,7 +331,7 @@ def open_loader(
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     source = open_source(config.data.path)
     with _argument_names():  # refuses a batch larger than the data set before any work
-        order.steps_per_epoch(len(source), batch_size)
+        order.check_batch_size(len(source), batch_size)
     backend, _ = make_resident(config, source, where, dtype) or make_backend(config, where, dtype)
     return Loader(
         config, source, backend, rank=rank, world_size=world_size, first_step=first_step, device=where

@@ -34,17 +34,18 @@ _PIECE = 1 << 16  # samples whose random bits are computed together: temporaries
 _Ids = npt.NDArray[np.int64]
 
 
-def steps_per_epoch(num_samples: int, batch_size: int) -> int:
-    """Whole batches in one epoch.
-
-    Raises:
-        ValueError: the batch is larger than the data set.
-    """
+def check_batch_size(num_samples: int, batch_size: int) -> None:
+    """Raises ValueError if a batch is larger than the data set."""
     if batch_size > num_samples:
         raise ValueError(
             f"train.batch_size={batch_size} is larger than the data set ({num_samples} images): "
             f"lower it to at most {num_samples}, or use more images"
         )
+
+
+def steps_per_epoch(num_samples: int, batch_size: int) -> int:
+    """Whole batches in one epoch; see `check_batch_size`."""
+    check_batch_size(num_samples, batch_size)
     return num_samples // batch_size
 
 
@@ -100,6 +101,9 @@ class RankOrder:
     accumulation: int = 1
     rank: int = 0
     world_size: int = 1
+
+    def __post_init__(self) -> None:
+        check_batch_size(self.num_samples, self.batch_size)
 
     def batches(self, step: int) -> tuple[int, _Ids]:
         """The epoch of the run's step k, and this rank's ids, int64 (accumulation, images), a row per micro-batch."""

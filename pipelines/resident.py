@@ -117,9 +117,10 @@ class Resident:
             images.append(None if number in self.broken else pixels)
         return images
 
-    def sound(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The ids (N,) with each broken image replaced by the next sound one."""
-        return self._instead[ids]
+    def find(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """The ids (N,) with each broken image replaced by the next sound one, twice: an id also finds the pixels."""
+        sound = self._instead[ids]
+        return sound, sound
 
     def __call__(
         self, ids: npt.NDArray[np.int64], params1: ViewParams, params2: ViewParams
