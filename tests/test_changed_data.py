@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,21 +37,27 @@ def overwrite(file: Path, image: bytes) -> None:
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-@pytest.fixture(params=KINDS)
-def data(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
-    """Each kind of data set with 16 images of 20 x 30 px, and what to open."""
-    kind, images, made = request.param, tmp_path / "images", tmp_path / "made"
-    rng = np.random.default_rng(0)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 images of 20 x 30 px, as a folder and as shards of both kinds."""
+    root, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
     for i in range(16):
-        (images / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(images / "ab"[i % 2] / f"{i}.jpg")
-    if kind == "folder":
-        return kind, images
-    shape = "webdataset" if kind == "tar" else "beton"
-    assert make_shards([str(images), str(made), "--workers", "1", "--format", shape]) == 0
-    if kind in ("tar", "betons"):
-        return kind, made
-    file = (made / "shard-000000.beton").rename(tmp_path / "a.beton")
+        path = root / "folder" / "ab"[i % 2] / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8)).save(path)
+    for name, form in (("tar", "webdataset"), ("betons", "beton")):
+        made = [str(root / "folder"), str(root / name), "--format", form]
+        assert make_shards([*made, "--workers", "1"]) == 0
+    return root
+
+
+@pytest.fixture(params=KINDS)
+def data(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> tuple[str, Path]:
+    """Each kind of data set, and what to open."""
+    kind = request.param
+    if not kind.endswith(" .beton"):
+        return kind, shutil.copytree(whole / kind, tmp_path / "data")
+    file = shutil.copy(whole / "betons/shard-000000.beton", tmp_path / "a.beton")
     assert kind == "bare .beton" or verify([str(file), "--index", "--workers", "1"]) == 0
     return kind, file
 

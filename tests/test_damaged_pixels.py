@@ -71,7 +71,14 @@ def make(kind: str, folder: Path, damage: Callable[[bytes], bytes]) -> Source:
     return open_source(folder / "made")
 
 
-@pytest.mark.parametrize("kind", ["folder", "tar", "bare .beton"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "folder",
+        pytest.param("tar", marks=pytest.mark.slow),
+        pytest.param("bare .beton", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize(
     "mode",
     ["torch", pytest.param("dali", marks=pytest.mark.slow), pytest.param("resident", marks=pytest.mark.slow)],

@@ -595,6 +595,7 @@ def test_shared_images_are_found_in_any_form(form: str, photos: dict[str, str]) 
     assert check("others", form) == check(form, "others") == check("synthetic", "bare") == ""
 
 
+@pytest.mark.slow
 def test_the_warning_of_shared_images_is_printed(
     photos: dict[str, str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
