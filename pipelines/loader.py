@@ -329,7 +329,7 @@ def open_loader(
             }
         )
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    source = open_source(config.data.path)
+    source = open_source(config.data.path, config.data)
     with _argument_names():  # refuses a batch larger than the data set before any work
         order.check_batch_size(len(source), batch_size)
     backend, _ = make_resident(config, source, where, dtype) or make_backend(config, where, dtype)

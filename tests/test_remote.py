@@ -373,3 +373,16 @@ def test_faults_change_no_sample(server: RangeServer, shards: Path, tmp_path: Pa
     source = open_source(f"{server.url}/train", _settings(tmp_path, remote_minutes=0.3))
     _assert_same(source, open_source(shards / "train"))
     assert sum(server.counts[fault] for fault in ("503", "truncate", "reset")) >= 1
+
+
+@pytest.mark.slow
+def test_a_forked_process_is_refused_not_left_hanging(server: RangeServer, tmp_path: Path) -> None:
+    source = open_source(f"{server.url}/train", _settings(tmp_path))
+    child = os.fork()
+    if not child:
+        try:
+            source.read(0)
+        except RemoteError as error:
+            os._exit(42 if "forked after the first read: start workers by spawn" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42

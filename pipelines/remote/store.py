@@ -45,7 +45,7 @@ class Store:
         minutes: How long a failing request is repeated.
     """
 
-    def __init__(self, url: str, minutes: float = 10.0) -> None:
+    def __init__(self, url: str, minutes: float = 8.0) -> None:
         self.url, self._minutes = url, minutes
         self._client: Any = None
         self._etags: dict[str, str | None] = {}
