@@ -68,12 +68,8 @@ def _warmup_epochs(config: schema.Config, images: int, device: Device, ranks: in
 
 
 def _base_lr(config: schema.Config, images: int, device: Device, ranks: int) -> float:
-    return 4.0 if config.total_steps(images) < 4000 else 1.0
-
-
-def _base_tau(config: schema.Config, images: int, device: Device, ranks: int) -> float:
-    steps = config.total_steps(images)
-    return 0.95 if steps < 1000 else 0.97 if steps < 4000 else 0.99
+    """So that the peak is 1, or batch_size / 256 for larger batches."""
+    return max(1.0, 256 / config.train.batch_size)
 
 
 _RULES: dict[str, Callable[[schema.Config, int, Device, int], Any]] = {
@@ -84,7 +80,6 @@ _RULES: dict[str, Callable[[schema.Config, int, Device, int], Any]] = {
     "train.epochs": _epochs,
     "optimizer.warmup_epochs": _warmup_epochs,
     "optimizer.base_lr": _base_lr,
-    "optimizer.base_tau": _base_tau,
 }
 
 

@@ -211,7 +211,7 @@ class OptimizerConfig(Section):
     backend: UpdateBackend = "auto"
     """Kernels of the update: triton fuses LARS, EMA and the finite check (CUDA only), foreach is torch's multi-tensor
     operations, apex is NVIDIA's amp_C, built from source. auto: triton on CUDA, foreach elsewhere."""
-    base_tau: OrAuto[Probability]
+    base_tau: Probability
     """tau of the target's moving average at step 0."""
     tau_schedule: Literal["cosine", "constant"] = "cosine"
     """cosine: tau rises to 1 at the end (paper, section 3.3). constant: for ablations."""

@@ -49,15 +49,14 @@ def test_settings_follow_from_images_and_device(
     assert config.total_steps(images) >= 1 and config.train.batch_size <= images
 
 
-def test_schedules_follow_from_the_number_of_steps() -> None:
-    few, some, many = (decide(own(f"train.epochs={n}"), 1000, CPU, 1).optimizer for n in (10, 50, 100))
-    assert [few.base_tau, some.base_tau, many.base_tau] == [0.95, 0.97, 0.99]
-    assert few.base_lr > many.base_lr
+def test_the_peak_learning_rate_is_one_up_to_a_batch_of_256() -> None:
+    assert [decide(own(), 100_000, GPU, n).peak_lr for n in (1, 4)] == [1, 4]
+    assert decide(own(), 250, CPU, 1).peak_lr == 1
 
 
 def test_a_stated_value_stays_and_others_follow_it() -> None:
-    config = decide(own("train.batch_size=64", "augment.size=128", "optimizer.base_tau=0.9"), 250, CPU, 1)
-    assert (config.train.batch_size, config.augment.size, config.optimizer.base_tau) == (64, 128, 0.9)
+    config = decide(own("train.batch_size=64", "augment.size=128"), 250, CPU, 1)
+    assert (config.train.batch_size, config.augment.size, config.optimizer.base_lr) == (64, 128, 4.0)
     reference = schema.load(ROOT / "configs" / "r50_100ep.yaml")
     assert decide(reference, 250, CPU, 1) == reference
 

@@ -611,12 +611,12 @@ def test_print_config_derives(run: Run) -> None:
 
 
 def test_print_config_decides_what_is_auto_and_estimates(run: Run) -> None:
-    done = run("--print-config", "train.batch_size=auto", "optimizer.base_tau=auto")
-    assert done.returncode == 0 and "\n  batch_size: 8\n" in done.stdout and "base_tau: 0.95" in done.stdout
+    done = run("--print-config", "train.batch_size=auto", "optimizer.base_lr=auto")
+    assert done.returncode == 0 and "\n  batch_size: 8\n" in done.stdout and "base_lr: 32.0" in done.stdout
     for line in (
-        r"auto: optimizer\.base_tau, train\.batch_size",
+        r"auto: optimizer\.base_lr, train\.batch_size",
         r"device: \d+ CPU cores? \(.+\)",
-        r"memory: about 0\.7 of [0-9.]+ GiB \(.*\); largest that fits: train\.batch_size=\d+",
+        r"memory: about 1\.0 of [0-9.]+ GiB \(.*\); largest that fits: train\.batch_size=\d+",
         r"steps: 8, warm-up: 2",
         r"time: about 1 min at [0-9,]+ images/s \(scaled from resnet8 at 24 px on 2 cores of .*\)",
     ):
@@ -628,21 +628,21 @@ def test_print_config_decides_what_is_auto_and_estimates(run: Run) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_continues_keeps_the_values_of_its_auto_settings(run: Run) -> None:
-    settings = ("train.batch_size=auto", "optimizer.base_tau=auto", "eval.path=null")
+    settings = ("train.batch_size=auto", "optimizer.base_lr=auto", "eval.path=null")
     done = run(*settings, "train.stop_at_step=2")
-    chosen = r"optimizer\.base_tau=0\.95 train\.batch_size=8$"
+    chosen = r"optimizer\.base_lr=32\.0 train\.batch_size=8$"
     assert done.returncode == 0, done.stderr
     assert re.search(rf"^auto, for these images and this device: {chosen}", done.stderr, re.M)
     assert re.search(r"^\d+ CPU cores? \(.*\): about 1 min at ", done.stderr, re.M)
     path, state, _ = checkpoint.load_newest(run.out)
-    assert (state["config"]["train"]["batch_size"], state["config"]["optimizer"]["base_tau"]) == (8, 0.95)
+    assert (state["config"]["train"]["batch_size"], state["config"]["optimizer"]["base_lr"]) == (8, 32)
     gpu = Device("cuda", "NVIDIA H200", 140 * 2**30, 12)
     state["config"]["train"]["batch_size"] = 16  # as a run on other images would have begun
     checkpoint.write(path, state)
     with patch.object(provenance, "device_of", lambda device: gpu):
         done = run(*settings, "--resume", "auto", "train.stop_at_step=3")
     assert done.returncode == 0, done.stderr
-    chosen = r"optimizer\.base_tau=0\.95 train\.batch_size=16$"
+    chosen = r"optimizer\.base_lr=32\.0 train\.batch_size=16$"
     assert re.search(rf"^auto, as in {path}: {chosen}", done.stderr, re.M)
     assert checkpoint.load_newest(run.out)[1]["config"]["train"]["batch_size"] == 16
     again = run(*settings[1:], "train.batch_size=8", "--resume", "auto", "train.stop_at_step=3")

@@ -37,15 +37,12 @@ def _memory_reason(config: Config, step: int | None, world: World) -> str:
     micro = f"train.batch_size={train.batch_size} train.accumulation={train.accumulation}"
     line = f"out of memory on {device}: {micro} augment.size={config.augment.size}"
     if config.undecided:
-        return line
-    images, parts = (
-        config.images_per_rank(world.size),
-        estimate.fitting_accumulation(config, device, world.size),
-    )
-    need = estimate.memory(config, device.kind)
-    parts = parts if parts > train.accumulation else 2 * train.accumulation
+        return f"{line}\n  set a smaller train.batch_size, augment.size or model.backbone"
+    need, images = estimate.memory(config, device.kind), config.images_per_rank(world.size)
+    parts = estimate.fitting_accumulation(config, device, world.size, above=train.accumulation)
     allowed = " --allow-change train.accumulation" * bool(step)
-    remedies = f"train.accumulation={parts}{allowed}, a smaller train.batch_size or augment.size"
+    remedies = f"train.accumulation={parts}{allowed}, " if parts > train.accumulation else ""
+    remedies += "a smaller train.batch_size or augment.size"
     if need.largest(device.memory) < 2:
         remedies = "a smaller network (model.backbone, model.projector_hidden, model.predictor_hidden)"
     if estimate.precision(config, device.kind) == "fp32" and device.kind == "cuda":
@@ -104,6 +101,6 @@ def _read_first(here: str, world: World) -> str:
     except RuntimeError:
         return f"{here}: lost rank 0; see its output"
     return (
-        f"{here}: rank {shown(missing) or 'another'} did not reach this step: it was killed or stopped, or it "
-        "waits longer than train.timeout_minutes"
+        f"{here}: rank {shown(missing) or 'another'} did not reach this step: it was killed (perhaps "
+        "for its memory) or stopped, or it waits longer than train.timeout_minutes"
     )
