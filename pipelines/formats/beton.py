@@ -52,7 +52,8 @@ SAMPLED = (
     4096  # images of larger files that it covers: 1 changed in 1,000 is noticed with a probability of 98 %
 )
 _FORMERLY = 64  # images that it covered in earlier releases
-_READERS = 8  # threads
+_READERS = 8  # threads that read for the fingerprint
+_TOGETHER = 512  # images that one of them reads
 _MAX_NOTE = 1 << 20  # bytes of a sample's JSON; more is damage
 _REMEDY = "copy the file again, or write it again"
 
@@ -175,8 +176,12 @@ class BetonSource:
         return digest.hexdigest()
 
     def _read_checksums(self, ids: Sequence[int]) -> npt.NDArray[np.uint64]:
+        def read(part: Sequence[int]) -> npt.NDArray[np.uint64]:
+            return np.fromiter((checksum(self._stored(i)) for i in part), np.uint64, len(part))
+
         with ThreadPoolExecutor(_READERS) as pool:
-            return np.fromiter(pool.map(lambda i: checksum(self._stored(i)), ids), np.uint64, len(ids))
+            parts = [ids[first : first + _TOGETHER] for first in range(0, len(ids), _TOGETHER)]
+            return np.concatenate(list(pool.map(read, parts)))
 
     def __len__(self) -> int:
         return len(self.labels)
