@@ -55,33 +55,36 @@ class Machines:
         self.cut_off: set[int] = set()
         self.lost = 0  # frames
         self._stop = False
-        self._holders = [
-            subprocess.Popen(["unshare", "-n", "sleep", "600"], stderr=subprocess.DEVNULL)
-            for _ in range(number)
-        ]
-        self.namespaces = [f"/proc/{holder.pid}/ns/net" for holder in self._holders]
+        self._holders: list[subprocess.Popen] = []
         self._taps: list[int] = []
         try:
             for place in range(number):
+                self._holders.append(
+                    subprocess.Popen(["unshare", "-n", "sleep", "600"], stderr=subprocess.DEVNULL)
+                )
                 self._plug_in(place)
         except (OSError, subprocess.CalledProcessError) as error:
             self.close()
             pytest.skip(f"network namespaces are not allowed here: {error}")
+        self.namespaces = [self._namespace(place) for place in range(number)]
         self._thread = threading.Thread(target=self._switch, daemon=True)
         self._thread.start()
+
+    def _namespace(self, place: int) -> str:
+        return f"/proc/{self._holders[place].pid}/ns/net"
 
     def _plug_in(self, place: int) -> None:
         """Gives a namespace the interface tap0, whose other end is the switch."""
         here = os.readlink("/proc/self/ns/net")
         for _ in range(500):  # until the holder has left our namespace
-            if os.readlink(self.namespaces[place]) != here or self._holders[place].poll() is not None:
+            if os.readlink(self._namespace(place)) != here or self._holders[place].poll() is not None:
                 break
             time.sleep(0.01)
         failed: list[OSError] = []
 
         def make() -> None:
             try:
-                enter(self.namespaces[place])
+                enter(self._namespace(place))
                 tap = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
                 self._taps.append(tap)
                 fcntl.ioctl(tap, _TUNSETIFF, struct.pack("16sH22x", b"tap0", _TAP))
