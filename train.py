@@ -75,8 +75,10 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         command_line.check_resume(args.resume)
         command_line.check_logger(config.run.wandb)
+        command_line.check_backbone(config.model.backbone)
         if world_size == 1:  # several ranks first connect, so that a mistake of one ends all
             check_paths({"data.path": config.data.path, "eval.path": config.eval.path})
+            command_line.check_init_from(config, args.resume)
     except (ValueError, OSError) as error:
         return fail(error)
     try:
@@ -197,7 +199,8 @@ def prepare(
     if world.is_main:
         facts = {
             "ranks": world.size, "precision": precision, "backend": reason,
-            "rounding": rounding, "changed": start.changed, "config": config.model_dump(mode="json"),
+            "rounding": rounding, "changed": start.changed, "init_from": start.init_from,
+            "config": config.model_dump(mode="json"),
         }  # fmt: skip
         provenance.record_start(out, start.step, device, facts)
     changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
@@ -284,7 +287,8 @@ def report(run: "Run") -> int:
         say(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")
     sha256 = digest.agreed(run.state(), run.world)
     if run.world.is_main:
-        say(f"digest: step {run.step} sha256 {sha256}")
+        began = ", initialized from {path} sha256 {sha256}".format_map(run.init_from) if run.init_from else ""
+        say(f"digest: step {run.step} sha256 {sha256}{began}")
     return code
 
 

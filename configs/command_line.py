@@ -11,9 +11,11 @@ import re
 import shlex
 import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 from byolt.configs import schema, slurm
+from byolt.files.weights import weights_kind
 
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
@@ -68,6 +70,25 @@ def check_logger(project: str | None) -> None:
             f"run.wandb={project} needs the package wandb, which is not installed: pip install -e '.[wandb]', or leave "
             "run.wandb out: metrics.jsonl and TensorBoard have the same rows"
         )
+
+
+def check_backbone(backbone: str) -> None:
+    """Refuses a backbone timm:NAME if timm is not installed; a ValueError says how to get it."""
+    if backbone.startswith(schema.TIMM) and importlib.util.find_spec("timm") is None:
+        raise ValueError(
+            f"model.backbone={backbone} needs the package timm, which is not installed: pip install -e '.[timm]'"
+        )
+
+
+def check_init_from(config: schema.Config, resume: str | None) -> None:
+    """Refuses a model.init_from that is not a file of weights, unless the run resumes and does not read it.
+
+    Raises:
+        ValueError, OSError: names the setting, the file and the remedy.
+    """
+    path, out = config.model.init_from, Path(config.run.out)
+    if path and (resume is None or (resume == "auto" and not any(out.glob("checkpoint-*.pt")))):
+        weights_kind(path)
 
 
 def world_size() -> int:

@@ -85,6 +85,11 @@ class Memory(NamedTuple):
         return images - images % 8 if images > 8 else images
 
 
+def is_known(config: Config) -> bool:
+    """Whether the encoder's sizes were counted: not those of timm's models."""
+    return (config.model.backbone, config.model.stem) in COSTS
+
+
 def memory(config: Config, kind: str) -> Memory:
     """Memory of a run on a "cpu" or "cuda" device; decoded images that data.resident keeps are not included."""
     model, cost = config.model, COSTS[config.model.backbone, config.model.stem]
@@ -108,6 +113,8 @@ def memory(config: Config, kind: str) -> Memory:
 
 def memory_line(config: Config, device: Device, ranks: int) -> str:
     """The memory that a rank needs, what there is, and the largest batch that fits."""
+    if not is_known(config):
+        return f"not yet measured for model.backbone={config.model.backbone}"
     need, images = memory(config, device.kind), config.images_per_rank(ranks)
     largest = need.largest(device.memory)
     fits = (
@@ -128,14 +135,20 @@ def memory_line(config: Config, device: Device, ranks: int) -> str:
 def expect(config: Config, device: Device, ranks: int, steps: int) -> list[str]:
     """Lines for the start of a run: the device, the time that so many steps take, and a lack of memory."""
     lines = [f"{device}: {time_line(config, device, ranks, steps)}"]
+    if not is_known(config):
+        return lines
     if memory(config, device.kind).largest(device.memory) < config.images_per_rank(ranks):
         lines.append(f"warning: memory: {memory_line(config, device, ranks)}")
     return lines
 
 
 def fitting_accumulation(config: Config, device: Device, ranks: int, above: int = 0) -> int:
-    """The smallest train.accumulation over `above` whose micro-batches fit; the largest possible one if none fits."""
-    largest, each = memory(config, device.kind).largest(device.memory), config.train.batch_size // ranks
+    """The smallest train.accumulation over `above` whose micro-batches fit; the largest possible one if none fits.
+
+    Every micro-batch counts as fitting if the encoder's sizes are unknown.
+    """
+    each = config.train.batch_size // ranks
+    largest = memory(config, device.kind).largest(device.memory) if is_known(config) else each
     possible = [parts for parts in range(1, each // 2 + 1) if each % parts == 0]
     fitting = (parts for parts in possible if parts > above and each // parts <= largest)
     return next(fitting, max(possible, default=1))
@@ -143,6 +156,8 @@ def fitting_accumulation(config: Config, device: Device, ranks: int, above: int 
 
 def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
     """The time that so many steps take, and where the figure comes from."""
+    if not is_known(config):
+        return f"not yet measured for model.backbone={config.model.backbone}"
     bits, images = precision(config, device.kind), steps * config.train.batch_size / ranks
     place = device.name if device.kind == "cuda" else "cpu"
     known = [rate for rate in RATES if rate.device in place and rate.precision == bits]

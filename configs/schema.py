@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
@@ -24,6 +25,7 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+from pydantic_core import PydanticKnownError
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
 from byolt.files.paths import expand_home
@@ -71,6 +73,20 @@ Profile = Literal["byol", "torchvision"]
 Backbone = Literal[
     "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "resnet8", "resnet8_half"
 ]
+TIMM = "timm:"  # begins the name of a backbone that timm builds
+
+
+def _backbone(name: Any) -> Any:
+    """Accepts a name of `Backbone`, or timm:NAME; only timm itself knows its names."""
+    if name in get_args(Backbone) or (
+        isinstance(name, str) and re.fullmatch(rf"{TIMM}[\w.]{{1,128}}", name, re.A)
+    ):
+        return name
+    names = ", ".join(map(repr, get_args(Backbone)))
+    raise PydanticKnownError("literal_error", {"expected": f"{names} or 'timm:NAME'"})
+
+
+BackboneName = Annotated[str, BeforeValidator(_backbone)]
 Stem = Literal["imagenet", "cifar"]
 UpdateBackend = Literal["auto", "triton", "foreach", "apex"]
 Trust = Literal["scale", "clip"]
@@ -176,12 +192,15 @@ class AugmentConfig(Section):
 
 
 class ModelConfig(Section):
-    backbone: OrAuto[Backbone] = "resnet50"
+    backbone: OrAuto[BackboneName] = "resnet50"
     """Encoder: a torchvision network, or for small images on a CPU resnet8 (0.3 M parameters) or resnet8_half (half as
-    wide, 0.08 M)."""
+    wide, 0.08 M). timm:NAME: any model of timm that pools its features to a vector (pip install -e '.[timm]')."""
     stem: Stem = "imagenet"
     """First layers. imagenet: 7x7 convolution of stride 2, max-pool. cifar: 3x3 convolution of stride 1, no max-pool,
-    for images of about 32 px."""
+    for images of about 32 px. The models of timm have stems of their own."""
+    init_from: PathText | None = None
+    """File of weights with which the encoder of a new run begins: an encoder.safetensors or checkpoint of a run, or a
+    state_dict of torchvision or timm (docs/recipes.md). A resumed run does not read it. null: random weights."""
     projector_hidden: _Width = 4096
     """Width of the projector's hidden layer (paper, section 3.3)."""
     projector_size: Annotated[int, Field(ge=2, le=2**14)] = 256
@@ -312,6 +331,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.warmup_epochs={self.optimizer.warmup_epochs:g} leaves nothing of "
                 f"train.epochs={self.train.epochs:g}: shorten the warm-up"
+            )
+        if self.model.backbone.startswith(TIMM) and self.model.stem != "imagenet":
+            raise ValueError(
+                f"model.stem={self.model.stem}: timm builds the stem of model.backbone={self.model.backbone}: set "
+                "model.stem=imagenet"
             )
         if self.data.backend == "torch" and self.data.resident == "always":
             raise ValueError(

@@ -107,10 +107,10 @@ class BYOL(nn.Module):
         return list(target.values()), [online[name] for name in target]
 
 
-def make_byol(settings: ModelConfig) -> BYOL:
-    """The networks of a run, with weights from torch's global generator."""
+def make_byol(settings: ModelConfig, size: int = 224) -> BYOL:
+    """The networks of a run on images of a size in pixels, with weights from torch's global generator."""
     return BYOL(
-        make_encoder(settings.backbone, settings.stem),
+        make_encoder(settings.backbone, settings.stem, size),
         settings.projector_hidden,
         settings.projector_size,
         settings.predictor_hidden,

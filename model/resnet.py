@@ -1,4 +1,7 @@
-"""The encoders: torchvision's ResNets and the small resnet8 and resnet8_half, with the reference's initialization."""
+"""The encoders: torchvision's ResNets and the small resnet8 and resnet8_half, with the reference's initialization.
+
+Those of timm come from timm_networks.py.
+"""
 
 import math
 from typing import Any, get_args
@@ -7,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from byolt.configs.schema import Backbone, Stem
+from byolt.configs.schema import TIMM, Backbone, Stem
 from byolt.model.kernels.norm import BatchNorm
+from byolt.model.timm_networks import make_timm_encoder
 
 BACKBONES: tuple[str, ...] = get_args(Backbone)
 STEMS: tuple[str, ...] = get_args(Stem)
@@ -98,21 +102,25 @@ _RESNETS = {
 }
 
 
-def make_encoder(backbone: str, stem: str) -> nn.Module:
-    """Makes an encoder with random weights: a ResNet without its classifier.
+def make_encoder(backbone: str, stem: str, size: int = 224) -> nn.Module:
+    """Makes an encoder with random weights: a network without its classifier.
 
     Args:
-        backbone: one of BACKBONES. The ResNets are v1.5: a bottleneck strides in its 3x3 convolution.
+        backbone: one of BACKBONES, or timm:NAME (`make_timm_encoder`). The ResNets are v1.5: a bottleneck strides in
+            its 3x3 convolution.
         stem: "imagenet" (7x7 stride 2, max-pool) or "cifar" (3x3 stride 1, no max-pool; SimCLR,
             arXiv 2002.05709, App. B.9).
+        size: side of the images in pixels. It matters only to timm's models.
 
     Returns:
         A module with the attribute `num_features`: images (N, 3, H, W) -> (N, num_features) after global
-        average pooling. Its state_dict has torchvision's keys without `fc.*`.
+        average pooling. Its state_dict has torchvision's keys without `fc.*`, or timm's without the classifier's.
 
     Raises:
-        ValueError: backbone or stem is unknown.
+        ValueError: backbone or stem is unknown, or timm cannot build the model.
     """
+    if backbone.startswith(TIMM):
+        return make_timm_encoder(backbone, size)
     if backbone not in BACKBONES:
         raise ValueError(f"backbone {backbone!r} is unknown; choose one of {', '.join(BACKBONES)}")
     if stem not in STEMS:

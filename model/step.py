@@ -181,7 +181,7 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
         precision: "fp32", "bf16" or "fp16".
     """
     settings, train = config.optimizer, config.train
-    model = make_byol(config.model)
+    model = make_byol(config.model, config.augment.size)
     optimizer = LARS(
         model.online.parameters(),
         lr=0.0,  # set at every step

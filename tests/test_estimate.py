@@ -129,3 +129,11 @@ def test_a_run_that_does_not_fit_begins_with_a_warning() -> None:
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+def test_networks_of_timm_are_not_yet_measured() -> None:
+    config = load("r50_100ep", "model.backbone=timm:convnext_tiny")
+    unknown = "not yet measured for model.backbone=timm:convnext_tiny"
+    assert estimate.memory_line(config, H200, 1) == estimate.time_line(config, H200, 1, 100) == unknown
+    assert estimate.expect(config, H200, 1, 100) == [f"{H200}: {unknown}"]
+    assert estimate.fitting_accumulation(config, H200, 1) == 1

@@ -28,7 +28,7 @@ ALLOWED = {
     "amp_C": {"model/kernels/lars_apex.py"},
     "apex": {"model/kernels/lars_apex.py"},
     "wandb": {"model/run/wandb_log.py"},
-    "timm": {"tools/exporting/libraries.py"},
+    "timm": {"model/timm_networks.py", "tools/exporting/libraries.py"},
     "transformers": {"tools/exporting/libraries.py"},
     "byolt.train": {"tools/ablate.py"},
     "obstore": {"pipelines/remote/store.py"},

@@ -119,11 +119,12 @@ def each_view(network: nn.Module, view1: Tensor, view2: Tensor) -> tuple[Tensor,
     """Computes (network(view1), network(view2)), each with its own batch statistics; they move by view 1, then 2.
 
     Where the batch norms are fused, both views are one batch, which is faster: half as many launches, each of twice the
-    size. The numbers are the same to rounding.
+    size. The numbers are the same to rounding. A network with norms of another kind, as timm's, gets one view after the
+    other.
     """
 
     def keeps_apart() -> bool:
-        return all(isinstance(m, BatchNorm) for m in network.modules() if isinstance(m, _BatchNorm))
+        return all(isinstance(m, BatchNorm) for m in network.modules() if _has_statistics(m))
 
     if not is_fused(view1) or view1.shape != view2.shape or not keeps_apart():
         return network(view1), network(view2)
@@ -139,14 +140,17 @@ def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
     """Makes every batch norm of the module take its statistics over all ranks.
 
     Returns:
-        The module itself, or a `BatchNorm` with its parameters and buffers if it is torch's batch norm; unchanged for a
-        single rank.
+        The module itself, or a `BatchNorm` with its parameters and buffers if it is torch's or timm's batch norm;
+        unchanged for a single rank, and torch's SyncBatchNorm always.
+
+    Raises:
+        ValueError: a layer keeps statistics of the batch in another way.
     """
-    if world.size == 1:
+    if world.size == 1 or isinstance(module, nn.SyncBatchNorm):
         return module
-    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+    if _has_statistics(module):
         if not isinstance(module, BatchNorm):
-            module = _of_torchs(module)
+            module = _of_others(module)
         module.synchronized = True
         return module
     for name, child in module.named_children():
@@ -154,9 +158,36 @@ def convert_sync_batchnorm(module: nn.Module, world: World) -> nn.Module:
     return module
 
 
-def _of_torchs(norm: _BatchNorm) -> BatchNorm:
-    """A `BatchNorm` with the same parameters and buffers."""
-    ours = BatchNorm(norm.num_features, norm.eps, norm.momentum)
+def _has_statistics(module: nn.Module) -> bool:
+    """Whether its output depends on the whole batch: batch norms, and evo norms of timm."""
+    return isinstance(module, _BatchNorm) or getattr(module, "running_var", None) is not None
+
+
+class _BatchNormAct(BatchNorm):
+    """timm's BatchNormAct2d: a batch norm whose forward also applies the activation that follows."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return self.act(self.drop(super().forward(input)))
+
+
+def _of_others(norm: Any) -> BatchNorm:
+    """A `BatchNorm` with the parameters and buffers of torch's or timm's."""
+    plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d)
+    if not plain and not (isinstance(norm, nn.BatchNorm2d) and hasattr(norm, "act")):
+        raise ValueError(
+            f"the network's {type(norm).__name__} cannot take its statistics over several ranks: start one process, or "
+            "choose another model.backbone"
+        )
+    if not (norm.affine and norm.track_running_stats):
+        raise ValueError(
+            "a batch norm without weights or running statistics cannot be used with several ranks"
+        )
+    ours = (BatchNorm if plain else _BatchNormAct)(norm.num_features, norm.eps, norm.momentum)
+    if isinstance(ours, _BatchNormAct):
+        ours.drop, ours.act = norm.drop, norm.act
     for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked", "training"):
         setattr(ours, name, getattr(norm, name))
     return ours

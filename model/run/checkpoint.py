@@ -21,10 +21,10 @@ from torch import Tensor
 from byolt.files import failpoint
 from byolt.files.atomic import remove_leftovers, replacing
 from byolt.files.regular import open_regular
+from byolt.files.weights import CHECKPOINT
 
 VERSION = 1
-_FORMAT = b"byolt-checkpoint "
-_MAGIC = _FORMAT + b"%d sha256 " % VERSION
+_MAGIC = CHECKPOINT + b"%d sha256 " % VERSION
 _NAME = re.compile(r"checkpoint-(\d{9})\.pt")
 _HEADER_BYTES = len(_MAGIC) + 64 + 1
 
@@ -106,7 +106,7 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with open(path, "rb", opener=open_regular) as file:
             header = file.read(_HEADER_BYTES)
-            version = re.match(re.escape(_FORMAT) + rb"(\d{1,9}) ", header)
+            version = re.match(re.escape(CHECKPOINT) + rb"(\d{1,9}) ", header)
             if version and int(version[1]) != VERSION:
                 raise CheckpointError(
                     f"checkpoint {path} has version {int(version[1])}, this release reads {VERSION}: continue it with "
@@ -124,7 +124,7 @@ def load(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from None
     try:
         body = io.BytesIO(data)
-        _check_entries(body)
+        check_entries(body)
         state = torch.load(body, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader raises many kinds on foreign bytes with a valid sha256
         raise CheckpointError(f"checkpoint {path} cannot be loaded: {error}") from None
@@ -136,7 +136,7 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def _check_entries(body: BinaryIO) -> None:
+def check_entries(body: BinaryIO) -> None:
     """Refuses an archive that unpacks to more than its size: torch stores entries without compression."""
     with zipfile.ZipFile(body) as archive:
         size = sum(entry.file_size for entry in archive.infolist())

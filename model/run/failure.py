@@ -38,17 +38,19 @@ def _memory_reason(config: Config, step: int | None, world: World) -> str:
     line = f"out of memory on {device}: {micro} augment.size={config.augment.size}"
     if config.undecided:
         return f"{line}\n  set a smaller train.batch_size, augment.size or model.backbone"
-    need, images = estimate.memory(config, device.kind), config.images_per_rank(world.size)
+    need = estimate.memory(config, device.kind) if estimate.is_known(config) else None
+    images = config.images_per_rank(world.size)
     parts = estimate.fitting_accumulation(config, device, world.size, above=train.accumulation)
     allowed = " --allow-change train.accumulation" * bool(step)
     remedies = f"train.accumulation={parts}{allowed}, " if parts > train.accumulation else ""
     remedies += "a smaller train.batch_size or augment.size"
-    if need.largest(device.memory) < 2:
+    if need and need.largest(device.memory) < 2:
         remedies = "a smaller network (model.backbone, model.projector_hidden, model.predictor_hidden)"
     if estimate.precision(config, device.kind) == "fp32" and device.kind == "cuda":
         remedies += ", or train.precision=bf16"
     each = f"{count(images, 'image')} per rank and micro-batch"
-    return f"{line}\n  {each} need about {need.total(images) / 2**30:.1f} GiB: set {remedies}"
+    amount = f"about {need.total(images) / 2**30:.1f} GiB" if need else "more than there is"
+    return f"{line}\n  {each} need {amount}: set {remedies}"
 
 
 def explain(error: Exception, step: int | None, world: World, config: Config | None = None) -> str:

@@ -17,6 +17,7 @@ from byolt.model.distributed import World
 from byolt.model.quality.probe import OnlineProbe
 from byolt.model.run import checkpoint, provenance
 from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.trained import initialize
 from byolt.model.step import TrainStep
 
 STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of their values
@@ -29,6 +30,7 @@ STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of 
     "data": (str,),
     "knn_untrained": (float, type(None)),
     "rounding": (dict,),
+    "init_from": (dict, type(None)),
 }
 
 
@@ -50,6 +52,7 @@ class Start(NamedTuple):
     knn_untrained: float | None  # kNN top-1 of the encoder before its first step, in percent
     changed: list[str]  # what rounds otherwise than before: the digest will differ from that of one whole run
     origin: str = "new run"  # for a message
+    init_from: dict[str, str] | None = None  # path and sha256 of the file with which the encoder began
 
 
 def begin(
@@ -83,9 +86,8 @@ def begin(
     fixed.check_same_ranks(world.rank, facts, distributed.broadcast_object(facts, world))
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
-        return Start(
-            None, 0, None, [], f"new run (no checkpoint in {config.run.out})" if resume else "new run"
-        )
+        origin = f"new run (no checkpoint in {config.run.out})" if resume else "new run"
+        return Start(None, 0, None, [], origin, _initialize(config.model.init_from, train_step, world))
     fingerprint, origin = source.fingerprint, f"resumed from {path}"
     if state["data"] != fingerprint and state["data"] in source.former_fingerprints:
         fingerprint = state["data"]
@@ -96,7 +98,20 @@ def begin(
     restore(path, state, train_step, probe)
     then = state["rounding"]
     changed = [f"{key}: {then[key]} -> {now}" for key, now in rounding.items() if then.get(key, now) != now]
-    return Start(path, state["step"], state["knn_untrained"], changed, origin)
+    return Start(path, state["step"], state["knn_untrained"], changed, origin, state["init_from"])
+
+
+def _initialize(path: str | None, train_step: TrainStep, world: World) -> dict[str, str] | None:
+    """Loads model.init_from into the encoders of both networks, on all ranks; returns `Start.init_from`."""
+    if path is None:
+        return None
+    online, target = train_step.model.online.encoder, train_step.model.target.encoder
+    found, note = distributed.on_main(lambda: initialize(online, path), world)
+    distributed.broadcast_module(online, world)
+    target.load_state_dict(online.state_dict())
+    if note and world.is_main:
+        say(note)
+    return found
 
 
 def settle(config: Config, resume: str | None, num_images: int, world: World) -> Config:
@@ -185,12 +200,20 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
     """Refuses a malformed state; converts one of an older release."""
     state.setdefault("probe", None)
     state.setdefault("rounding", {})
+    state.setdefault("init_from", None)
     state.pop("seconds", None)  # the run's duration
     wrong = [k for k in state.keys() | STATE.keys() if type(state.get(k, ...)) not in STATE.get(k, ())]
     if not wrong and state["step"] < 0:
         wrong = ["step"]
     if not wrong and not all(isinstance(x, str | int) for item in state["rounding"].items() for x in item):
         wrong = ["rounding"]
+    origin = state["init_from"]
+    if (
+        not wrong
+        and origin
+        and (origin.keys() != {"path", "sha256"} or {*map(type, origin.values())} != {str})
+    ):
+        wrong = ["init_from"]
     if wrong:
         names = shown(sorted(map(str, wrong)))
         raise CheckpointError(

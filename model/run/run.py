@@ -47,6 +47,7 @@ class Run:
 
     def __post_init__(self, start: Start) -> None:
         self.step = start.step  # optimizer steps done
+        self.init_from = start.init_from
         self.knn_untrained = start.knn_untrained  # kNN top-1 in percent, before the first step
         self.knn_trained: float | None = None  # at the end
         self.out = Path(self.config.run.out)
@@ -201,7 +202,9 @@ class Run:
         if self.knn is None:
             return None
         with self._window.paused():
-            accuracy = self.knn(self.train_step.model.online.encoder, calibrate=untrained)
+            accuracy = self.knn(
+                self.train_step.model.online.encoder, calibrate=untrained and not self.init_from
+            )
             if not math.isfinite(accuracy):
                 raise FloatingPointError("the encoder's features are not finite; the encoder is not exported")
             self.meter.say(
@@ -236,6 +239,9 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """The content of a checkpoint (`resume.STATE`); the same on every rank."""
+        init_from = (
+            {"init_from": self.init_from} if self.init_from else {}
+        )  # earlier releases know no such key
         return {
             "step": self.step,
             "model": self.train_step.model.state_dict(),
@@ -246,6 +252,7 @@ class Run:
             "data": self.fingerprint,
             "knn_untrained": self.knn_untrained,
             "rounding": self.rounding,
+            **init_from,
         }
 
     @contextmanager

@@ -1,18 +1,23 @@
-"""Loads and exports a trained encoder: from a checkpoint, or as encoder.safetensors."""
+"""Loads and exports a trained encoder: from a checkpoint, or as encoder.safetensors; initializes one from either."""
 
 import hashlib
+import zipfile
 from pathlib import Path
 from textwrap import shorten
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from byolt.configs import schema
+from byolt.files.atomic import sha256_of
+from byolt.files.console import shown
 from byolt.files.regular import open_regular
+from byolt.files.weights import weights_kind
 from byolt.model.resnet import make_encoder
 from byolt.model.run import checkpoint
+from byolt.model.timm_networks import fit_positions
 
 
 class Trained(NamedTuple):
@@ -64,7 +69,10 @@ def load_trained(path: str | Path) -> Trained:
         raise checkpoint.CheckpointError(
             f"{path} claims to be of step {shorten(str(step), 30)}: it is damaged"
         )
-    encoder = make_encoder(config.model.backbone, config.model.stem)
+    try:
+        encoder = make_encoder(config.model.backbone, config.model.stem, config.augment.size)
+    except ValueError as error:  # of a model of timm
+        raise checkpoint.CheckpointError(f"{path} cannot be loaded: {error}") from None
     try:
         encoder.load_state_dict(state_dict)
     except RuntimeError as error:
@@ -98,6 +106,96 @@ def newest_trained(folder: Path) -> tuple[Trained | None, list[str]]:
     return found, skipped
 
 
+_HEADS = ("fc", "classifier", "head")  # classifiers of torchvision and timm
+
+
+@torch.no_grad()
+def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
+    """Overwrites an encoder's parameters and buffers in place by those of a file. It executes nothing from the file.
+
+    Args:
+        encoder: on any device.
+        path: model.init_from: an encoder.safetensors, a checkpoint, or a state_dict of torchvision or timm, in
+            safetensors or torch.save's format, maybe under the key "state_dict" or "model".
+
+    Returns:
+        {"path": path, "sha256": of the file, in hex}, and one sentence about tensors that were left out, or "".
+
+    Raises:
+        ValueError: the file is not one of weights.
+        CheckpointError: it is damaged or of another network; lists the names that do not fit. Nothing was changed then.
+    """
+    kind = weights_kind(path)
+    origin = {"path": path, "sha256": sha256_of(Path(path))}
+    found = _read_pickle(path) if kind == "pickle" else _read_weights(Path(path), kind)
+    expected = encoder.state_dict()
+    found = fit_positions(encoder, found)
+    heads = {name for name in found.keys() ^ expected.keys() if name.split(".")[0] in _HEADS}
+    modules = {name.split(".")[0] for name in expected}
+    counters = {name for name in expected if name.endswith(".num_batches_tracked")}  # old files have none
+    wrong = [f"{name} is missing" for name in expected if name not in found.keys() | heads | counters]
+    others = [name for name in found if name not in expected.keys() | heads]
+    wrong += [f"{name} is unexpected" for name in others if name.split(".")[0] in modules]
+    both = {name: value.to(expected[name].dtype) for name, value in found.items() if name in expected}
+    for name, value in both.items():
+        if value.shape != expected[name].shape:
+            wrong.append(f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}")
+        elif not value.isfinite().all():
+            wrong.append(f"{name} is not finite")
+    if wrong:
+        raise checkpoint.CheckpointError(
+            f"model.init_from={path} does not fit model.backbone and model.stem: {shown(wrong)}"
+        )
+    for name, value in both.items():
+        expected[name].copy_(value)  # shares the encoder's memory
+    left = [*sorted(heads), *(name for name in others if name.split(".")[0] not in modules)]
+    return origin, f"model.init_from={path}: left out {shown(left)}" if left else ""
+
+
+def _read_weights(path: Path, kind: str) -> dict[str, Tensor]:
+    """The encoder's tensors of a checkpoint, of an encoder that a run exported, or of another safetensors file."""
+    if kind == "safetensors":
+        tensors, metadata = _read_safetensors(path)
+        if "config" not in metadata:
+            return tensors
+    return load_trained(path).encoder.state_dict()
+
+
+def _read_pickle(path: str) -> dict[str, Tensor]:
+    """The state_dict in a file of torch.save."""
+    with open(path, "rb", opener=open_regular) as file:
+        try:
+            if zipfile.is_zipfile(file):
+                checkpoint.check_entries(file)
+            file.seek(0)
+            found: Any = torch.load(file, map_location="cpu", weights_only=True)
+        except (
+            Exception
+        ) as error:  # torch's reader raises many kinds; its advice is to execute what the file says
+            reason = (
+                shorten(str(error), 80)
+                if isinstance(error, OSError)
+                else "it is damaged or holds more than tensors"
+            )
+            raise checkpoint.CheckpointError(
+                f"model.init_from={path} cannot be loaded: {reason}; save the network's state_dict() as safetensors"
+            ) from None
+    for key in ("state_dict", "model"):
+        found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
+    if not isinstance(found, dict) or not all(map(_is_plain, found.values())):
+        raise checkpoint.CheckpointError(
+            f"model.init_from={path} is not a state_dict: it holds more than tensors"
+        )
+    return {str(name): value for name, value in found.items()}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether it is a tensor of real numbers that has a memory of its own."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    return not (value.is_meta or value.is_complex() or value.is_quantized)
+
+
 def weights_digest(state_dict: dict[str, Tensor]) -> str:
     """sha256, in hex, of names, types, shapes and values in the order of the names."""
     digest = hashlib.sha256()
@@ -113,17 +211,24 @@ def _seal(state_dict: dict[str, Tensor], metadata: dict[str, str]) -> str:
     return hashlib.sha256(repr((weights_digest(state_dict), sorted(metadata.items()))).encode()).hexdigest()
 
 
-def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and the header's strings, which match the sha256 among them, if there is one."""
     try:
         with open(path, opener=open_regular), safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             state_dict = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        sha256 = metadata.pop("sha256", None)  # absent from files of others
-        if sha256 and sha256 != _seal(state_dict, metadata):
-            raise checkpoint.CheckpointError(f"{path} is damaged: its content does not match its sha256")
-        return state_dict, int(metadata["steps"]), schema.from_yaml(metadata["config"])
     except (OSError, SafetensorError) as error:
         raise checkpoint.CheckpointError(f"{path} cannot be read: {error}") from None
+    sha256 = metadata.pop("sha256", None)  # absent from files of others
+    if sha256 and sha256 != _seal(state_dict, metadata):
+        raise checkpoint.CheckpointError(f"{path} is damaged: its content does not match its sha256")
+    return state_dict, metadata
+
+
+def _read_exported(path: Path) -> tuple[dict[str, Tensor], int, schema.Config]:
+    state_dict, metadata = _read_safetensors(path)
+    try:
+        return state_dict, int(metadata["steps"]), schema.from_yaml(metadata["config"])
     except KeyError as error:
         raise checkpoint.CheckpointError(
             f"{path} has no {error} in its header: use the encoder.safetensors that train.py wrote, or a checkpoint"

@@ -78,8 +78,8 @@ def number_classes(train: Source, test: Source) -> None:
 
 def untrained(trained: Trained, seed: int) -> Trained:
     """The same network with fresh weights, which have no digest."""
-    model = trained.config.model
+    model, size = trained.config.model, trained.config.augment.size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = make_encoder(model.backbone, model.stem)
+        encoder = make_encoder(model.backbone, model.stem, size)
     return trained._replace(encoder=encoder.eval(), step=0, digest="")

@@ -57,7 +57,8 @@ def export(trained: Trained, target: str, out: Path) -> list[str]:
             (folder / "config.json").write_text(text + "\n")
         card = model_card(trained, LIBRARIES[target], usage(trained, target), resizing)
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
-        checks = [check_equal(trained, folder, library) for library in dict.fromkeys(("torchvision", target))]
+        own = target if trained.config.model.backbone.startswith(schema.TIMM) else "torchvision"
+        checks = [check_equal(trained, folder, library) for library in dict.fromkeys((own, target))]
         folder.rename(out)
     return checks
 
@@ -73,6 +74,10 @@ def check_architecture(trained: Trained, target: str) -> None:
         raise ValueError(
             f"model.backbone={model.backbone} is this project's own network, which {LIBRARIES[target]} does not have: "
             "load encoder.safetensors with byolt's load_trained, or train another backbone"
+        )
+    if model.backbone.startswith(schema.TIMM) and target == "torchvision":
+        raise ValueError(
+            f"model.backbone={model.backbone} is a network of timm: use --to timm or --to huggingface"
         )
     if model.stem == "cifar" and target != "torchvision":
         raise ValueError(
@@ -181,8 +186,9 @@ def crop_of(config: schema.Config) -> tuple[float, str]:
 def timm_config(trained: Trained, target: str, crop: float) -> dict[str, Any]:
     """config.json for timm's `local-dir:` and `hf-hub:`; for transformers with the type of its wrapper around timm."""
     augment, model = trained.config.augment, trained.config.model
+    own = getattr(trained.encoder, "pretrained_cfg", {})  # a network of timm states its first and last layer
     config: dict[str, Any] = {
-        "architecture": model.backbone,
+        "architecture": model.backbone.removeprefix(schema.TIMM),
         "num_classes": 0,
         "num_features": int(trained.encoder.num_features),  # type: ignore[arg-type]
         "global_pool": "avg",
@@ -194,10 +200,13 @@ def timm_config(trained: Trained, target: str, crop: float) -> dict[str, Any]:
             "std": list(augment.std),
             "num_classes": 0,
             "pool_size": [(augment.size + 31) // 32] * 2,
-            "first_conv": "conv1",
-            "classifier": "fc",
+            "first_conv": own.get("first_conv", "conv1"),
+            "classifier": own.get("classifier", "fc"),
         },
     }
+    if own:
+        del config["global_pool"]  # its own, which model_args could change
+        config["model_args"] = trained.encoder.timm_arguments
     if target == "huggingface":
         config |= {"model_type": "timm_wrapper", "architectures": ["TimmWrapperModel"]}
     return config

@@ -21,8 +21,14 @@ def public(config: schema.Config) -> schema.Config:
     run = config.run.model_copy(update={"out": _public_path(config.run.out)})
     data = config.data.model_copy(update={"path": _public_path(config.data.path)})
     path = config.eval.path and _public_path(config.eval.path)
+    init_from = config.model.init_from and _public_path(config.model.init_from)
     return config.model_copy(
-        update={"run": run, "data": data, "eval": config.eval.model_copy(update={"path": path})}
+        update={
+            "run": run,
+            "data": data,
+            "model": config.model.model_copy(update={"init_from": init_from}),
+            "eval": config.eval.model_copy(update={"path": path}),
+        }
     )
 
 
@@ -52,6 +58,7 @@ predictor: images to {trained.encoder.num_features} features. Trained without la
 
 - Images: {_code(config.data.path)}{f", {images:,} images (from metrics.jsonl)" if images else ""}
 - Length: {_epochs_done(trained)}
+- Weights at the start: {_code(config.model.init_from) if config.model.init_from else "random"}
 - Stem: {config.model.stem}; views of {size} px
 - Preprocessing: center crop of 7/8 of the short side, or of all of it if that is {size} px or less; bicubic to
   {size} px without antialiasing (torchvision's and timm's transforms of PIL images antialias when they shrink:
