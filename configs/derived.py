@@ -7,6 +7,7 @@ from byolt.configs import estimate, schema
 from byolt.configs.fixed import flatten
 from byolt.files.console import count
 from byolt.files.machine import Device
+from byolt.files.paths import without_secrets
 
 
 def decide(
@@ -101,7 +102,7 @@ def describe(config: schema.Config, ranks: int, open_data: Callable[[str], Sized
     if automatic and images:
         config = decide(config, images, device, ranks)
         config.check_ranks(ranks)
-    lines = [schema.to_yaml(config).rstrip(), "", "# derived"]
+    lines = [without_secrets(schema.to_yaml(config)).rstrip(), "", "# derived"]
     if automatic:
         lines.append(
             f"# auto{'' if images else ', decided when the images are known'}: {', '.join(automatic)}"

@@ -58,6 +58,12 @@ def remote(text: str) -> str | None:
     return f"only local files are read. Copy the data set first, with {copy}"
 
 
+def without_secrets(text: str) -> str:
+    """The text, in which user names, passwords and queries of URLs are replaced by ***."""
+    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
+    return re.sub(r"(://[^\s?]*)\?(?!(image|label)=)\S*", r"\1?***", text)
+
+
 def searched(path: str) -> str:
     """ " in FOLDER" for a relative path, which a message says is missing there."""
     return "" if os.path.isabs(path) else f" in {os.getcwd()}"

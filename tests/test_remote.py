@@ -13,7 +13,9 @@ import pytest
 from PIL import Image
 from range_server import RangeServer
 
+from byolt.configs import derived, schema
 from byolt.configs.schema import DataConfig
+from byolt.files.machine import find_device
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
@@ -62,6 +64,12 @@ def test_refused_urls(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         open_source(text)
     assert SECRET not in str(caught.value)
+
+
+def test_print_config_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
+    config = schema.load("quickstart", [f"data.path=s3://user:{SECRET}@bucket/train"])
+    said = derived.describe(config, 1, open_source, find_device("cpu"))
+    assert SECRET not in said and "s3://***@bucket/train" in said
 
 
 def test_without_obstore_a_url_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import argparse
 import os
 import sys
 from concurrent import futures
+from pathlib import Path
 from typing import NoReturn
 
 from byolt.files.console import say
@@ -48,6 +49,10 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
+def _destination(text: str) -> Path | str:
+    return text if is_remote(text) else home_path(text)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line; exits with 2 and one line if it makes no sense."""
     parser = _Parser(prog="make_shards", description=__doc__.split("\n", 1)[0])
@@ -59,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "folder of them; tars of a folder by a quoted pattern ('tars/*.tar', 'tars/{00..09}.tar'); data set; .beton "
         "files separated by commas; with --index: the folder",
     )
-    option("dst", nargs="?", help="folder to make, or a URL (s3://bucket/folder)")
+    option("dst", type=_destination, nargs="?", help="folder to make, or a URL (s3://bucket/folder)")
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
     option(
         "--manifest",
@@ -112,8 +117,9 @@ def main(argv: list[str] | None = None) -> int:
             say(index_url(parse_url(args.src), args.workers, args.strict, manifest))
             return 0
         args.src, options["only"] = expand_source(args.src)
-        url = parse_url(args.dst) if args.dst and is_remote(args.dst) else None
-        args.dst = scratch_of(url) if url else home_path(args.dst or "")
+        url = parse_url(args.dst) if isinstance(args.dst, str) else None
+        if url:
+            args.dst = scratch_of(url)
         if is_index:
             if options["only"]:
                 raise ValueError(f"--index {args.src}: name the folder of the tars")

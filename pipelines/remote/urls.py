@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from byolt.files.paths import expand_braces, remote
+from byolt.files.paths import expand_braces, remote, without_secrets
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 
@@ -73,12 +73,6 @@ def parse(text: str) -> RemotePath:
     if files != urls or len(folders) != 1:
         raise ValueError(f"data path {shown!r}: name one folder, or .tar or .beton files of one folder")
     return RemotePath(shown, folders.pop(), [url.rpartition("/")[2] for url in urls], fields)
-
-
-def without_secrets(text: str) -> str:
-    """The text, in which user names, passwords and queries of URLs are replaced by ***."""
-    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
-    return re.sub(r"(://[^\s?]*)\?(?!(image|label)=)\S*", r"\1?***", text)
 
 
 def _require_obstore(shown: str) -> None:

@@ -19,7 +19,7 @@ from byolt.tools.reporting.run import training_images
 def public(config: schema.Config) -> schema.Config:
     """The config without the folders of the machine that trained."""
     run = config.run.model_copy(update={"out": _public_path(config.run.out)})
-    data = config.data.model_copy(update={"path": _public_path(config.data.path)})
+    data = config.data.model_copy(update={"path": _public_path(config.data.path), "cache": None})
     path = config.eval.path and _public_path(config.eval.path)
     init_from = config.model.init_from and _public_path(config.model.init_from)
     return config.model_copy(
@@ -148,7 +148,9 @@ def _rows(trained: Trained) -> list[dict[str, float]]:
 def _public_path(path: str) -> str:
     """A path inside the folder where training was started, or the last part of any other path."""
     parts = path.split(",")  # .beton files
-    private = any(part.strip().startswith(("/", "~")) or ".." in Path(part).parts for part in parts)
+    private = any(
+        part.strip().startswith(("/", "~")) or "://" in part or ".." in Path(part).parts for part in parts
+    )
     return ",".join(Path(part).name for part in parts) if private else path
 
 
