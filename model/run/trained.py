@@ -127,7 +127,7 @@ def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
     """
     kind = weights_kind(path)
     origin = {"path": path, "sha256": sha256_of(Path(path))}
-    found = _read_pickle(path) if kind == "pickle" else _read_weights(Path(path), kind)
+    found, of = (_read_pickle(path), "") if kind == "pickle" else _read_weights(Path(path), kind)
     expected = encoder.state_dict()
     found = fit_positions(encoder, found)
     heads = {name for name in found.keys() ^ expected.keys() if name.split(".")[0] in _HEADS}
@@ -144,7 +144,7 @@ def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
             wrong.append(f"{name} is not finite")
     if wrong:
         raise checkpoint.CheckpointError(
-            f"model.init_from={path} does not fit model.backbone and model.stem: {shown(wrong)}"
+            f"model.init_from={path}{of} does not fit model.backbone and model.stem: {shown(wrong)}"
         )
     for name, value in both.items():
         expected[name].copy_(value)  # shares the encoder's memory
@@ -152,13 +152,15 @@ def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
     return origin, f"model.init_from={path}: left out {shown(left)}" if left else ""
 
 
-def _read_weights(path: Path, kind: str) -> dict[str, Tensor]:
-    """The encoder's tensors of a checkpoint, of an encoder that a run exported, or of another safetensors file."""
+def _read_weights(path: Path, kind: str) -> tuple[dict[str, Tensor], str]:
+    """The tensors of the encoder in a checkpoint or a safetensors file, and its network if a run wrote them."""
     if kind == "safetensors":
         tensors, metadata = _read_safetensors(path)
         if "config" not in metadata:
-            return tensors
-    return load_trained(path).encoder.state_dict()
+            return tensors, ""
+    trained = load_trained(path)
+    model = trained.config.model
+    return trained.encoder.state_dict(), f" (model.backbone={model.backbone} model.stem={model.stem})"
 
 
 def _read_pickle(path: str) -> dict[str, Tensor]:
