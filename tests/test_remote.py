@@ -1,5 +1,6 @@
 """Remote data sets: what a URL may be, the cache's promises, and the same samples as from a local disk."""
 
+import asyncio
 import errno
 import os
 import pickle
@@ -20,7 +21,7 @@ from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
 from byolt.pipelines.manifest import BLOCK
-from byolt.pipelines.remote import dataset, retry, urls
+from byolt.pipelines.remote import dataset, retry, store, urls
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource, extents
@@ -97,6 +98,28 @@ def test_causes_do_not_repeat_what_the_server_says(monkeypatch: pytest.MonkeyPat
 def test_pauses_grow_to_two_seconds() -> None:
     assert 0.025 <= retry.pause(0) <= 0.05
     assert 1 <= retry.pause(100) <= 2
+
+
+def test_a_hanging_request_is_doubled_and_a_slow_one_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(store, "_LONGEST_HEDGE", 0.05)
+    monkeypatch.setattr(store, "_SLOW", 0.1)
+    begun: list[int] = []
+
+    async def attempt(hanging: int) -> int:
+        begun.append(len(begun))
+        await asyncio.sleep(60 if len(begun) <= hanging else 0)
+        return begun[-1]
+
+    client = store.Store("http://host/train")
+    assert asyncio.run(client._hedged("place", lambda: attempt(1), 10)) == 1
+    assert not capsys.readouterr().err
+    begun.clear()
+    with pytest.raises(TimeoutError):
+        asyncio.run(client._hedged("place", lambda: attempt(2), 0.2))
+    assert begun == [0, 1]
+    assert capsys.readouterr().err == "warning: place: slow: no answer in 0.1 s, nor to a second request\n"
 
 
 # ── extents ─────────────────────────────────────────────────────────────────────────────────────────────────

@@ -26,6 +26,7 @@ _STALL = "3s"  # without a byte: a stalled connection
 _CONNECT = "5s"
 _GRACE, _SLOWEST = 10.0, 1e6  # a request may take 10 s and its bytes at 1 MB/s
 _HEDGE, _LONGEST_HEDGE, _SHORTEST_HEDGE = 3.0, 5.0, 0.2  # times the median; seconds
+_SLOW = 10.0  # seconds until a request is named that has not failed yet
 _NOTE_AFTER, _NOTE_EVERY = 3.0, 30.0  # seconds of failures before a line about them, and between two lines
 Result = TypeVar("Result")
 
@@ -219,11 +220,11 @@ class Store:
         usual = _HEDGE * median(self._seconds) if len(self._seconds) >= 8 else _LONGEST_HEDGE
         patience = min(max(usual, _SHORTEST_HEDGE), _LONGEST_HEDGE)
         tasks = {asyncio.ensure_future(attempt())}
+        slow = f"{place}: slow: no answer in {_SLOW:g} s, nor to a second request"
+        note = asyncio.get_running_loop().call_later(_SLOW, self._note, slow)
         try:
             done, waiting = await asyncio.wait(tasks, timeout=patience)
             if not done:
-                if patience == _LONGEST_HEDGE:
-                    self._note(f"{place}: slow: no answer in {patience:g} s; asked a second time")
                 tasks.add(asyncio.ensure_future(attempt()))
                 waiting = set(tasks)
             while True:
@@ -239,6 +240,7 @@ class Store:
                 if not done:
                     raise TimeoutError(f"no answer in {limit:.0f} s")
         finally:
+            note.cancel()
             for task in tasks:
                 task.cancel()
 
