@@ -116,6 +116,11 @@ HOSTILE: dict[str, tuple[Callable[[dict], None], str]] = {
     "config is a list": (_put("config", value=[1]), "wrongly typed keys: config"),
     "rounding is a list": (_put("rounding", value=[1]), "wrongly typed keys: rounding"),
     "rounding of a tensor": (_put("rounding", value={"x": torch.ones(2)}), "wrongly typed keys: rounding"),
+    "init_from without a sha256": (_put("init_from", value={"path": "x"}), "wrongly typed keys: init_from"),
+    "init_from of a tensor": (
+        _put("init_from", value={"path": "x", "sha256": torch.ones(2)}),
+        "wrongly typed keys: init_from",
+    ),
     "extra tensor": (_put("model", "evil", value=torch.ones(2)), r"model\.evil is float32 \(2,\), but must be absent"),
     "no tensor": (_put("model", WEIGHT), "conv1.weight is absent, but must be float32"),
     "shape": (_put("model", WEIGHT, value=torch.ones(3)), r"conv1.weight is float32 \(3,\), but must be float32 \("),
