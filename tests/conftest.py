@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,14 @@ if not torch.cuda.is_available():
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)  # two test processes on two cores; and sums in one fixed order
+torch.set_num_threads(1)  # two test processes on two cores; and sums in one fixed order
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A tool that a test ran may have changed the number of threads: the next test's sums must not depend on it."""
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
