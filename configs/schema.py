@@ -140,6 +140,11 @@ class DataConfig(Section):
     """How long a request to the server of a URL is repeated before the run stops. With several ranks it must be below
     train.timeout_minutes, after which the others give up the waiting one."""
 
+    @property
+    def on_demand(self) -> "DataConfig":
+        """These settings for reading a few images: data at a URL is then not copied as a whole."""
+        return self.model_copy(update={"order": "block"})
+
 
 class ViewConfig(Section):
     """Distribution of a view's augmentation. Defaults: values common to both views (paper, appendix B, table 6)."""

@@ -54,10 +54,7 @@ def run(args: argparse.Namespace) -> None:
     out = args.out or Path(config.run.out, f"show_{kind}.png")
     if args.out and (out.suffix.lower() != ".png" or not out.parent.is_dir()):
         raise ValueError(f"--out {out}: name a .png file in a folder that exists")
-    few = config.data.model_copy(
-        update={"order": "block"}
-    )  # with full, remote data would be copied as a whole
-    source = open_source(args.dataset, few)
+    source = open_source(args.dataset, config.data.on_demand)
     if not len(source):
         raise ValueError(f"data path {args.dataset!r} holds no images")
     on_gpu = config.train.device != "cpu" and torch.cuda.is_available()

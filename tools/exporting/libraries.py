@@ -171,7 +171,7 @@ def crop_of(config: schema.Config) -> tuple[float, str]:
     """
     sides = []
     with suppress(ValueError, OSError):
-        source = open_source(config.eval.path or config.data.path)
+        source = open_source(config.eval.path or config.data.path, config.data.on_demand)
         for number in spaced(len(source), 100):
             with suppress(ValueError):  # the evaluation leaves it out, too
                 header = inspect(source.read(int(number)))

@@ -42,7 +42,7 @@ def _features_of(run: RunFiles, data: str | None, images: int) -> tuple[ImageFea
     path = data or run.config.eval.path or run.config.data.path
     which = "--data" if data else "eval.path" if run.config.eval.path else "data.path, the training images"
     try:
-        source = open_source(path)
+        source = open_source(path, run.config.data.on_demand)
         found = compute_features(run, source, images)
     except (ValueError, OSError) as error:
         if data:
