@@ -40,7 +40,7 @@ def decide(
 
 
 def _backbone(config: schema.Config, images: int, device: Device, ranks: int) -> str:
-    return "resnet50" if device.kind == "cuda" else "resnet18"
+    return "resnet50" if device.kind == "cuda" else "resnet8"
 
 
 def _size(config: schema.Config, images: int, device: Device, ranks: int) -> int:
@@ -48,14 +48,14 @@ def _size(config: schema.Config, images: int, device: Device, ranks: int) -> int
 
 
 def _batch_size(config: schema.Config, images: int, device: Device, ranks: int) -> int:
-    """A power of two per rank: a quarter of the images, at most 256 on a GPU and 16 on a CPU."""
-    largest = min(images // 4 // ranks, 256 if device.kind == "cuda" else 16)
+    """A power of two per rank: a quarter of the images, at most 256 on a GPU and 32 on a CPU."""
+    largest = min(images // 4 // ranks, 256 if device.kind == "cuda" else 32)
     return max(2, 1 << largest.bit_length() - 1) * ranks
 
 
 def _epochs(config: schema.Config, images: int, device: Device, ranks: int) -> int:
     """As many as fit an hour on one H200 or minutes on two CPU cores, but 10 to 400."""
-    seen = 5_000_000 if device.kind == "cuda" else 9_000
+    seen = 5_000_000 if device.kind == "cuda" else 40_000
     return min(max(round(seen / images), 10), 400)
 
 

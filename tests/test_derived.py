@@ -28,9 +28,9 @@ def values(config: schema.Config) -> tuple[Any, ...]:
 @pytest.mark.parametrize(
     ("images", "device", "ranks", "expected"),
     [
-        (250, CPU, 1, ("resnet18", 96, 16, 1, 36)),
-        (10, CPU, 1, ("resnet18", 96, 2, 1, 400)),
-        (100_000, CPU, 1, ("resnet18", 96, 16, 1, 10)),
+        (250, CPU, 1, ("resnet8", 96, 32, 1, 160)),
+        (10, CPU, 1, ("resnet8", 96, 2, 1, 400)),
+        (100_000, CPU, 1, ("resnet8", 96, 32, 1, 10)),
         (250, GPU, 1, ("resnet50", 224, 32, 1, 400)),
         (100_000, GPU, 1, ("resnet50", 224, 256, 1, 50)),
         (100_000, GPU, 8, ("resnet50", 224, 2048, 1, 50)),
@@ -70,8 +70,8 @@ def test_a_run_keeps_its_values_on_another_device() -> None:
 
 
 def test_values_that_do_not_fit_together_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.warmup_epochs=50 leaves nothing of train\.epochs=36"):
-        decide(own("optimizer.warmup_epochs=50"), 250, CPU, 1)
+    with pytest.raises(ValueError, match=r"optimizer\.warmup_epochs=200 leaves nothing of train\.epochs=160"):
+        decide(own("optimizer.warmup_epochs=200"), 250, CPU, 1)
     with pytest.raises(
         ValueError, match=r"train\.batch_size, train\.accumulation: auto is for config files only"
     ):
