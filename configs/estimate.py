@@ -56,7 +56,7 @@ class Rate(NamedTuple):
 RATES = [
     Rate("NVIDIA H200", "resnet50", "imagenet", 224, "bf16", 1411, 0, "one NVIDIA H200, commit 20cdd17"),
     Rate("NVIDIA H200", "resnet18", "cifar", 32, "bf16", 8000, 0, "one NVIDIA H200, commit 20cdd17"),
-    # From CPU time while others used the cores, and a margin: 0.065 s an image for ResNet-18, 0.006 to 0.009 for resnet8.
+    # From CPU time while others used the cores, with a margin: 0.065 s an image (ResNet-18), 0.006 to 0.009 (resnet8).
     Rate("cpu", "resnet8", "imagenet", 96, "fp32", 100, 2, "2 cores of an AMD EPYC 9005, by CPU time"),
     Rate("cpu", "resnet18", "imagenet", 96, "fp32", 25, 2, "2 cores of an AMD EPYC 9005, by CPU time"),
     Rate("cpu", "resnet8", "cifar", 24, "fp32", 320, 2, "2 cores of an AMD EPYC 9005"),
