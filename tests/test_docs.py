@@ -208,7 +208,7 @@ def test_features_of_a_folder_are_those_of_its_images(
     namespace: dict[str, Any] = {}
     exec(blocks(ROOT / "docs" / "api.md", "python")[0], namespace)
     features, labels = namespace["features"], namespace["labels"]
-    assert features.shape == (24, 128) and features.dtype == torch.float32
+    assert features.shape == (24, 64) and features.dtype == torch.float32
     assert sorted(labels.tolist()) == [0] * 12 + [1] * 12
     assert np.load("features.npz")["classes"].tolist() == ["class0", "class1"]
 
