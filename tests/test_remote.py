@@ -308,6 +308,13 @@ def test_same_samples_as_from_a_local_disk(server: RangeServer, shards: Path, tm
         open_source(f"{server.url}/images", _settings(tmp_path))
 
 
+def test_a_cache_that_cannot_be_written_is_named(server: RangeServer) -> None:
+    with pytest.raises(
+        ValueError, match=r"data\.cache=/proc/byolt cannot be written: .*: name another folder"
+    ):
+        open_source(f"{server.url}/train", _settings(Path("/proc/byolt")))
+
+
 @pytest.mark.slow
 def test_staging_without_room_is_refused(server: RangeServer, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.order=full copies its 0\.0 GB first.*data\.order=block"):

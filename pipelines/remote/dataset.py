@@ -200,10 +200,16 @@ def fetched(store: Store, cache: Cache, key: str, name: str, size: int) -> Itera
 
 
 def open_cache(settings: DataConfig | None = None) -> Cache:
-    """The cache of these settings, or of the default ones."""
+    """The cache of these settings, or of the default ones; a ValueError if its folder cannot be written."""
     settings = settings or DataConfig.model_validate({"path": "-"})
     own = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Cache(Path(settings.cache or os.path.join(own, "byolt")), int(settings.cache_gb * 1e9))
+    folder = Path(settings.cache or os.path.join(own, "byolt"))
+    try:
+        return Cache(folder, int(settings.cache_gb * 1e9))
+    except OSError as error:
+        raise ValueError(
+            f"data.cache={folder} cannot be written: {error.strerror}: name another folder"
+        ) from None
 
 
 def write_all(descriptor: int, data: bytes | memoryview, at: int) -> None:
