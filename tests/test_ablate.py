@@ -258,3 +258,9 @@ def test_comparison_draws_each_run_where_it_has_the_key(
     assert [text.get_text() for text in loss.get_legend().get_texts()] == ["baseline", "tau_0"]
     with Image.open(tmp_path / "a.png") as picture:
         assert picture.width > picture.height > 300
+
+
+def test_a_recipe_that_sizes_itself_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = str(RECIPE.with_name("own_images.yaml"))
+    assert ablate.main(["--config", own, "--out", str(tmp_path)]) == 2
+    assert "train.batch_size, train.accumulation: auto is for single runs" in capsys.readouterr().err

@@ -48,6 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--minutes {args.minutes:g} must be above 0")
         ablations = read_list(args.list) if args.list else ABLATIONS
         recipe = schema.load(args.config, common)
+        if recipe.undecided:
+            raise ValueError(f"{', '.join(recipe.undecided)}: auto is for single runs: set values")
         batch_size = recipe.train.batch_size
         names = names or fitting(batch_size, ablations)
         runs = plan(args, common, names, args.seeds or [recipe.run.seed], batch_size, ablations)
