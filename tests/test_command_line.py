@@ -207,3 +207,12 @@ def test_resume_names_a_checkpoint(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=re.escape(f"--resume {path} {problem}")):
             check_resume(str(path))
+
+
+@pytest.mark.slow
+def test_print_config_decides_and_estimates_without_torch(tmp_path: Path) -> None:
+    own = str(ROOT / "configs/own_images.yaml")
+    code, error = start(
+        "train.py", "--config", own, "data.path=synthetic:250:32x32", "--print-config", tmp_path=tmp_path
+    )
+    assert (code, error) == (0, "")
