@@ -26,13 +26,14 @@ class RangeServer:
         bandwidth: Bytes per second of each connection; 0 for no limit.
         counts: Number of requests by method, and of faults by name.
         bytes_sent: Bytes of bodies.
+        most_at_once: Largest number of GETs that were answered at the same time.
     """
 
     def __init__(self, folder: Path, fault: Callable[[int, str], str] | None = None) -> None:
         self.folder, self.fault = folder, fault or (lambda number, name: "")
         self.down, self.latency, self.bandwidth = False, 0.0, 0.0
         self.counts: Counter[str] = Counter()
-        self.bytes_sent = 0
+        self.bytes_sent = self.most_at_once = self.at_once = 0
         self.ended = threading.Event()
         self.lock = threading.Lock()
         outer = self
@@ -68,7 +69,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._respond(with_body=False)
 
     def do_GET(self) -> None:
-        self._respond(with_body=True)
+        state = self.server_state
+        with state.lock:
+            state.at_once += 1
+            state.most_at_once = max(state.most_at_once, state.at_once)
+        try:
+            self._respond(with_body=True)
+        finally:
+            with state.lock:
+                state.at_once -= 1
 
     def _respond(self, with_body: bool) -> None:
         state = self.server_state
@@ -124,9 +133,11 @@ class _Handler(BaseHTTPRequestHandler):
                     if state.ended.wait(0.2):
                         return
             elif state.bandwidth:
+                began = time.monotonic()
                 for at in range(0, len(body), 1 << 16):
-                    self.wfile.write(body[at : at + (1 << 16)])
-                    time.sleep(len(body[at : at + (1 << 16)]) / state.bandwidth)
+                    piece = memoryview(body)[at : at + (1 << 16)]
+                    self.wfile.write(piece)
+                    time.sleep(max(0.0, began + (at + len(piece)) / state.bandwidth - time.monotonic()))
             else:
                 self.wfile.write(body)
         except OSError:  # the client has closed the connection

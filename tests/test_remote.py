@@ -7,7 +7,9 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -337,6 +339,29 @@ def test_planned_samples_are_fetched_once_and_ahead(
     assert fetched <= 3 + len(source._extents)
     server.down = True
     _assert_same(source, open_source(shards / "train"))
+
+
+def test_reads_and_plans_share_the_connections(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_source(f"{server.url}/train", _settings(tmp_path, connections=2))
+    assert isinstance(source, RemoteSource)
+    fetch, running, most = source._store.range, [], []
+
+    def counted(*request: Any) -> Any:
+        running.append(request)
+        most.append(len(running))
+        time.sleep(0.01)
+        try:
+            return fetch(*request)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(source._store, "range", counted)
+    source.plan(np.arange(len(source)))
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(source.read, reversed(range(len(source)))))
+    assert max(most) == 2
 
 
 @pytest.mark.slow

@@ -53,6 +53,7 @@ class RemoteSource:
         self._first = np.ascontiguousarray(self._extents["first"])
         self._pool: ThreadPoolExecutor | None = None
         self._planned: set[int] = set()
+        self._slots = threading.Semaphore(self._data.connections)  # of `plan` and of waiting reads together
         self._stop = threading.Event()
         self._lock = threading.Lock()
 
@@ -146,7 +147,8 @@ class RemoteSource:
         start, length = int(extent["start"]), int(extent["stop"] - extent["start"])
 
         def write(descriptor: int) -> None:
-            fetched.append(self._store.range(self._shards[extent["shard"]].name, start, length))
+            with self._slots:
+                fetched.append(self._store.range(self._shards[extent["shard"]].name, start, length))
             write_all(descriptor, fetched[0], 0)
 
         self._cache.fill(self._file(number), length, write, self._stop)
