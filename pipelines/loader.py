@@ -27,6 +27,7 @@ from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.resident import Resident
 from byolt.pipelines.sources import ParallelReader, Source, open_source
+from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams, draw_both
 
 
@@ -96,7 +97,8 @@ class Loader:
         self._corrupt = self._listed(first_step)
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
-        self._reader = ParallelReader(source, config.data.threads, config.data.max_pixels)
+        prove = not isinstance(backend, TorchBackend)  # which proves while it decodes
+        self._reader = ParallelReader(source, config.data.threads, config.data.max_pixels, prove)
         self._ahead: float | None = None  # share of a window to plan ahead
         self.waited = 0.0
         on_gpu = device is not None and device.type == "cuda"

@@ -1,7 +1,6 @@
 """A back end for small images, which decodes the data set once at the start and keeps the pixels in memory.
 
-At 32 px reading and decoding a JPEG takes longer than making both views of it, and 50,000 such images are 154 MB. A GPU
-that makes the views keeps the pixels, and Python touches no single sample.
+50,000 images of 32 px are 154 MB. A GPU that makes the views keeps the pixels, and Python touches no single sample.
 """
 
 import math
@@ -101,7 +100,7 @@ class Resident:
         pixels = self._pixels.numpy()
         for number in numbers:
             try:
-                image = decode(read_sound(source, number, self._max_pixels, not source.proven)).numpy()
+                image = decode(read_sound(source, number, self._max_pixels), not source.proven).numpy()
             except ValueError as error:
                 self.broken[number] = str(error)
             else:

@@ -223,17 +223,21 @@ def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS, prove: bool
 class ParallelReader:
     """Reads and checks samples of one source in threads; `close` ends them.
 
-    The first read of an image also proves it, unless the data set was proven when it was made.
+    The first read of an image also proves it, unless the data set was proven when it was made or the reader's caller
+    proves it.
     """
 
-    def __init__(self, source: Source, threads: int, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, source: Source, threads: int, max_pixels: int = MAX_PIXELS, prove: bool = True
+    ) -> None:
         """
         Args:
             source: the data set.
             threads: parallel reads, at least 1; with 1 the caller's own thread reads.
             max_pixels: larger images are not sound.
+            prove: whether to prove images.
         """
-        self._proven = np.zeros(len(source), bool)
+        self._proven = np.full(len(source), source.proven or not prove)
         self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
@@ -258,7 +262,7 @@ class ParallelReader:
     def read(self, number: int) -> bytes | ValueError:
         """One sample, in the caller's thread; see `__call__`."""
         try:
-            prove = not (self._source.proven or self._proven[number])
+            prove = not self._proven[number]
             data = read_sound(self._source, number, self._max_pixels, prove)
         except ValueError as error:
             return error

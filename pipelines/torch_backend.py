@@ -23,7 +23,10 @@ from byolt.pipelines.views import GRAY_WEIGHTS, ViewParams
 
 
 class TorchBackend:
-    """Decodes and augments one batch on the CPU, in a pool of threads, and moves the result to the device."""
+    """Decodes and augments one batch on the CPU, in a pool of threads, and moves the result to the device.
+
+    It refuses JPEGs with damaged pixels, see `proof.prove_jpeg`, so that their first read need not prove them.
+    """
 
     def __init__(
         self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
@@ -46,7 +49,7 @@ class TorchBackend:
 
         def work(i: int) -> tuple[Tensor, Tensor] | str:
             try:
-                image = decode(encoded[i])
+                image = decode(encoded[i], strict=True)
             except ValueError as error:
                 return str(error)
             row = slice(i, i + 1)

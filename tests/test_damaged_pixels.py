@@ -89,7 +89,10 @@ def test_no_mode_trains_on_it(mode: str, kind: str, tmp_path: Path) -> None:
     source, log = make(kind, tmp_path, DAMAGE["noise"]), tmp_path / "corrupt.jsonl"
     keep = {"backend": "auto", "resident": "always"}
     data = keep if mode == "resident" else {"backend": mode, "resident": "never"}
-    [batch] = ids(take(make_config(data=data, train={"batch_size": N}), 1, source, corrupt_log=log))  # type: ignore[arg-type]
+    config = make_config(data=data, train={"batch_size": N})
+    with patch.object(sources, "prove_jpeg", wraps=prove_jpeg) as proof:
+        [batch] = ids(take(config, 1, source, corrupt_log=log))  # type: ignore[arg-type]
+    assert proof.called == (mode == "dali")  # the others prove while they decode
     [row] = map(json.loads, log.read_text().splitlines())
     assert "Corrupt JPEG data" in row["reason"]
     assert row["id"] not in batch and len(set(batch)) == N - 1
