@@ -43,10 +43,8 @@ def join(environment: MutableMapping[str, str], torchrun: str) -> None:
 
 def _variables(step: Mapping[str, str]) -> dict[str, str]:
     """torchrun's variables for this task."""
-    for name in (
-        "OMPI_COMM_WORLD_SIZE",
-        "PMI_SIZE",
-    ):  # mpirun starts one task a node, and from it several processes
+    # mpirun starts one task per node, which starts several processes.
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if step.get(name, step["SLURM_STEP_NUM_TASKS"]) != step["SLURM_STEP_NUM_TASKS"]:
             raise ValueError(f"{name}={step[name]}: mpirun started this process")
     if "WORLD_SIZE" in step:

@@ -24,8 +24,10 @@ GPUS, RATE = 8, 2_900
 IMAGE = 110e3  # bytes of an ImageNet JPEG
 NETWORK = 6.25e9  # bytes/s: 50 Gbit/s
 # A store, measured on loopback with 30 ms a request and 70 MB/s a connection; CPU seconds an image with obstore.
-LATENCY, CONNECTION, PART = 0.030, 70e6, 8e6
-CPU = {"one image": 0.35e-3, "8 MB": 0.095e-3}
+LATENCY, CONNECTION = 0.030, 70e6
+CPU = {"one image": 0.35e-3, "up to 8 MB": 0.095e-3}
+# Mean bytes of a request: a block of 256 images is read in equal parts of at most 8 MB (remote/source.extents).
+PART = BLOCK * IMAGE / np.ceil(BLOCK * IMAGE / 8e6)
 # S3 Standard in us-east-1, aws.amazon.com/s3/pricing as of 2025, in dollars; 5,500 GET/s are stated for a prefix.
 GET, PREFIX = 0.0004 / 1000, 5_500
 MONTH = ((50e12, 0.023e-9), (450e12, 0.022e-9), (np.inf, 0.021e-9))  # bytes stored: dollars a byte
@@ -85,7 +87,7 @@ def requests() -> str:
         ("nodes", "a request reads", "GB/s", "GET/s", "prefixes", "in flight", "$ an hour", "cores that read")
     ]
     for nodes in (1, 8, 64):
-        for what, size in (("one image", IMAGE), ("8 MB", PART)):
+        for what, size in (("one image", IMAGE), ("up to 8 MB", float(PART))):
             images = nodes * GPUS * RATE
             gets = images * IMAGE / size
             flight = gets * (LATENCY + size / CONNECTION)
@@ -179,7 +181,7 @@ def limits() -> str:
         ("window of `lanes`", f"{LANES * LANE_WINDOW * BLOCK:,} images",
          "images stored together are seen together: make_shards stores them shuffled, --index leaves them as they are"),
         ("global batch", f"{2 * ranks:,} images on {ranks} ranks",
-         f"batch norm needs 2 of each rank; the paper's 4,096 are {4096 // ranks}, the images/s above want 64"),
+         f"batch norm needs 2 of each rank; the paper's 4,096 are {4096 // ranks}, the images/s above require 64"),
     )  # fmt: skip
     return table(("limit", "reached at", "beyond it"), *rows)
 
@@ -194,7 +196,7 @@ def fill(page: str) -> str:
 
 
 def measure(images: int) -> None:
-    """Prints what opening an index of made-up samples costs, then the first batch of an epoch in each order."""
+    """Prints what opening an index of synthetic samples costs, then the first batch of an epoch in each order."""
     of_shard, length = 2400, int(IMAGE)
     i = np.arange(images)
     samples = np.zeros(images, SAMPLE)

@@ -183,6 +183,10 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
             "--data: 'photos' does not exist in ",
         ),
         ("evaluate.py torch.py --protocol knn --lr 1", "--lr is an option of --protocol linear and finetune"),
+        (
+            "evaluate.py torch.py --train ./photos --data photos",
+            "--train ./photos and --data photos hold the same images",
+        ),
         ("report.py nowhere", "nowhere is not a folder; give the run.out of a run"),
         ("report.py .", ". holds neither metrics.jsonl nor a checkpoint; give the run.out of a run"),
     ],

@@ -60,11 +60,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option(
         "src",
         type=os.path.expanduser,
+        metavar="SRC",
         help="folder (class sub-folders or flat), tar or zip of images; tar or folder of class tars; WebDataset tar or "
         "folder of them; tars of a folder by a quoted pattern ('tars/*.tar', 'tars/{00..09}.tar'); data set; .beton "
         "files separated by commas; with --index: the folder",
     )
-    option("dst", type=_destination, nargs="?", help="folder to make, or a URL (s3://bucket/folder)")
+    option(
+        "dst",
+        type=_destination,
+        nargs="?",
+        metavar="DST",
+        help="folder to make, or a URL (s3://bucket/folder)",
+    )
     option("--index", action="store_true", help="write a manifest for WebDataset tars made elsewhere")
     option(
         "--manifest",
@@ -85,7 +92,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     option("--max-size", type=int, default=0, metavar="PX", help="shrink larger images to this longer side")
     option("--quality", type=int, default=95, metavar="Q", help="of re-encoded JPEGs, 1 to 100 (default 95)")
     option("--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="refuse images with more pixels")
-    option("--no-decode", dest="decode", action="store_false", help="trust JPEGs with a sound header and end")
+    option("--no-decode", dest="decode", action="store_false", help="trust JPEGs with a valid header and end")
     option("--split", metavar="NAME=SHARE,...", help="make several data sets in DST/NAME: train=.9,val=.1")
     option("--seed", type=int, default=0, help="of the shuffled order (default 0)")
     option("--shard-size", type=int, default=256, metavar="MB", help="size of a shard (default 256)")

@@ -59,9 +59,8 @@ def main(argv: list[str] | None = None) -> int:
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder does not exist; make it first")
         check_paths({"--data": args.data})
-        from byolt.tools.reporting.comparison import (
-            render_comparison,
-        )  # these import torch, which takes seconds
+        # These import torch, which takes seconds.
+        from byolt.tools.reporting.comparison import render_comparison
         from byolt.tools.reporting.run import read_run
         from byolt.tools.reporting.sections import render_report
 

@@ -14,9 +14,8 @@ from byolt.files.atomic import replacing
 
 FILE = "wandb.json"  # in the run's folder: project and id, by which a resumed run continues the same one
 _INIT_SECONDS = 30  # wait this long for the service before the run is recorded offline
-_FINISH_SECONDS = (
-    5  # a run that was told to stop has 10 seconds to end; what is not sent by then stays on the disk
-)
+# A run that receives a signal has 10 seconds to end; rows that are not sent by then stay on the disk.
+_FINISH_SECONDS = 5
 
 
 class WandbLog:

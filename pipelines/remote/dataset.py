@@ -87,9 +87,8 @@ class RemoteData:
             )
         names = list(self.sizes)
         missing = [name for name in names if not (self.folder / name).exists()]
-        first = int(os.environ.get("LOCAL_RANK", "0")) % max(
-            1, len(missing)
-        )  # ranks begin at different shards
+        # Ranks begin at different shards.
+        first = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(missing))
         done = total - sum(self.sizes[name] for name in missing)
         enabled = bool(missing) and first == 0
         with Meter("MB", total >> 20, done >> 20, enabled=enabled, line_every=5.0) as meter:

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import math
+import os
 from typing import Any
 
 OPTIONS = {  # of each protocol, beside the options of all
@@ -36,6 +37,11 @@ def check_options(args: argparse.Namespace) -> None:
                 raise ValueError(f"--{option} {value} must be at most {most}")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed} must be at least 0 and below 2**63")
+    if args.data and args.train and os.path.realpath(args.data) == os.path.realpath(args.train):
+        raise ValueError(
+            f"--train {args.train} and --data {args.data} hold the same images: name another data set "
+            "(tools/make_shards.py --split train=.9,val=.1 makes two)"
+        )
     if args.protocol == "finetune" and (args.labels is None) == (args.subset is None):
         raise ValueError("--protocol finetune needs --labels 0.01, 0.1 or 1.0, or --subset FILE")
     if args.protocol == "linear":
