@@ -1,4 +1,4 @@
-"""tools/bench.py: the arithmetic in closed form, a run on a few made-up images, and what it says when it cannot run."""
+"""tools/bench.py: the arithmetic in closed form, a run on a few synthetic images, and what it says when it cannot run."""
 
 import builtins
 import json

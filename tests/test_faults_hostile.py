@@ -1,4 +1,4 @@
-"""Files of strangers execute nothing: pickles in the place of each file that is opened, and hostile names in a report."""
+"""Untrusted files execute nothing: pickles in the place of each file that is opened, and hostile names in a report."""
 
 import ast
 import dataclasses
