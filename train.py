@@ -68,10 +68,12 @@ def main(argv: list[str] | None = None) -> int:
         fixed.check_allowed(config, args.allow_change)
         if args.trace is not None and args.trace < 1:
             raise ValueError(f"--trace {args.trace} must be at least 1")
+        from byolt.pipelines.order import check_batch_size
         from byolt.pipelines.sources import check_paths, open_source
 
         if args.print_config:
-            say(derived.describe(config, world_size, open_source, find_device(config.train.device)))
+            device = find_device(config.train.device)
+            say(derived.describe(config, world_size, open_source, check_batch_size, device))
             return 0
         command_line.check_resume(args.resume)
         command_line.check_logger(config.run.wandb)

@@ -41,7 +41,7 @@ COSTS = {  # by model.backbone and model.stem
 
 
 class Rate(NamedTuple):
-    """A measured speed of `train.py`."""
+    """A speed of `train.py`, measured or estimated."""
 
     device: str  # a GPU's name, or "cpu"
     backbone: str
@@ -51,14 +51,19 @@ class Rate(NamedTuple):
     images_per_second: float  # of one GPU, or of `cores` CPU cores
     cores: int
     source: str
+    by_cpu_time: bool = False  # estimated from CPU time on busy cores, instead of measured on quiet ones
 
 
 RATES = [
     Rate("NVIDIA H200", "resnet50", "imagenet", 224, "bf16", 1411, 0, "one NVIDIA H200, commit 20cdd17"),
     Rate("NVIDIA H200", "resnet18", "cifar", 32, "bf16", 8000, 0, "one NVIDIA H200, commit 20cdd17"),
-    # From CPU time while others used the cores, with a margin: 0.065 s an image (ResNet-18), 0.006 to 0.009 (resnet8).
-    Rate("cpu", "resnet8", "imagenet", 96, "fp32", 100, 2, "2 cores of an AMD EPYC 9005, by CPU time"),
-    Rate("cpu", "resnet18", "imagenet", 96, "fp32", 25, 2, "2 cores of an AMD EPYC 9005, by CPU time"),
+    # CPU s an image: 0.065 (resnet18), 0.006 to 0.009 (resnet8), 0.00077 (resnet8_half, the quickstart's steps 30 to
+    # 330 on one thread); the rates have a margin of a fifth to a half.
+    Rate("cpu", "resnet8", "imagenet", 96, "fp32", 100, 2, "2 cores of an AMD EPYC 9005", by_cpu_time=True),
+    Rate("cpu", "resnet18", "imagenet", 96, "fp32", 25, 2, "2 cores of an AMD EPYC 9005", by_cpu_time=True),
+    Rate(
+        "cpu", "resnet8_half", "cifar", 16, "fp32", 1300, 2, "2 cores of an AMD EPYC 9005", by_cpu_time=True
+    ),
     Rate("cpu", "resnet8", "cifar", 24, "fp32", 320, 2, "2 cores of an AMD EPYC 9005"),
     Rate("cpu", "resnet8", "cifar", 32, "bf16", 345, 2, "2 cores of an AMD EPYC 9005"),
 ]
@@ -112,17 +117,16 @@ def memory(config: Config, kind: str) -> Memory:
     )
 
 
-def memory_line(config: Config, device: Device, ranks: int) -> str:
-    """The memory that a rank needs, what there is, and the largest batch that fits."""
+def memory_line(config: Config, device: Device, ranks: int, num_images: float = math.inf) -> str:
+    """The memory that a rank needs, what there is, and the largest batch of the data set's images that fits."""
     if not is_known(config):
         return f"not yet measured for model.backbone={config.model.backbone}"
     need, images = memory(config, device.kind), config.images_per_rank(ranks)
     largest = need.largest(device.memory)
-    fits = (
-        f"largest that fits: train.batch_size={largest * ranks * config.train.accumulation}"
-        if largest >= 2
-        else "no batch fits"
-    )
+    batch = largest * ranks * config.train.accumulation
+    fits = f"largest that fits: train.batch_size={batch}" if largest >= 2 else "no batch fits"
+    if largest >= 2 and batch >= num_images:
+        fits = f"a batch of all {num_images:,} images fits"
     if 2 <= largest < images:
         fits = f"does not fit; {fits}, or train.accumulation={fitting_accumulation(config, device, ranks)}"
     each = " per rank" if ranks > 1 else ""
@@ -178,7 +182,8 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
         config.model.stem,
         config.augment.size,
     )
-    how = "measured" if same else f"scaled from {rate.backbone} at {rate.size} px"
+    kind = "estimated from CPU time" if rate.by_cpu_time else "measured"
+    how = kind if same else f"scaled from {rate.backbone} at {rate.size} px, {kind}"
     takes = f"about {duration(images / speed)}"
     if rate.device not in place:
         return f"{unknown}; {takes} on one {rate.device} for each rank"

@@ -28,8 +28,10 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """ "1 min", "1 h 5 min", "12 days": rounded up."""
-    minutes = max(1, math.ceil(seconds / 60))
+    """ "90 s", "5 min", "1 h 5 min", "12 days": rounded up."""
+    if seconds <= 119:
+        return f"{max(1, math.ceil(seconds))} s"
+    minutes = math.ceil(seconds / 60)
     if minutes >= 100 * 60:
         return f"{math.ceil(minutes / 60 / 24):,} days"
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"

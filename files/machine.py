@@ -7,13 +7,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from byolt.files.console import count
+
 
 class Device(NamedTuple):
     """What one rank computes on."""
 
     kind: str  # "cpu" or "cuda"
     name: str  # "NVIDIA H200", "AMD EPYC 9005"
-    memory: int  # bytes: all of a GPU's; what is available of the main memory
+    memory: int  # bytes: all of a GPU's; this rank's share of the main memory that is available
     cores: int  # CPU cores of this rank
 
     def __str__(self) -> str:
@@ -22,19 +24,37 @@ class Device(NamedTuple):
 
 
 def find_device(wanted: str = "auto") -> Device:
-    """The device that train.device={wanted} chooses, as well as it can be known without torch."""
+    """The device that train.device={wanted} chooses, as well as it can be known without torch.
+
+    Raises:
+        ValueError: it is a GPU, and there is none.
+    """
     gpu = None if wanted == "cpu" or _torch_is_for_cpus() else _first_gpu()
+    if wanted == "cuda" and gpu is None:
+        raise ValueError(too_few_gpus("train.device=cuda", int(os.environ.get("LOCAL_RANK", "0")), 0))
     return Device("cuda", *gpu, cores_per_rank()) if gpu else cpu()
 
 
 def cpu() -> Device:
-    """The processor."""
-    return Device("cpu", processor(), _available_memory(), cores_per_rank())
+    """This rank's share of the processor and the memory."""
+    return Device("cpu", processor(), _available_memory() // _ranks_here(), cores_per_rank())
+
+
+def too_few_gpus(setting: str, local_rank: int, gpus: int) -> str:
+    """Why a rank has no GPU, with the remedy; `setting` is the one that asks for it, with its value."""
+    return (
+        f"{setting}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: set it to cpu"
+        + ", or start fewer (torchrun's --nproc-per-node, srun's --ntasks-per-node)" * (gpus > 0)
+    )
 
 
 def cores_per_rank() -> int:
     """CPU cores that this process may use, divided by the ranks on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, len(os.sched_getaffinity(0)) // _ranks_here())
+
+
+def _ranks_here() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def processor() -> str:

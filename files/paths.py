@@ -19,6 +19,10 @@ _COPIES = {  # by scheme, the command that makes a local copy
 }
 
 
+class MissingDataError(ValueError):
+    """There is nothing at a data set's path."""
+
+
 def home_path(text: str) -> Path:
     """The path with a leading ~ expanded, which shells leave as it is in --out=~/x; a type for argparse."""
     return Path(os.path.expanduser(text))  # Path.expanduser refuses a ~ without such a user
@@ -35,7 +39,8 @@ def expand_pattern(text: str) -> list[str]:
     A path that exists is itself, whatever its name.
 
     Raises:
-        ValueError: the pattern matches no file, or its braces have more than 100,000 names.
+        MissingDataError: the pattern matches no file.
+        ValueError: its braces have more than 100,000 names.
     """
     if os.path.exists(text):
         return [text]
@@ -44,7 +49,7 @@ def expand_pattern(text: str) -> list[str]:
         special = not os.path.exists(name) and re.search(r"[*?[]", name)
         matches = sorted(glob.glob(name)) if special else [name]
         if not matches:
-            raise ValueError(f"data path {text!r}: {name!r} matches no file{searched(name)}")
+            raise MissingDataError(f"data path {text!r}: {name!r} matches no file{searched(name)}")
         found += matches
     return found
 

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from byolt.files.console import count
+from byolt.files.machine import too_few_gpus
 
 T = TypeVar("T")
 # torch 2.14 renames it and warns of the old name.
@@ -115,10 +115,7 @@ def _place(device: str, local_rank: int, setting: str) -> torch.device:
     if gpus == 1 and "SLURM_LOCALID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
         local_rank = 0  # srun --gpus-per-task=1 shows each task its own GPU only
     if local_rank >= gpus:
-        raise ValueError(
-            f"{setting}={device}: process {local_rank} of this machine finds {count(gpus, 'GPU')}: set it to cpu"
-            + ", or start fewer (torchrun's --nproc-per-node, srun's --ntasks-per-node)" * (gpus > 0)
-        )
+        raise ValueError(too_few_gpus(f"{setting}={device}", local_rank, gpus))
     place = torch.device("cuda", local_rank)
     torch.cuda.set_device(place)
     return place

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from byolt.configs.schema import DataConfig
-from byolt.files.paths import expand_home, nearest, searched
+from byolt.files.paths import MissingDataError, expand_home, nearest, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
@@ -122,7 +122,7 @@ def locate(path: str | os.PathLike[str], settings: DataConfig | None = None) -> 
     if not folder.exists():
         near = nearest(folder)
         remedy = f"did you mean {near}? Otherwise make it" if near else "make it"
-        raise ValueError(
+        raise MissingDataError(
             f"data path {text!r} does not exist{searched(text)}: {remedy} with tools/make_shards.py SRC {text}"
         )
     if not folder.is_dir():
@@ -177,7 +177,7 @@ def _folder_of(text: str, files: list[str]) -> str:
         )
     missing = [file for file in files if not os.path.exists(file)]
     if missing:
-        raise ValueError(f"data path {text!r}: {missing[0]!r} does not exist{searched(missing[0])}")
+        raise MissingDataError(f"data path {text!r}: {missing[0]!r} does not exist{searched(missing[0])}")
     raise ValueError(f"data path {text!r} names {len(files)} files or folders: name one folder")
 
 

@@ -1,13 +1,16 @@
 """Settings that are auto: their values for a data set and a device, and for a run that continues."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from byolt.configs import schema
-from byolt.configs.derived import decide
+from byolt.configs.derived import decide, describe
 from byolt.files.machine import Device
+from byolt.pipelines.order import check_batch_size
+from byolt.pipelines.sources import open_source
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = Device("cpu", "AMD EPYC", 16 * 2**30, 2)
@@ -47,6 +50,48 @@ def test_settings_follow_from_images_and_device(
     assert config.optimizer.warmup_epochs == pytest.approx(config.train.epochs / 10)
     config.check_ranks(ranks)
     assert config.total_steps(images) >= 1 and config.train.batch_size <= images
+
+
+@pytest.mark.parametrize("device", [CPU, GPU])
+def test_a_few_images_are_a_batch_or_are_refused(device: Device) -> None:
+    assert [decide(own(), n, device, 1).train.batch_size for n in range(2, 8)] == [2] * 6
+    assert [decide(own(), n, device, 8).train.batch_size for n in (16, 63, 64, 128)] == [16, 16, 16, 32]
+    refused = (
+        "1 image is too few for 1 rank",
+        "3 images are too few for 2 ranks",
+        "15 images are too few for 8 ranks",
+    )
+    for said, images, ranks in zip(refused, (1, 3, 15), (1, 2, 8), strict=True):
+        with pytest.raises(ValueError, match=f"^{said}: batch norm needs at least 2 images on each"):
+            decide(own(), images, device, ranks)
+
+
+def shown(config: schema.Config) -> str:
+    return describe(config, 1, open_source, check_batch_size, CPU)
+
+
+def test_print_config_refuses_what_training_refuses(tmp_path: Path) -> None:
+    images = "data.path=synthetic:60:32x32"
+    assert "a batch of all 60 images fits\n# images: 60 (data.path=synthetic:60:32x32)" in shown(own(images))
+    expected = "data.expected_images=100"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "cut.beton").write_bytes(b"x")
+    for overrides, said in (
+        ([images, "train.batch_size=64"], "train.batch_size=64 is larger than the data set (60 images)"),
+        (["data.path=synthetic:1:32x32"], "1 image is too few"),
+        ([f"data.path={tmp_path}/photos", expected], f"{tmp_path}/photos"),
+        ([f"data.path={tmp_path}/cut.beton", expected], "cut.beton"),
+        (["data.path=ftp://host/photos", expected], "ftp"),
+        ([f"data.path={tmp_path}/none"], "none' does not exist"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            shown(own(*overrides))
+
+
+@pytest.mark.parametrize("path", ["none", "none.beton", "none-*.beton", "{a,b}"])
+def test_missing_data_may_have_a_stated_number_of_images(path: str, tmp_path: Path) -> None:
+    said = shown(own(f"data.path={tmp_path}/{path}", "data.expected_images=100"))
+    assert "# images: 100 (data.expected_images; data path '" in said and "\n# steps: 2500, " in said
 
 
 def test_the_peak_learning_rate_is_one_up_to_a_batch_of_256() -> None:

@@ -86,11 +86,11 @@ def test_time_says_where_its_rate_comes_from() -> None:
     time = estimate.time_line
     config = load("throughput")
     assert time(config, H200, 1, 100) == (
-        "about 1 min at 1,411 images/s (measured on one NVIDIA H200, commit 20cdd17)"
+        "about 19 s at 1,411 images/s (measured on one NVIDIA H200, commit 20cdd17)"
     )
     assert "at 11,288 images/s" in time(config, H200, 8, 100)
     assert time(load("throughput", "model.backbone=resnet18"), H200, 1, 10_000).endswith(
-        "(scaled from resnet50 at 224 px on one NVIDIA H200, commit 20cdd17)"
+        "(scaled from resnet50 at 224 px, measured on one NVIDIA H200, commit 20cdd17)"
     )
     other = time(config, H200._replace(name="NVIDIA A100"), 1, 19_844)
     assert (
@@ -109,19 +109,38 @@ def test_time_says_where_its_rate_comes_from() -> None:
     assert four.startswith("about 9 min at 640 images/s")
 
 
+def test_a_rate_from_cpu_time_is_an_estimate() -> None:
+    small = load(
+        "own_images", "model.backbone=resnet8", "augment.size=96", "train.batch_size=2", "train.epochs=10"
+    )
+    assert estimate.time_line(small, CPU, 1, 280) == (
+        "about 6 s at 100 images/s (estimated from CPU time on 2 cores of an AMD EPYC 9005)"
+    )
+
+
+def test_the_largest_batch_is_at_most_the_data_set() -> None:
+    config = load("throughput")
+    assert estimate.memory_line(config, H200, 1, 10_000).endswith(
+        "; largest that fits: train.batch_size=1608"
+    )
+    assert estimate.memory_line(config, H200, 1, 1608).endswith("; a batch of all 1,608 images fits")
+
+
 def test_a_run_that_does_not_fit_begins_with_a_warning() -> None:
     fits, lacks = (
         estimate.expect(load("throughput"), H200._replace(memory=n), 1, 100) for n in (2**36, 2**33)
     )
-    assert len(fits) == 1 and fits[0].startswith("NVIDIA H200 with 64 GiB: about 1 min at 1,411 images/s")
+    assert len(fits) == 1 and fits[0].startswith("NVIDIA H200 with 64 GiB: about 19 s at 1,411 images/s")
     assert lacks[1].startswith("warning: memory: about ") and "train.accumulation=8" in lacks[1]
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0, "1 min"),
-        (61, "2 min"),
+        (0, "1 s"),
+        (61, "61 s"),
+        (118.5, "119 s"),
+        (119.5, "2 min"),
         (3600, "1 h 0 min"),
         (3900, "1 h 5 min"),
         (4e5, "5 days"),

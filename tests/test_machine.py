@@ -39,6 +39,10 @@ def test_device_is_the_first_gpu_or_else_the_processor(monkeypatch: pytest.Monke
     monkeypatch.setattr(machine, "_torch_is_for_cpus", lambda: False)
     monkeypatch.setattr(ctypes, "CDLL", lambda name: fake_cuda(0))
     assert machine.find_device().kind == "cpu"
+    with pytest.raises(
+        ValueError, match=r"^train\.device=cuda: process 0 of this machine finds 0 GPUs: set it to cpu$"
+    ):
+        machine.find_device("cuda")
 
 
 def test_processor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +51,10 @@ def test_processor(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.memory > 2**20 and found.name and found.cores == 1
     assert str(found) == f"1 CPU core ({found.name})"
     assert machine._first_gpu("libnothing.so.1") is None
+
+
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_available_memory", lambda: 2**35)
+    assert machine.cpu().memory == 2**35
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert machine.cpu().memory == 2**33

@@ -23,6 +23,7 @@ from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
 from byolt.pipelines.manifest import BLOCK
+from byolt.pipelines.order import check_batch_size
 from byolt.pipelines.remote import dataset, retry, store, urls
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import RemoteError
@@ -71,8 +72,11 @@ def test_refused_urls(text: str, message: str) -> None:
 
 def test_print_config_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     config = schema.load("quickstart", [f"data.path=s3://user:{SECRET}@bucket/train"])
-    said = derived.describe(config, 1, open_source, find_device("cpu"))
-    assert SECRET not in said and "s3://***@bucket/train" in said
+    said = derived.describe(config, 1, lambda path: range(5000), check_batch_size, find_device("cpu"))
+    assert SECRET not in said and said.count("s3://***@bucket/train") == 2
+    with pytest.raises(ValueError, match=r"s3://\*\*\*@bucket/train") as caught:
+        derived.describe(config, 1, open_source, check_batch_size, find_device("cpu"))
+    assert SECRET not in str(caught.value)
 
 
 def test_without_obstore_a_url_is_refused_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

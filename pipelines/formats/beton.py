@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from byolt.files.console import shown
-from byolt.files.paths import expand_pattern, searched
+from byolt.files.paths import MissingDataError, expand_pattern, searched
 from byolt.files.regular import open_regular
 from byolt.pipelines.formats.beton_index import read_indexes
 from byolt.pipelines.formats.encoded import check_unchanged, checksum, ppm_header
@@ -297,7 +297,7 @@ def _open(path: str) -> int:
     try:
         return open_regular(path)
     except FileNotFoundError:
-        raise ValueError(
+        raise MissingDataError(
             f"data path {path!r} does not exist{searched(path)}: name a .beton file that does"
         ) from None
     except OSError as error:
