@@ -97,7 +97,7 @@ class Loader:
         self._corrupt = self._listed(first_step)
         self._listed_before = len(self._corrupt)
         self._next_step = first_step
-        prove = not isinstance(backend, TorchBackend)  # which proves while it decodes
+        prove = not isinstance(backend, TorchBackend)  # which checks the pixels as it decodes
         self._reader = ParallelReader(source, config.data.threads, config.data.max_pixels, prove)
         self._ahead: float | None = None  # share of a window to plan ahead
         self.waited = 0.0
@@ -194,7 +194,7 @@ class Loader:
         return max(step, end)
 
     def _make(self, ids: _Ids, epoch: int) -> Batch:
-        """The batch of these samples, each damaged one replaced by the next sound one, the same one on any rank."""
+        """The batch of these samples, each damaged one replaced by the next valid one, the same one on any rank."""
         while True:
             ids, images = self._find(ids)
             try:

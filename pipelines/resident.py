@@ -117,7 +117,7 @@ class Resident:
         return images
 
     def find(self, ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The ids (N,) with each broken image replaced by the next sound one, twice: an id also finds the pixels."""
+        """The ids (N,) with each broken image replaced by the next valid one, twice: an id also finds the pixels."""
         sound = self._instead[ids]
         return sound, sound
 

@@ -206,12 +206,12 @@ def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS, prove: bool
     Args:
         source: the data set.
         i: number of the sample.
-        max_pixels: larger images are not sound.
-        prove: whether a JPEG is also decoded; see `proof.prove_jpeg`.
+        max_pixels: larger images count as broken.
+        prove: whether a JPEG is also fully decoded; see `proof.prove_jpeg`.
 
     Raises:
         OSError: it cannot be read; names the place.
-        ValueError: it is not sound, or larger than `max_pixels`; the message is the reason.
+        ValueError: it is not valid, or larger than `max_pixels`; the message is the reason.
     """
     data = source.read(i)
     header = check(data, int(source.heights[i]), int(source.widths[i]), max_pixels)
@@ -223,8 +223,8 @@ def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS, prove: bool
 class ParallelReader:
     """Reads and checks samples of one source in threads; `close` ends them.
 
-    The first read of an image also proves it, unless the data set was proven when it was made or the reader's caller
-    proves it.
+    The first read of an image also decodes it fully, unless that was done when the data set was made or the reader's
+    caller does it.
     """
 
     def __init__(
@@ -234,15 +234,15 @@ class ParallelReader:
         Args:
             source: the data set.
             threads: parallel reads, at least 1; with 1 the caller's own thread reads.
-            max_pixels: larger images are not sound.
-            prove: whether to prove images.
+            max_pixels: larger images count as broken.
+            prove: whether to decode each image fully at its first read.
         """
         self._proven = np.full(len(source), source.proven or not prove)
         self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None
 
     def __call__(self, ids: Sequence[int], unwanted: Collection[int] = ()) -> Iterator[bytes | ValueError]:
-        """Yields the bytes of each sample in the order of `ids`, or why it is not sound; b"" for unwanted ones.
+        """Yields the bytes of each sample in the order of `ids`, or why it is not valid; b"" for unwanted ones.
 
         Raises:
             OSError: a sample cannot be read; the first such sample in the order of `ids`.

@@ -25,7 +25,7 @@ from byolt.pipelines.views import GRAY_WEIGHTS, ViewParams
 class TorchBackend:
     """Decodes and augments one batch on the CPU, in a pool of threads, and moves the result to the device.
 
-    It refuses JPEGs with damaged pixels, see `proof.prove_jpeg`, so that their first read need not prove them.
+    It refuses JPEGs with damaged pixels, see `proof.prove_jpeg`, so that their first read need not decode them.
     """
 
     def __init__(

@@ -52,7 +52,7 @@ class ShardTask:
         digits: Width of a sample number in a key.
         shard: The file to write.
         note: The JSON file that is written after the shard and says that it is whole.
-        decode: As in the options, but False where the source's own conversion has proven its images.
+        decode: As in the options, but False where the source's own conversion has decoded its images.
     """
 
     source: tuple[Path, bool]

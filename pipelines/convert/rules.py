@@ -1,4 +1,4 @@
-"""The rules that turn an input image into a sample, and the proof that an image decodes.
+"""The rules that turn an input image into a sample, and the check that an image decodes.
 
     JPEG, gray or color, small enough      passes byte for byte (EXIF stays; pixels are used as stored)
     JPEG above --max-size                  resized so that the longer side is that (Lanczos), JPEG --quality
@@ -40,14 +40,14 @@ _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))
 def to_jpeg(
     data: bytes, *, max_size: int = 0, quality: int = 95, max_pixels: int = MAX_PIXELS, decode: bool = True
 ) -> bytes:
-    """The sample made of one input file, proven to decode.
+    """The sample made of one input file, which was fully decoded as a check.
 
     Args:
         data: The file's bytes.
         max_size: Longest side in pixels; 0 for no limit.
         quality: JPEG quality of a re-encoded image, 1 to 100; chroma is halved in both directions.
         max_pixels: Larger images are refused by their header, before decoding.
-        decode: Whether to prove an image that passes byte for byte; if not, only its header and end are checked.
+        decode: Whether to decode an image that passes byte for byte; if not, only its header and end are checked.
 
     Raises:
         ValueError: The image cannot be used; says why.
@@ -149,7 +149,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def prove(data: bytes, header: ImageHeader) -> None:
-    """Decodes an image to prove that it can be decoded and is not damaged.
+    """Decodes an image to check that it can be decoded and is not damaged.
 
     JPEG: see `proof.prove_jpeg`. PNG: PIL. A PPM that `inspect` accepted is whole.
 

@@ -175,7 +175,7 @@ def _add(out: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _write_with_ffcv(task: ShardTask, path: Path, samples: _Samples) -> int:
-    """ffcv takes pixels and encodes them itself: the images are proven first, and read again for it."""
+    """ffcv takes pixels and encodes them itself: the images are fully decoded as a check, then read again for it."""
     options = task.options
     images, rows, largest = [], [], 0
     for sample in samples:
