@@ -63,7 +63,8 @@ OrAuto = Annotated[T, WrapValidator(_or_auto), PlainSerializer(lambda value: val
 PathText = Annotated[str, AfterValidator(expand_home)]
 ProjectName = Annotated[str, AfterValidator(_project)]
 Probability = Annotated[float, Field(ge=0, le=1)]
-_Positive = Annotated[float, Field(gt=0)]
+_Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
+_Offset = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Count = Annotated[int, Field(ge=1, le=2**40)]
 _Width = Annotated[int, Field(ge=1, le=2**16)]
 PositiveInterval = Annotated[tuple[_Positive, _Positive], AfterValidator(_ordered)]
@@ -181,7 +182,7 @@ class AugmentConfig(Section):
     transforms.v2's, as in solo-learn and lightly: RandomResizedCrop with 10 tries and antialias, ColorJitter."""
     size: OrAuto[Annotated[int, Field(ge=8, le=1024)]] = 224
     """Side of a view in pixels."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: tuple[_Offset, _Offset, _Offset] = (0.485, 0.456, 0.406)
     """Subtracted from each channel after augmentation (ImageNet; range [0, 1])."""
     std: tuple[_Positive, _Positive, _Positive] = (0.229, 0.224, 0.225)
     """Divides each channel after the subtraction (ImageNet)."""
@@ -217,13 +218,13 @@ class ModelConfig(Section):
 
 
 class OptimizerConfig(Section):
-    base_lr: OrAuto[Annotated[float, Field(ge=0)]]
+    base_lr: OrAuto[Annotated[float, Field(ge=0, le=1e6)]]
     """Learning rate at a batch of 256; the peak is base_lr * batch_size / 256."""
     warmup_epochs: OrAuto[Annotated[float, Field(ge=0, le=1e6)]] = 10
     """Length of the linear warm-up from 0; then a cosine to 0 (paper, section 3.3)."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Heavy-ball momentum of LARS (reference: 0.9)."""
-    weight_decay: Annotated[float, Field(ge=0)]
+    weight_decay: Annotated[float, Field(ge=0, le=1e6)]
     """Weight decay (wd); not applied to biases and batch-norm parameters unless decay_all is set."""
     decay_all: bool = False
     """Apply the weight decay to biases and batch-norm parameters, too (lightly's CIFAR benchmark does)."""

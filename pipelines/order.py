@@ -35,7 +35,11 @@ _Ids = npt.NDArray[np.int64]
 
 
 def check_batch_size(num_samples: int, batch_size: int) -> None:
-    """Raises ValueError if a batch is larger than the data set."""
+    """Raises ValueError if the data set has fewer than the two images of batch norm, or a batch is larger."""
+    if num_samples < 2 <= batch_size:
+        raise ValueError(
+            f"the data set has {num_samples} image{'s' * (num_samples != 1)}; at least 2 are needed (batch norm)"
+        )
     if batch_size > num_samples:
         raise ValueError(
             f"train.batch_size={batch_size} is larger than the data set ({num_samples} images): "

@@ -69,6 +69,8 @@ def test_position_counts_whole_batches() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"train\.batch_size=11 is larger than the data set \(10 images\)"):
         global_batch(0, 0, 0, 10, 11)
+    with pytest.raises(ValueError, match=r"^the data set has 1 image; at least 2 are needed"):
+        global_batch(0, 0, 0, 1, 2)
     with pytest.raises(ValueError, match="step 2 is outside"):
         global_batch(0, 0, 2, 10, 4)
     with pytest.raises(ValueError, match="'random'"):

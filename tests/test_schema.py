@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -376,6 +378,32 @@ def test_every_whole_number_has_both_bounds(value: int, minimal: Path) -> None:
         load(minimal, [f"{key}={value}" for key in keys])
     for key, line in zip(sorted(keys), sorted(str(caught.value).splitlines()[1:]), strict=True):
         assert re.match(f"  {key}=-?[0-9]+ must be (at least|at most|above|below) ", line)
+
+
+@pytest.mark.parametrize("value", [1e308, 1e7, -1e308])
+def test_every_real_number_has_both_bounds(value: float, minimal: Path) -> None:
+    def reals(model: Any, prefix: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            if hasattr(field.annotation, "model_fields"):
+                yield from reals(field.annotation, f"{prefix}{name}.")
+            elif "float" in str(field.annotation):
+                numbers = re.match(r"tuple\[(.*)\]", str(field.annotation))
+                yield f"{prefix}{name}" + (f":{numbers[1].count('float')}" if numbers else "")
+
+    keys = list(reals(Config, ""))
+    assert {"optimizer.base_lr", "augment.view2.hue", "augment.std:3", "augment.view1.blur_sigma:2"} < set(
+        keys
+    )
+    overrides = [f"{key}={value}" for key in keys if ":" not in key]
+    overrides += [
+        f"{k}=[{', '.join([str(value)] * int(n))}]" for k, n in (key.split(":") for key in keys if ":" in key)
+    ]
+    with pytest.raises(ValueError, match=" mistakes") as caught:
+        load(minimal, overrides)
+    lines = str(caught.value).splitlines()[1:]
+    assert len(lines) == sum(int(key.partition(":")[2] or 1) for key in keys)
+    for line in lines:
+        assert re.search(r"=-?[0-9.e+]+ must be (at least|at most|above|below) ", line), line
 
 
 @pytest.mark.parametrize(("ranks", "threads"), [(None, 12), ("4", 3), ("16", 1)])
