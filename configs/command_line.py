@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
@@ -17,6 +18,7 @@ from typing import NoReturn
 from byolt.configs import schema, slurm
 from byolt.files.weights import weights_kind
 
+_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
@@ -95,24 +97,55 @@ def world_size() -> int:
     """Number of ranks, by torchrun's variables; the tasks of an srun step get them here (`slurm.join`).
 
     Raises:
-        ValueError: the number is not valid, srun's tasks cannot join, or mpirun started several processes.
+        ValueError: a number is not valid, srun's tasks cannot join, mpirun started several processes, or torchrun's
+            variables are incomplete.
     """
-    tasks = next((os.environ[name] for name in _LAUNCHERS if name in os.environ), "1")
-    command = _torchrun(int(tasks)) if tasks.isdecimal() else ""
-    slurm.join(os.environ, command)
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not text.isdecimal() or int(text) < 1:
+    name = next((name for name in _LAUNCHERS if name in os.environ), "")
+    tasks = os.environ.get(name, "1")
+    by_slurm = "SLURM" in name
+    if "RANK" not in os.environ and (not re.fullmatch("[0-9]{1,9}", tasks) or int(tasks) < 1):
+        ranks = "srun or torchrun" if by_slurm else "torchrun"
         raise ValueError(
-            f"in the environment, WORLD_SIZE={text} is not a valid number of ranks: use torchrun"
+            f"in the environment, {name}={tasks} is not a valid number of tasks: start the ranks with {ranks}, or "
+            f"unset {name} for a single process"
         )
-    if "RANK" not in os.environ and command and int(tasks) > 1:
-        name = next(name for name in _LAUNCHERS if name in os.environ)
-        remedy = "srun, whose tasks become ranks, or with torchrun" if "SLURM" in name else "torchrun"
+    if "RANK" not in os.environ and int(tasks) > 1:
+        command = _torchrun(int(tasks))
+        slurm.join(os.environ, command)
+        if "RANK" not in os.environ:
+            remedy = "srun, whose tasks become ranks, or with torchrun" if by_slurm else "torchrun"
+            single = "with srun --ntasks=1" if by_slurm else "without mpirun"
+            raise ValueError(
+                f"in the environment, {name}={tasks}, but there is no RANK: the {tasks} processes would be runs of "
+                f"their own. Start the ranks with {remedy}, or a single process {single}:\n  {command}"
+            )
+    return torchrun_ranks(os.environ)[2]
+
+
+def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """RANK, LOCAL_RANK and WORLD_SIZE of this process; (0, 0, 1) without them.
+
+    Raises:
+        ValueError: torchrun's variables are incomplete, or a number is not valid.
+    """
+    present = [name for name in _TORCHRUN if name in environment]
+    if "RANK" not in present and "WORLD_SIZE" not in present:
+        return 0, 0, 1
+    rank, local_rank, size = (environment.get(name, "0") for name in _TORCHRUN[:3])
+    if "WORLD_SIZE" in present and (not re.fullmatch("[0-9]{1,9}", size) or int(size) < 1):
         raise ValueError(
-            f"in the environment, {name}={tasks}, but there is no RANK: the {tasks} processes would be runs of their "
-            f"own. Start the ranks with {remedy}, or a single process with srun --ntasks=1:\n  {command}"
+            f"in the environment, WORLD_SIZE={size} is not a valid number of ranks: use torchrun"
         )
-    return int(text)
+    if missing := [name for name in _TORCHRUN if name not in present]:
+        raise ValueError(
+            f"environment variables {', '.join(missing)} are not set though {present[0]} is; start with torchrun"
+        )
+    for name, text in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= int(size):
+            raise ValueError(
+                f"in the environment, {name}={text} is not a number below WORLD_SIZE={size}: use torchrun"
+            )
+    return int(rank), int(local_rank), int(size)
 
 
 def _torchrun(tasks: int) -> str:

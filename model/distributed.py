@@ -18,12 +18,12 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from byolt.configs.command_line import torchrun_ranks
 from byolt.files.machine import too_few_gpus
 
 T = TypeVar("T")
 # torch 2.14 renames it and warns of the old name.
 _all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,7 @@ def init(
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"{setting}={device} must be auto, cpu or cuda")
-    present = [name for name in _TORCHRUN_VARIABLES if name in os.environ]
-    started_by_torchrun = "RANK" in present or "WORLD_SIZE" in present
-    if started_by_torchrun and len(present) < len(_TORCHRUN_VARIABLES):
-        missing = ", ".join(name for name in _TORCHRUN_VARIABLES if name not in present)
-        raise ValueError(
-            f"environment variables {missing} are not set though {present[0]} is; start with torchrun"
-        )
-    given = os.environ if started_by_torchrun else {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    rank, local_rank, size = (int(given[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, size = torchrun_ranks(os.environ)
     _set_options(deterministic)
     place = _place(device, local_rank, setting)
     if size == 1:
@@ -79,7 +71,7 @@ def init(
     try:
         store, _, _ = next(rendezvous("env://", timeout=limit))
     except dist.DistError as error:
-        address = f"MASTER_ADDR={given['MASTER_ADDR']} MASTER_PORT={given['MASTER_PORT']}"
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         reason = str(error).splitlines()[0]
         raise ValueError(f"rank {rank} of {size} did not meet the others at {address}: {reason}") from None
     # After a restart by torchrun the store still has the dead processes' addresses, on which gloo fails or hangs.

@@ -74,6 +74,27 @@ def test_mistakes_come_before_any_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("code", [1, 2, 143])
+def test_only_a_run_that_may_succeed_later_continues(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(train, "main", lambda arguments: code)
+    assert ablate.main(["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--only", "baseline"]) == code
+    remedy = "" if code == 2 else "; the same command continues"
+    assert capsys.readouterr().err == f"ablate: baseline ended with code {code}{remedy}\n"
+
+
+def test_tasks_without_ranks_are_refused_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    monkeypatch.setattr(ablate, "train", None)
+    assert ablate.main(["--config", str(RECIPE), "--out", str(tmp_path / "x")]) == 2
+    assert capsys.readouterr().err.startswith(
+        "ablate: in the environment, SLURM_NTASKS=4, but there is no RANK"
+    )
+
+
 def test_ctrl_c_ends_the_command_after_the_run_has_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -16,6 +16,9 @@ from byolt.tools.environment import rest_idle_threads
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = ["train.py", *(f"tools/{path.name}" for path in sorted((ROOT / "tools").glob("*.py")))]
 COMMANDS = [name for name in COMMANDS if not name.endswith(("__init__.py", "environment.py"))]
+RANKS = {
+    "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "8", "MASTER_ADDR": "localhost", "MASTER_PORT": "1",
+}  # fmt: skip
 QUICKSTART = str(ROOT / "configs/quickstart.yaml")
 
 
@@ -96,9 +99,42 @@ def test_tasks_without_ranks_are_refused(
     with pytest.raises(ValueError, match=r"there is no RANK|cannot join as ranks: SLURM_JOB_ID, ") as caught:
         world_size()
     assert command in str(caught.value)
-    monkeypatch.setenv("RANK", "0")  # srun's tasks are torchrun's
-    monkeypatch.setenv("WORLD_SIZE", "8")
+    single = "without mpirun" if "OMPI_COMM_WORLD_SIZE" in variables else "with srun --ntasks=1"
+    assert f"a single process {single}:\n" in str(caught.value)
+    for name, value in RANKS.items():  # srun's tasks are torchrun's
+        monkeypatch.setenv(name, value)
     assert world_size() == 8
+
+
+@pytest.mark.parametrize("name", command_line._LAUNCHERS)
+@pytest.mark.parametrize("tasks", ["0", "abc", "", "-1"])
+def test_a_number_of_tasks_that_is_not_valid(name: str, tasks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for other in ("RANK", "WORLD_SIZE", *command_line._LAUNCHERS):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, tasks)
+    with pytest.raises(
+        ValueError, match=f"{name}={tasks} is not a valid number of tasks: .* unset {name} for a"
+    ):
+        world_size()
+    for key, value in RANKS.items():
+        monkeypatch.setenv(key, value)
+    assert world_size() == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"RANK": None}, "environment variables RANK are not set though LOCAL_RANK is; start with torchrun"),
+        ({"LOCAL_RANK": None, "MASTER_PORT": None}, "LOCAL_RANK, MASTER_PORT are not set though RANK is"),
+        ({"RANK": "8"}, "RANK=8 is not a number below WORLD_SIZE=8: use torchrun"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number below WORLD_SIZE=8: use torchrun"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a valid number of ranks"),
+    ],
+)
+def test_incomplete_variables_of_torchrun(change: dict[str, str | None], said: str) -> None:
+    environment = {name: value for name, value in (RANKS | change).items() if value is not None}
+    with pytest.raises(ValueError, match=said):
+        command_line.torchrun_ranks(environment)
 
 
 def test_one_task_of_a_larger_job_is_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

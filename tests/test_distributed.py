@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from byolt.configs import command_line
 from byolt.model import distributed
 from byolt.model.byol import BYOL
 from byolt.model.distributed import World
@@ -280,7 +281,7 @@ def test_what_ranks_tell_each_other(ranks: list[dict[str, Any]]) -> None:
 
 
 def test_a_single_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in distributed._TORCHRUN_VARIABLES:
+    for name in command_line._TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     world = distributed.init("cpu")
     assert world == ALONE
@@ -306,7 +307,7 @@ def test_init_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ValueError, match=r"^train\.device=cuda: process 0 .* finds 0 GPUs: set it to cpu$"):
         distributed.init("cuda")
-    for name in distributed._TORCHRUN_VARIABLES:
+    for name in command_line._TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ValueError, match="LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not set"):
@@ -355,7 +356,7 @@ def test_a_task_that_sees_its_own_gpu_only_takes_it(
 def test_how_torch_computes_is_settled_before_cuda_starts(
     deterministic: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (*distributed._TORCHRUN_VARIABLES, "CUBLAS_WORKSPACE_CONFIG"):
+    for name in (*command_line._TORCHRUN, "CUBLAS_WORKSPACE_CONFIG"):
         monkeypatch.delenv(name, raising=False)
     for name in ("benchmark", "allow_tf32"):  # put back afterwards
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))

@@ -24,7 +24,7 @@ from byolt.model.run.trained import export_trained, load_trained, weights_digest
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools import evaluate
-from byolt.tools.evaluation import finetuning, frozen, inputs, program, protocols
+from byolt.tools.evaluation import finetuning, frozen, inputs, program, protocols, result
 from byolt.tools.evaluation.confusion import save_confusion
 from byolt.tools.evaluation.frozen import Setup
 from byolt.tools.exporting import model_card
@@ -331,7 +331,7 @@ def test_labels_that_are_ids_are_refused(
 ) -> None:
     source = open_source(run / "train")
     source.labels, source.classes = source.labels + 10**12, None
-    monkeypatch.setattr(inputs, "open_split", lambda option, path: source)
+    monkeypatch.setattr(inputs, "open_split", lambda option, path, settings=None: source)
     assert _main(run, tmp_path, "--protocol", "knn") == 2
     assert "the largest label is 1,000,000,000,002" in capsys.readouterr().err
 
@@ -428,6 +428,13 @@ def test_two_ranks_measure_what_one_measures(
         assert one["results"] == two["results"]
         wrong.append(one["results"][0]["top1"] < 100)
     assert any(wrong)
+
+
+def test_settings_are_printed_as_people_write_them() -> None:
+    values = (9.999999999999993, 0.1, 30.0, 1e-6, True, False, 384, "sgd")
+    assert [result._shown(value) for value in values] == [
+        "10", "0.1", "30", "1e-06", "yes", "no", "384", "sgd",
+    ]  # fmt: skip
 
 
 def test_untrained_is_the_same_network_with_fresh_weights(

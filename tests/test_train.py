@@ -543,11 +543,12 @@ def test_mistake_is_one_line(arguments: list[str], part: str, run: Run) -> None:
 
 
 def test_what_ranks_cannot_do_is_refused(run: Run) -> None:
-    with patch.dict(os.environ, WORLD_SIZE="3"):
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with patch.dict(os.environ, ranks, WORLD_SIZE="3"):
         done = run()
     assert done.returncode == 2
     assert "train.batch_size=8 is not divisible by 3 ranks" in done.stderr
-    with patch.dict(os.environ, WORLD_SIZE="2"):
+    with patch.dict(os.environ, ranks, WORLD_SIZE="2"):
         done = run("train.compile=true")
     assert done.returncode == 2
     assert "train.compile=true does not work with 2 ranks" in done.stderr

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from byolt.configs import schema
-from byolt.configs.command_line import SettingsParser
+from byolt.configs.command_line import SettingsParser, world_size
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
@@ -47,6 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.minutes is not None and not args.minutes > 0:
             raise ValueError(f"--minutes {args.minutes:g} must be above 0")
         ablations = read_list(args.list) if args.list else ABLATIONS
+        world_size()  # refuses tasks that cannot be ranks once, not in each run
         recipe = schema.load(args.config, common)
         if recipe.undecided:
             raise ValueError(f"{', '.join(recipe.undecided)}: auto is for single runs: set values")
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     if code not in (0, OUT_OF_TIME):
         interrupted = code == 128 + signal.SIGINT
         what = "interrupted" if interrupted else f"{name} ended with code {code}"
-        say(f"ablate: {what}; the same command continues", file=sys.stderr)
+        remedy = "; the same command continues" * (code == 1 or code >= 128)  # 2: it would be refused again
+        say(f"ablate: {what}{remedy}", file=sys.stderr)
         return code
     report(args, common, done, batch_size, ablations)
     if code:

@@ -15,6 +15,7 @@ if not __package__:  # a script
 
 import argparse
 import sys
+from itertools import combinations
 from pathlib import Path
 
 from byolt.files.atomic import replacing
@@ -54,8 +55,11 @@ def main(argv: list[str] | None = None) -> int:
                 )
         if several and args.data:
             raise ValueError("--data is for the report of one run: a comparison shows no features")
-        if len({run.resolve() for run in args.runs}) < len(args.runs) or len(args.runs) > _MOST:
-            raise ValueError(f"{len(args.runs)} runs: compare 2 to {_MOST} different ones")
+        if len(args.runs) > _MOST:
+            raise ValueError(f"{len(args.runs)} runs: compare 2 to {_MOST}")
+        for run, other in combinations(args.runs, 2):
+            if run.resolve() == other.resolve():
+                raise ValueError(f"{run} is named twice{f', also as {other}' * (run != other)}")
         if not out.absolute().parent.is_dir():
             raise ValueError(f"--out {out}: its folder does not exist; make it first")
         check_paths({"--data": args.data})

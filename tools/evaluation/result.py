@@ -132,11 +132,17 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]], outcomes: l
         table.add_row(row["name"], *top1, mean, *top5)
     console.print(table)
     shared = [
-        f"{key.replace('_', ' ')} {value}"
+        f"{key.replace('_', ' ')} {_shown(value)}"
         for key, value in outcomes[0].settings.items()
         if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
     ]
     console.print(", ".join(shared), markup=False)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def _file_name(args: argparse.Namespace, trained: Trained) -> str:
