@@ -285,8 +285,8 @@ def report(run: "Run") -> int:
             f"stopped by {signal.Signals(number).name} at step {run.step}; continue with --resume auto"
         )
     elif run.world.is_main and run.knn_trained is not None:
-        untrained = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
-        say(f"kNN top-1: {untrained} untrained, {run.knn_trained:.1f} % trained")
+        before = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
+        say(f"kNN top-1: {before} before training, {run.knn_trained:.1f} % after")
     sha256 = digest.agreed(run.state(), run.world)
     if run.world.is_main:
         began = ", initialized from {path} sha256 {sha256}".format_map(run.init_from) if run.init_from else ""

@@ -52,7 +52,7 @@ def _batch_size(config: schema.Config, images: int, device: Device, ranks: int) 
     if images < 2 * ranks:
         raise ValueError(
             f"{count(images, 'image')} {'is' if images == 1 else 'are'} too few for {count(ranks, 'rank')}: batch norm "
-            "needs at least 2 images on each: use more images, or fewer ranks"
+            "needs at least 2 images on each: use more images" + ", or fewer ranks" * (ranks > 1)
         )
     largest = max(2, min(images // 4 // ranks, 256 if device.kind == "cuda" else 32))
     return (1 << largest.bit_length() - 1) * ranks

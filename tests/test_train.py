@@ -133,7 +133,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Ru
 def test_whole_run_leaves_what_it_promises(finished: tuple[Run, SimpleNamespace]) -> None:
     run, done = finished
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^kNN top-1: \d+\.\d % untrained, \d+\.\d % trained$", done.stdout, re.M)
+    assert re.search(r"^kNN top-1: \d+\.\d % before training, \d+\.\d % after$", done.stdout, re.M)
+    assert re.search(r"^step 0  kNN top-1 \d+\.\d % \(before training\)$", done.stderr, re.M)
     assert "data.backend=auto" in done.stderr and "step 8/8" in done.stderr
     assert len(re.findall(r"at this speed 8 steps take \d+ s", done.stderr)) == 1
     assert done.stderr.index("step 2/8") < done.stderr.index("at this speed") < done.stderr.index("step 4/8")
@@ -470,7 +471,7 @@ def test_evaluation_may_begin_later(run: Run) -> None:
     assert run("eval.path=null", "train.stop_at_step=2").returncode == 0
     done = run("--resume", "auto", "train.stop_at_step=4")
     assert done.returncode == 0
-    assert re.search(r"^kNN top-1: not measured untrained, \d+\.\d % trained$", done.stdout, re.M)
+    assert re.search(r"^kNN top-1: not measured before training, \d+\.\d % after$", done.stdout, re.M)
 
 
 def test_finished_run_is_not_run_again(finished: tuple[Run, SimpleNamespace]) -> None:

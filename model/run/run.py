@@ -66,7 +66,7 @@ class Run:
     # ── before the loop ─────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self) -> None:
-        """Evaluates the untrained encoder of a new run; starts to measure the speed."""
+        """Evaluates the encoder of a new run before training; starts to measure the speed."""
         expected, path = self.config.data.expected_images, self.config.data.path
         if self.step >= self.last_step:
             key = "stop_at_step" if self.config.train.stop_at_step else "epochs"
@@ -84,7 +84,7 @@ class Run:
                 self.meter.say(line)
         self._vote_on_stopping()
         if self.step == 0 and not self.stopping:
-            self.knn_untrained = self.evaluate(untrained=True)
+            self.knn_untrained = self.evaluate(before_training=True)
         self._window.begin(self.step, 0.0)
 
     def draw_views(self, view1: Tensor, view2: Tensor) -> None:
@@ -197,18 +197,18 @@ class Run:
         if self.step % every == 0 and self.last_step - self.step > every // 2:
             self.evaluate()
 
-    def evaluate(self, untrained: bool = False) -> float | None:
+    def evaluate(self, before_training: bool = False) -> float | None:
         """Prints, logs and returns kNN top-1 in percent; returns None without a labeled split."""
         if self.knn is None:
             return None
         with self._window.paused():
             accuracy = self.knn(
-                self.train_step.model.online.encoder, calibrate=untrained and not self.init_from
+                self.train_step.model.online.encoder, calibrate=before_training and not self.init_from
             )
             if not math.isfinite(accuracy):
                 raise FloatingPointError("the encoder's features are not finite; the encoder is not exported")
             self.meter.say(
-                f"step {self.step}  kNN top-1 {accuracy:.1f} %{' (untrained)' if untrained else ''}"
+                f"step {self.step}  kNN top-1 {accuracy:.1f} %{' (before training)' if before_training else ''}"
             )
             self._write({"knn_top1": accuracy})
         return accuracy
