@@ -108,6 +108,7 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
     from byolt.model.run import failure, guard, trace
     from byolt.model.run.checkpoint import CheckpointError
     from byolt.pipelines.loader import CorruptBudgetError
+    from byolt.pipelines.remote.store import serve_run
 
     settings, run = config.train, None
     try:
@@ -115,10 +116,12 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
     except ValueError as error:
         return fail(error)
     try:
+        serve_run(lambda: stop.signal)
         run, loader = prepare(config, args, stop, lock, world)
         tracing = trace.Trace(args.trace if args.trace and world.is_main else 0, run.out, run.meter.say)
         with run.meter, loader, run.metrics or nullcontext(), tracing:
-            loop(run, loader, tracing)
+            with run.stopped_by_outage():
+                loop(run, loader, tracing)
             finish(run)
         code = report(run)
     except Exception as error:
@@ -130,7 +133,7 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
             traceback.print_exc()
         reason = failure.explain(error, run.step if run else None, world, run.config if run else config)
         say(f"error: {reason}", file=sys.stderr)
-        return 2 if mistake else 1
+        return 128 + stop.signal if isinstance(error, InterruptedError) else 2 if mistake else 1
     distributed.shutdown(world)
     return code
 
@@ -279,11 +282,9 @@ def report(run: "Run") -> int:
 
     code = 0
     if run.stopping:
-        number = run.signal() or signal.SIGTERM  # another rank got the signal: torchrun sends SIGTERM
+        number = signal.Signals(run.signal() or signal.SIGTERM)  # another rank got it: torchrun sends SIGTERM
         code = 128 + number
-        run.meter.say(
-            f"stopped by {signal.Signals(number).name} at step {run.step}; continue with --resume auto"
-        )
+        run.meter.say(f"stopped by {number.name} at step {run.step}; continue with --resume auto")
     elif run.world.is_main and run.knn_trained is not None:
         before = "not measured" if run.knn_untrained is None else f"{run.knn_untrained:.1f} %"
         say(f"kNN top-1: {before} before training, {run.knn_trained:.1f} % after")

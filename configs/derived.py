@@ -96,7 +96,7 @@ _RULES: dict[str, Callable[[schema.Config, int, Device, int], Any]] = {
 def describe(
     config: schema.Config,
     ranks: int,
-    open_data: Callable[[str], Sized],
+    open_data: Callable[[str, schema.DataConfig], Sized],
     check_batch_size: Callable[[int, int], None],
     device: Device,
 ) -> str:
@@ -105,7 +105,7 @@ def describe(
     Args:
         config: the settings.
         ranks: number of processes.
-        open_data: opens data.path, whose length is the number of images.
+        open_data: opens data.path with its settings; its length is the number of images.
         check_batch_size: `order.check_batch_size`.
         device: of each rank.
 
@@ -114,7 +114,8 @@ def describe(
             opened. Data that are missing may have data.expected_images instead.
     """
     try:
-        images, why = len(open_data(config.data.path)), f"data.path={config.data.path}"
+        images = len(open_data(config.data.path, config.data.on_demand))
+        why = f"data.path={config.data.path}"
     except MissingDataError as error:
         if config.data.expected_images is None:
             raise

@@ -7,6 +7,7 @@ import re
 from itertools import islice
 from pathlib import Path
 
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|(pipe):")
 _MOST = 100_000  # names of one pattern; ImageNet has 1,000 shards at most
 _COPIES = {  # by scheme, the command that makes a local copy
     "s3": "aws s3 cp --recursive",
@@ -54,19 +55,23 @@ def expand_pattern(text: str) -> list[str]:
     return found
 
 
-def remote(text: str) -> str | None:
-    """Why an address (s3://..., https://..., pipe:...) is not read, with the remedy; None for a local path."""
-    scheme = re.match(r"([a-z][a-z0-9+.-]*)://|(pipe):", text)
-    if not scheme or os.path.exists(text):
-        return None
-    copy = _COPIES.get(scheme[1] or scheme[2], "your tool for this kind of storage")
-    return f"only local files are read. Copy the data set first, with {copy}"
+def is_url(text: str) -> bool:
+    """Whether the text is an address (s3://..., https://..., pipe:...); a local path of that name counts more."""
+    return bool(_SCHEME.match(text)) and not os.path.exists(text)
+
+
+def copy_first(text: str) -> str:
+    """The remedy for an address that is not read: how to copy it."""
+    scheme = _SCHEME.match(text)
+    assert scheme
+    tool = _COPIES.get(scheme[1] or scheme[2], "your tool for this kind of storage")
+    return f"copy the data set first, with {tool}"
 
 
 def without_secrets(text: str) -> str:
-    """The text, in which user names, passwords and queries of URLs are replaced by ***."""
-    text = re.sub(r"(://)[^/@\s]*@", r"\1***@", text)
-    return re.sub(r"(://[^\s?]*)\?(?!(image|label)=)\S*", r"\1?***", text)
+    """The text, in which user names, passwords and queries of URLs are replaced by ***; fields of .beton files stay."""
+    text = re.sub(r"(://)[^/@,\s]*@", r"\1***@", text)
+    return re.sub(r"(://[^\s?,]*)\?(?!((image|label)=[^&,\s]*&?)+([,\s]|$))[^\s,]*", r"\1?***", text)
 
 
 def searched(path: str) -> str:

@@ -5,6 +5,7 @@ uses a stream of its own, so that the step never queues behind the decoding of a
 number of the next step: batch k is the same in any run.
 """
 
+import os
 import queue
 import re
 import threading
@@ -186,8 +187,10 @@ class Loader:
             return step
         window = order.window(self._config.data.order, self._config.train.batch_size)
         if self._ahead is None:
-            ranks = self._world_size if self._config.data.order == "lanes" else 1  # these share a window
-            self._ahead = self._source.share_ahead(window / ranks)
+            machines = self._world_size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each has a cache
+            self._ahead = self._source.share_ahead(
+                window / machines if self._config.data.order == "lanes" else window
+            )
         end = self._next_step + 1 + int(self._ahead * window / self._config.train.batch_size)
         for later in range(step, end):
             self._source.plan(self._order.batches(later)[1].ravel())

@@ -159,6 +159,8 @@ def _named(key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        if str(error).startswith("data.cache="):  # names its setting
+            raise
         raise ValueError(f"{key}: {str(error).removeprefix('data path ')}") from None
 
 
@@ -188,7 +190,7 @@ def _open_remote(path: RemotePath, settings: DataConfig | None) -> Source:
             return RemoteSource(path, settings, data)
         folder = data.stage()
     except RemoteError as error:
-        raise ValueError(f"data path {path.text!r}: {error}") from None
+        raise ValueError(f"data path {error}") from None
     if data.manifest is not None:
         return _open_shards(folder)
     return BetonSource([folder / name for name in path.names], **path.fields)

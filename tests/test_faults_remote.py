@@ -135,6 +135,35 @@ def test_second_ctrl_c_ends_the_waiting_for_a_server(server: RangeServer, tmp_pa
     assert process.wait(5) == 130
 
 
+def test_sigterm_during_an_outage_saves_and_ends(server: RangeServer, whole: Process, tmp_path: Path) -> None:
+    run = new_run(tmp_path, f"{server.url}/train")
+    process = run.start(before=small_pieces)
+    process.wait_for("^step 2/")
+    server.down = True
+    time.sleep(1)
+    process.signal(signal.SIGTERM)
+    assert process.wait(12) == 143, process.text
+    assert re.search(r"does not answer.*\n.*stopped by SIGTERM at step \d+; continue", process.text)
+    process = run.start("--resume", "auto", before=small_pieces)  # while it starts there is nothing to save
+    time.sleep(8)
+    process.signal(signal.SIGTERM)
+    assert process.wait(12) == 143, process.text
+    server.down = False
+    assert_equal(run("--resume", "auto", before=small_pieces), whole, run)
+
+
+def test_sigterm_during_an_outage_ends_two_ranks(server: RangeServer, tmp_path: Path) -> None:
+    run = new_run(tmp_path, f"{server.url}/train")
+    ranks = run.start_ranks(2, before=small_pieces)
+    ranks[0].wait_for("^step 2/")
+    server.down = True
+    time.sleep(1)
+    for rank in ranks:
+        rank.signal(signal.SIGTERM)
+    assert 143 in [rank.wait(20) for rank in ranks], ranks[0].text + ranks[1].text
+    assert "does not answer: the run stops" in ranks[0].text + ranks[1].text
+
+
 def test_killed_at_random_moments(server: RangeServer, whole: Process, tmp_path: Path) -> None:
     server.latency = 0.01
     run = new_run(tmp_path, f"{server.url}/train")

@@ -147,7 +147,7 @@ def test_a_pattern_that_names_all_shards_of_a_data_set_is_the_data_set(
     [
         (
             "s3://bucket/set",
-            "SRC s3://bucket/set: only local files are read. Copy the data set first, with aws",
+            "SRC s3://bucket/set must be local: copy the data set first, with aws",
         ),
         ("pipe:cat x.tar", "its output written to a file"),
         ("none*.tar", "SRC 'none*.tar': 'none*.tar' matches no file in "),
@@ -179,7 +179,7 @@ def test_a_pattern_or_address_that_cannot_be_used(
     assert "does not exist" not in said or "a/3.tar" in said
     if source.startswith("pipe:"):
         assert run(source, "--index") == verify([source]) == 2
-        assert capsys.readouterr().err.count("only local files are read") == 2
+        assert capsys.readouterr().err.count("copy the data set first") == 2
 
 
 def test_one_damaged_label_does_not_make_the_others_names(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from byolt.files.paths import expand_pattern, home_path
+from byolt.files.paths import expand_pattern, home_path, without_secrets
 from byolt.tools import make_shards
 
 
@@ -47,3 +47,18 @@ def test_wildcards_match_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         expand_pattern("{a,c}*")
     with pytest.raises(ValueError, match="more than 100,000 names"):
         expand_pattern("{1..99999999999999999999}")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://key:secret@bucket/set", "s3://***@bucket/set"),
+        ("https://a/1?token=x,https://b:p@c/2?token=y z", "https://a/1?***,https://***@c/2?*** z"),
+        ("s3://b/a.beton?image=i&label=l,s3://b/c", "s3://b/a.beton?image=i&label=l,s3://b/c"),
+        ("s3://b/a.beton?image=i&token=x", "s3://b/a.beton?***"),
+        ("train.beton?image=img&label=cls", "train.beton?image=img&label=cls"),
+        ("/data/me@home", "/data/me@home"),
+    ],
+)
+def test_addresses_lose_their_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown

@@ -4,10 +4,13 @@ import asyncio
 import errno
 import os
 import pickle
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from byolt.pipelines.remote import dataset, retry, store, urls
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource, extents
-from byolt.pipelines.sources import Source, TarSource, open_source
+from byolt.pipelines.sources import Source, TarSource, open_source, open_split
 
 SECRET = "planted-secret-4711"
 
@@ -72,7 +75,7 @@ def test_refused_urls(text: str, message: str) -> None:
 
 def test_print_config_shows_no_password(capsys: pytest.CaptureFixture[str]) -> None:
     config = schema.load("quickstart", [f"data.path=s3://user:{SECRET}@bucket/train"])
-    said = derived.describe(config, 1, lambda path: range(5000), check_batch_size, find_device("cpu"))
+    said = derived.describe(config, 1, lambda *_: range(5000), check_batch_size, find_device("cpu"))
     assert SECRET not in said and said.count("s3://***@bucket/train") == 2
     with pytest.raises(ValueError, match=r"s3://\*\*\*@bucket/train") as caught:
         derived.describe(config, 1, open_source, check_batch_size, find_device("cpu"))
@@ -91,6 +94,7 @@ def test_without_obstore_a_url_is_refused_before_any_work(monkeypatch: pytest.Mo
 def test_which_errors_are_final() -> None:
     for status in (400, 401, 403, 404, 412, 416):
         assert retry.final_cause(OSError(f"GET ... status: {status},")), status
+    assert retry.final_cause(NotImplementedError("HTTP: Range request not supported"))
     for text in ("status: 503", "status: 429", "status: 500", "ConnectionReset", "dns error", ""):
         assert retry.final_cause(OSError(text)) is None, text
 
@@ -310,7 +314,10 @@ def test_same_samples_as_from_a_local_disk(server: RangeServer, shards: Path, tm
     _assert_same(staged, local)
     with pytest.raises(ValueError, match=r"names 1 tars, and manifest\.json has 2 \(shard-000001\.tar\)"):
         open_source(f"{server.url}/train/shard-000000.tar", _settings(tmp_path))
-    with pytest.raises(ValueError, match=r"has no manifest\.json: .* --index http"):
+    remedy = (
+        r"http[^ ]*/images/manifest\.json does not exist: check the URL; .*/images/shard-\{0+\.\.0+99\}\.tar'"
+    )
+    with pytest.raises(ValueError, match=rf"^data path {remedy} --manifest FOLDER$"):
         open_source(f"{server.url}/images", _settings(tmp_path))
 
 
@@ -319,6 +326,95 @@ def test_a_cache_that_cannot_be_written_is_named(server: RangeServer) -> None:
         ValueError, match=r"data\.cache=/proc/byolt cannot be written: .*: name another folder"
     ):
         open_source(f"{server.url}/train", _settings(Path("/proc/byolt")))
+
+
+def test_a_cache_without_room_is_named_with_both_sizes(server: RangeServer, tmp_path: Path) -> None:
+    said = r"^data\.cache=.* has no room for manifest\.json: [\d,]+ bytes are needed, 100 available: raise data\."
+    with pytest.raises(ValueError, match=said):
+        open_split("data.path", f"{server.url}/train", _settings(tmp_path, cache_gb=1e-7))
+
+
+def test_print_config_uses_the_cache_of_the_settings(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "default"))
+    config = schema.load(
+        "quickstart",
+        [f"data.path={server.url}/train", f"data.cache={tmp_path / 'mine'}", "train.batch_size=64"],
+    )
+    said = derived.describe(config, 1, open_source, check_batch_size, find_device("cpu"))
+    assert "# images: 140" in said
+    assert [*(tmp_path / "mine").rglob("manifest.json")] and not (tmp_path / "default").exists()
+    assert not [*(tmp_path / "mine").rglob("*.tar")]  # nothing is staged
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_shows_the_progress_of_staging(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: str
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    data = dataset.RemoteData(urls.parse(f"{server.url}/train"), _settings(tmp_path))
+    (data.folder / "shard-000000.tar").touch()  # one is missing
+    monkeypatch.setattr(data, "_stage_shard", lambda *_: None)
+    shown: list[bool] = []
+
+    class Recorded(dataset.Meter):
+        def __init__(self, *args: Any, enabled: bool, **others: Any) -> None:
+            shown.append(enabled)
+            super().__init__(*args, enabled=False, **others)
+
+    monkeypatch.setattr(dataset, "Meter", Recorded)
+    data.stage()
+    assert shown == [rank == "0"]
+
+
+def test_a_server_without_ranges_is_refused_at_once(shards: Path, tmp_path: Path) -> None:
+    class Plain(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Plain, directory=str(shards))) as plain:
+        threading.Thread(target=plain.serve_forever, args=(0.05,), daemon=True).start()
+        url = f"http://127.0.0.1:{plain.server_address[1]}/train"
+        with pytest.raises(
+            ValueError, match="does not answer range requests: use another server, or copy the"
+        ):
+            open_source(url, _settings(tmp_path, order="full")).read(0)
+        plain.shutdown()
+
+
+def test_an_outage_is_waited_for_once(server: RangeServer) -> None:
+    client = store.Store(f"{server.url}/train", minutes=0.3 / 60)
+    client.range("manifest.json", 0, 10)
+    server.down = True
+    for least, most in ((0.3, 5.0), (0.0, 0.25)):
+        began = time.monotonic()
+        with pytest.raises(RemoteError, match=r"the connection was reset, for 0\.005 minutes"):
+            client.range("manifest.json", 0, 10)
+        assert least <= time.monotonic() - began < most
+
+
+def test_a_signal_ends_the_waiting_for_a_server(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_STUCK", 0.1)
+    monkeypatch.setattr(store, "_signal", lambda: 15)
+    client = store.Store(f"{server.url}/train")
+    assert len(client.range("manifest.json", 0, 10)) == 10  # which answers
+    server.down = True
+    with pytest.raises(InterruptedError, match="does not answer: the run stops"):
+        client.range("manifest.json", 0, 10)
+
+
+@pytest.mark.parametrize("in_run", [False, True])
+def test_a_server_that_was_never_reached_is_soon_an_error(
+    monkeypatch: pytest.MonkeyPatch, in_run: bool
+) -> None:
+    monkeypatch.setattr(store, "_FIRST", 0.02)
+    monkeypatch.setattr(store, "_signal", (lambda: 0) if in_run else None)
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))  # does not listen
+        url = f"http://127.0.0.1:{held.getsockname()[1]}/train"
+        said = r"refused, for 0\.0025 minutes" if in_run else r"refused, for 0 s: check the URL"
+        with pytest.raises(RemoteError, match=said):
+            store.Store(url, minutes=0.15 / 60).get("manifest.json")
 
 
 @pytest.mark.slow
@@ -402,6 +498,7 @@ def test_damage_in_the_cache_is_repaired_and_at_the_server_counts_as_corrupt(
         assert again.read(1) == local.read(1)
         with pytest.raises(ValueError, match="does not have the sha256"):
             open_source(f"{server.url}/train", _settings(tmp_path / "third", order="full"))
+        assert not [*(tmp_path / "third").rglob("shard-000000.tar")]  # another process would trust it
     finally:
         shard.write_bytes(whole)
 
@@ -413,7 +510,7 @@ def test_a_refusal_ends_at_once_in_one_short_line(server: RangeServer, tmp_path:
     with pytest.raises(RemoteError, match=rf"/train/shard-00000\d\.tar.*\(HTTP {status}\): check") as caught:
         source.read(0)
     assert len(str(caught.value)) < 250
-    with pytest.raises(ValueError, match=r"^data path 'http"):
+    with pytest.raises(ValueError, match=r"^data path http[^ ]*/train/manifest\.json[: ](?!.*data path)"):
         open_source(f"{server.url}/train", _settings(tmp_path))
 
 

@@ -77,7 +77,7 @@ def test_made_verified_read_and_indexed_at_a_url(
 
     for name in ("shard-000000.tar", "shard-000001.tar"):
         Store(f"{bucket}/tars").put(name, tmp_path / "local" / name)
-    with pytest.raises(ValueError, match=r"has no manifest\.json: .*--index s3://bucket/tars"):
+    with pytest.raises(ValueError, match=r"has no manifest\.json: check .*--index s3://bucket/tars"):
         open_source(f"{bucket}/tars")
     assert make_shards(["--index", f"{bucket}/tars", "--workers", "2"]) == 0
     assert "120 samples in 2 shards, 120 labeled" in capsys.readouterr().out

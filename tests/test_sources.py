@@ -251,7 +251,7 @@ def test_patterns_of_shards(images: Path, tmp_path: Path, monkeypatch: pytest.Mo
     ],
 )
 def test_remote_paths_get_the_true_answer(path: str, remedy: str) -> None:
-    with pytest.raises(ValueError, match=rf"only local files are read\. Copy .*{remedy}"):
+    with pytest.raises(ValueError, match=rf"URLs are read as s3, gs, az, http, https \(.*: copy .*{remedy}"):
         open_source(path)
 
 

@@ -189,7 +189,7 @@ def test_threads_that_the_user_chose_are_kept(
 def test_labels_that_are_ids_end_knn_but_not_training(run: Run, images: Path) -> None:
     """A run that did not ask for labels survives 10^12 classes; kNN is refused before the first step."""
 
-    def stamped(path: str) -> Source:
+    def stamped(path: str, *_: object) -> Source:
         source = open_source(path)
         source.labels, source.classes = source.labels + 10**12, None
         return source

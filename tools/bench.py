@@ -68,7 +68,7 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
         first = [*first, "data.backend=dali"]
     config = schema.load(path, [*first, *overrides])
     if config.undecided:
-        images = len(open_source(config.data.path))
+        images = len(open_source(config.data.path, config.data.on_demand))
         config = derived.decide(config, images, provenance.device_of(world.device), world.size)
     make_backend(config, world.device, torch.float32)  # raises now if DALI is missing
     return config, world

@@ -230,6 +230,21 @@ class Run:
     def _vote_on_stopping(self) -> None:
         self.stopping = distributed.any_rank(bool(self.signal()), self.world)
 
+    @contextmanager
+    def stopped_by_outage(self) -> Iterator[None]:
+        """A signal during an outage of the data's server stops a run of one rank after the last step in the block.
+
+        Several ranks cannot agree on a step while one waits for its batch: the error ends the run, and the last
+        checkpoint stands.
+        """
+        try:
+            yield
+        except InterruptedError as error:
+            if self.world.size > 1:
+                raise
+            self.stopping = True
+            self.meter.say(f"warning: step {self.step}: {error}")
+
     def save(self) -> None:
         """Writes a checkpoint on rank 0; the others wait at their next reduction."""
         self._saved = time.monotonic()

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 from byolt.files.atomic import writing
 from byolt.files.console import shown
-from byolt.files.paths import expand_pattern, remote, searched
+from byolt.files.paths import copy_first, expand_pattern, is_url, searched, without_secrets
 from byolt.pipelines.convert.from_shards import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
 from byolt.pipelines.formats import tar
@@ -52,8 +52,8 @@ def expand_source(text: str) -> tuple[Path, tuple[str, ...]]:
     Raises:
         ValueError: SRC is not local, or its pattern matches no file, or others than the tars of one folder.
     """
-    if reason := remote(text):
-        raise ValueError(f"SRC {text}: {reason}")
+    if is_url(text):
+        raise ValueError(f"SRC {without_secrets(text)} must be local: {copy_first(text)}")
     if ".beton" in text:  # has patterns of its own, see `beton.split_path`
         return Path(text), ()
     try:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from byolt.configs.schema import DataConfig
-from byolt.files.atomic import sha256_of
 from byolt.files.console import shown
 from byolt.files.progress import Meter
 from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest
@@ -57,15 +57,24 @@ class RemoteData:
         try:
             content = self.store.get(MANIFEST)
         except MissingError:
-            raise ValueError(
-                f"data path {path.text!r} has no {MANIFEST}: for tars made elsewhere run tools/make_shards.py --index "
-                f"{path.text}"
-            ) from None
+            raise ValueError(self._no_manifest()) from None
         self.key = digest(content)
         self.cache.pin(self.key)
         self.manifest = self._load(content, entries)
         self.sizes = {shard.name: shard.size for shard in self.manifest.shards}
         self._check_names(entries)
+
+    def _no_manifest(self) -> str:
+        url = self.path.folder
+        if url.startswith("http"):  # nothing is written or listed there
+            return (
+                f"data path {url}/{MANIFEST} does not exist: check the URL; for tars made elsewhere run "
+                f"tools/make_shards.py --index '{url}/shard-{{000000..000099}}.tar' --manifest FOLDER"
+            )
+        return (
+            f"data path {url!r} has no {MANIFEST}: check the URL; for tars made elsewhere run tools/make_shards.py "
+            f"--index {url}"
+        )
 
     @property
     def folder(self) -> Path:
@@ -87,11 +96,11 @@ class RemoteData:
             )
         names = list(self.sizes)
         missing = [name for name in names if not (self.folder / name).exists()]
-        # Ranks begin at different shards.
-        first = int(os.environ.get("LOCAL_RANK", "0")) % max(1, len(missing))
+        rank = int(os.environ.get("LOCAL_RANK", "0"))
+        first = rank % max(1, len(missing))  # ranks begin at different shards
         done = total - sum(self.sizes[name] for name in missing)
-        enabled = bool(missing) and first == 0
-        with Meter("MB", total >> 20, done >> 20, enabled=enabled, line_every=5.0) as meter:
+        shows = bool(missing) and rank == 0
+        with Meter("MB", total >> 20, done >> 20, enabled=shows, line_every=5.0) as meter:
             for name in missing[first:] + missing[:first]:
                 self._stage_shard(name, partial(self._show, meter, done))
                 done += self.sizes[name]
@@ -102,29 +111,39 @@ class RemoteData:
 
     def _stage_shard(self, name: str, progress: Callable[[int], None]) -> None:
         sha256 = {shard.name: shard.sha256 for shard in self.manifest.shards}[name] if self.manifest else None
-        size = self.sizes[name]
-        write = partial(copy, self.store, name, size, self.connections, progress=progress)
-        for last in (False, True):
-            if not self.cache.fill(f"{self.key}/{name}", size, write):
-                raise ValueError(f"data path {self.path.text!r}: {self.cache.folder} has no room for {name}")
-            if sha256 is None or sha256_of(self.folder / name) == sha256:
-                return
-            self.cache.drop(f"{self.key}/{name}")
-            if last:
-                raise ValueError(
-                    f"data path {self.path.text!r}: {name} does not have the sha256 that {MANIFEST} states: upload it "
-                    f"again; tools/verify_shards.py {self.path.text} says what differs"
-                )
+
+        def write(
+            descriptor: int,
+        ) -> None:  # a file under its final name was checked by the process that fetched it
+            for last in (False, True):
+                hashed = hashlib.sha256() if sha256 else None
+                copy(self.store, name, self.sizes[name], self.connections, descriptor, progress, hashed)
+                if not hashed or hashed.hexdigest() == sha256:
+                    return
+                if last:
+                    raise ValueError(
+                        f"data path {self.path.text!r}: {name} does not have the sha256 that {MANIFEST} states: upload "
+                        f"it again; tools/verify_shards.py {self.path.text} says what differs"
+                    )
+
+        self._fill(name, self.sizes[name], write)
+
+    def _fill(self, name: str, size: int, write: Callable[[int], object]) -> None:
+        if not self.cache.fill(f"{self.key}/{name}", size, write):
+            own = sum(path.stat().st_size for path in self.folder.iterdir() if path.is_file())
+            raise ValueError(
+                f"data.cache={self.cache.folder} has no room for {name}: {size:,} bytes are needed, "
+                f"{max(0, self.cache.room(self.key) - own):,} available: raise data.cache_gb, or free space on the disk"
+            )
 
     def _load(self, content: bytes, entries: dict[str, Entry] | None) -> Manifest:
         """The manifest, from the cache or fetched; once more if the copy is damaged."""
         for last in (False, True):
-            self._keep(MANIFEST, content)
+            self._fill(MANIFEST, len(content), lambda file: write_all(file, content, 0))
             if not (self.folder / SAMPLES).exists():
                 size = self._entry(SAMPLES, entries).size
                 write = partial(copy, self.store, SAMPLES, size, self.connections)
-                if not self.cache.fill(f"{self.key}/{SAMPLES}", size, write):
-                    raise self._no_room()
+                self._fill(SAMPLES, size, write)
             try:
                 return Manifest.load(self.folder)
             except ValueError as error:
@@ -134,13 +153,6 @@ class RemoteData:
                     text = str(error).replace(str(self.folder), self.path.folder)
                     raise ValueError(f"data path {self.path.text!r}: {text}") from None
         raise AssertionError
-
-    def _keep(self, name: str, content: bytes) -> None:
-        if not self.cache.fill(f"{self.key}/{name}", len(content), lambda file: write_all(file, content, 0)):
-            raise self._no_room()
-
-    def _no_room(self) -> ValueError:
-        return ValueError(f"data.cache: {self.cache.folder} has no room: raise data.cache_gb, or free space")
 
     def _entry(self, name: str, entries: dict[str, Entry] | None) -> Entry:
         if entries is None:
@@ -171,14 +183,28 @@ def copy(
     size: int,
     connections: int,
     descriptor: int,
-    progress: Callable[[int], object] = id,
+    progress: Callable[[int], object] | None = None,
+    hashed: Any = None,
 ) -> None:
-    """Writes an object of `size` bytes to a local file; `progress` gets the number of bytes so far."""
+    """Writes an object of `size` bytes to a local file.
+
+    Args:
+        store: The object's folder.
+        name: Its name.
+        size: Its bytes.
+        connections: Parallel requests.
+        descriptor: The file.
+        progress: Gets the number of bytes so far.
+        hashed: A hash, updated with the bytes.
+    """
     starts = range(0, size, PIECE)
     lengths = [min(PIECE, size - start) for start in starts]
     for at, data in zip(starts, store.ranges(name, starts, lengths, connections), strict=True):
         write_all(descriptor, data, at)
-        progress(at)
+        if hashed:
+            hashed.update(data)
+        if progress:
+            progress(at)
 
 
 @contextmanager

@@ -4,15 +4,18 @@ import os
 import random
 import re
 
+from byolt.files.paths import without_secrets
+
 _FINAL = {
     401: ("the credentials are not accepted", "check them"),
     403: ("access is denied", "check the credentials and the permissions on the bucket"),
     404: ("does not exist", "check the URL"),
     412: ("changed while the run was reading it", "restore the object, or start again with the new data set"),
 }
+UNREACHABLE = ("the host name cannot be resolved", "the connection is refused")  # perhaps a mistyped host
 _KNOWN = (
-    ("dns error|failed to lookup", "the host name cannot be resolved"),
-    ("ConnectionRefused|Connection refused", "the connection is refused"),
+    ("dns error|failed to lookup", UNREACHABLE[0]),
+    ("ConnectionRefused|Connection refused", UNREACHABLE[1]),
     ("ConnectionReset|reset by peer", "the connection was reset"),
     ("IncompleteBody|UnexpectedEof|incomplete", "the body was cut short"),
     ("TimedOut|timed out|Timeout", "no answer in time"),
@@ -42,6 +45,8 @@ def final_cause(error: BaseException) -> tuple[str, str] | None:
             "no credentials were found",
             "set them (docs/remote.md); AWS_SKIP_SIGNATURE=true for public data",
         )
+    if "Range request not supported" in text:
+        return "the server does not answer range requests", "use another server, or copy the data"
     status = _status(text)
     if isinstance(error, FileNotFoundError):
         status = 404
@@ -61,15 +66,15 @@ def cause(error: BaseException) -> str:
     for pattern, words in _KNOWN:
         if re.search(pattern, text) or (words == "no answer in time" and isinstance(error, TimeoutError)):
             return words
-    return without_values(f"{type(error).__name__}: {text.splitlines()[0][:160] if text else ''}")
+    return _without_values(f"{type(error).__name__}: {text.splitlines()[0][:160] if text else ''}")
 
 
-def without_values(text: str) -> str:
-    """The text without the values of this process's secret environment variables, and without queries of URLs."""
+def _without_values(text: str) -> str:
+    """The text without the values of this process's secret environment variables, and without secrets in URLs."""
     for key, value in os.environ.items():
         if _SECRETS.search(key.upper()) and len(value) >= 8:
             text = text.replace(value, "***")
-    return re.sub(r"(://[^\s?]*)\?\S*", r"\1?***", text)
+    return without_secrets(text)
 
 
 def _status(text: str) -> int:

@@ -93,10 +93,11 @@ class RemoteSource:
     def share_ahead(self, window: float) -> float:
         """The share of a window of so many samples to plan ahead; below 1 if the cache does not hold two windows."""
         held = self._cache.limit * len(self) / sum(self._data.sizes.values())
-        if held < min(window, len(self)):
+        if held < min(2 * window, len(self)):
             say(
-                f"warning: data.cache_gb={self._cache.limit / 1e9:g} holds {held:,.0f} samples, and data.order mixes "
-                f"{window:,.0f}: parts of shards are fetched several times: raise it",
+                f"warning: data.cache_gb={self._cache.limit / 1e9:g} holds {held:,.0f} samples, and two windows of "
+                f"data.order have {2 * window:,.0f}: less is read ahead, and below one window parts of shards are "
+                "fetched several times: raise data.cache_gb",
                 file=sys.stderr,
             )
         return 1.0 if held >= len(self) else min(1.0, max(0.0, held / window - 1))

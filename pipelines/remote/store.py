@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,7 +28,21 @@ _GRACE, _SLOWEST = 10.0, 1e6  # a request may take 10 s and its bytes at 1 MB/s
 _HEDGE, _LONGEST_HEDGE, _SHORTEST_HEDGE = 3.0, 5.0, 0.2  # times the median; seconds
 _SLOW = 10.0  # seconds until a request is named that has not failed yet
 _NOTE_AFTER, _NOTE_EVERY = 3.0, 30.0  # seconds of failures before a line about them, and between two lines
+_FIRST = 15.0  # seconds until an unreachable server is taken for a mistyped one, outside a run
+_STUCK = 6.0  # seconds without an answer after which a signal ends the waiting
 Result = TypeVar("Result")
+
+_signal: Callable[[], int] | None = None  # of the run in this process; None outside a run
+
+
+def serve_run(signal: Callable[[], int]) -> None:
+    """Makes every store of this process wait for a server as a run does, and stop waiting at a signal.
+
+    Args:
+        signal: The signal that asked the run to stop, or 0.
+    """
+    global _signal
+    _signal = signal
 
 
 class Entry(NamedTuple):
@@ -43,11 +57,15 @@ class Store:
 
     Args:
         url: Of the folder: s3://bucket/folder, gs://..., az://..., http(s)://host/folder.
-        minutes: How long a failing request is repeated.
+        minutes: How long a failing request is repeated, and for how long all may fail.
+        reached: Whether the server has answered before. If not, and outside a run (`serve_run`), a host that does not
+            exist or refuses connections is an error after 15 s.
     """
 
-    def __init__(self, url: str, minutes: float = 8.0) -> None:
-        self.url, self._minutes = url, minutes
+    def __init__(self, url: str, minutes: float = 8.0, reached: bool = False) -> None:
+        self.url, self._minutes, self._reached = url, minutes, reached
+        self._answered = 0.0  # time of the latest answer
+        self._failing_since: float | None = None  # of all requests; None after an answer
         self._client: Any = None
         self._etags: dict[str, str | None] = {}
         self._seconds: deque[float] = deque(maxlen=64)  # of the latest requests
@@ -125,7 +143,7 @@ class Store:
     @contextmanager
     def interrupted(self) -> Iterator[None]:
         """While the block runs, requests fail at once."""
-        self._interrupted = True
+        self._interrupted, self._failing_since = True, None
         try:
             for task in list(self._running):
                 _event_loop().call_soon_threadsafe(task.cancel)
@@ -134,7 +152,7 @@ class Store:
             self._interrupted = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Store, (self.url, self._minutes)
+        return Store, (self.url, self._minutes, self._reached)
 
     def _open(self) -> Any:
         with self._lock:
@@ -168,7 +186,11 @@ class Store:
         return data
 
     def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Runs it in the event loop, and waits."""
+        """Runs it in the event loop, and waits.
+
+        Raises:
+            InterruptedError: The run got a signal, and the server does not answer.
+        """
         if self._interrupted:
             work.close()
             raise RemoteError(f"{self.url}: interrupted")
@@ -182,8 +204,16 @@ class Store:
             finally:
                 self._running.discard(task)
 
+        began, future = time.monotonic(), asyncio.run_coroutine_threadsafe(tracked(), _event_loop())
         try:
-            return asyncio.run_coroutine_threadsafe(tracked(), _event_loop()).result()
+            while not wait([future], timeout=0.5).done:
+                since = self._failing_since or max(began, self._answered)
+                if _signal and _signal() and time.monotonic() - since > _STUCK:
+                    future.cancel()
+                    raise InterruptedError(
+                        f"{self.url} does not answer: the run stops without waiting for it"
+                    )
+            return future.result()
         except CancelledError:
             raise RemoteError(f"{self.url}: interrupted") from None
 
@@ -195,7 +225,9 @@ class Store:
         began, failures = time.monotonic(), 0
         while True:
             try:
-                return await (self._hedged(place, attempt, limit) if limit else attempt())
+                result = await (self._hedged(place, attempt, limit) if limit else attempt())
+                self._reached, self._answered, self._failing_since = True, time.monotonic(), None
+                return result
             except RemoteError:
                 raise
             except Exception as error:
@@ -204,11 +236,19 @@ class Store:
                     raise kind(f"{place}: {final[0]}: {final[1]}") from None
                 words = retry.cause(error)
             failures += 1
-            seconds = time.monotonic() - began
-            if seconds > 60 * self._minutes:
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            seconds = now - began
+            if (
+                now - min(began, self._failing_since) > 60 * self._minutes
+            ):  # not again from 0 for the next request
                 raise RemoteError(
                     f"{place}: {words}, for {self._minutes:g} minutes ({failures} times): check the network and the "
                     "server, or raise data.remote_minutes"
+                )
+            if seconds > _FIRST and words in retry.UNREACHABLE and not (self._reached or _signal):
+                raise RemoteError(
+                    f"{place}: {words}, for {seconds:.0f} s: check the URL, the network and the server"
                 )
             if seconds > _NOTE_AFTER:
                 self._note(f"{place}: {words}; tried {failures} times in {seconds:.0f} s")

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from byolt.files.paths import expand_braces, remote, without_secrets
+from byolt.files.paths import copy_first, expand_braces, is_url, without_secrets
 
 SCHEMES = ("s3", "gs", "az", "http", "https")
 
@@ -31,7 +31,7 @@ class RemotePath:
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
     """Whether the text is a URL, or a pipe of WebDataset; a local path of that name counts more."""
-    return remote(os.fspath(text)) is not None
+    return is_url(os.fspath(text))
 
 
 def parse(text: str) -> RemotePath:
@@ -43,7 +43,10 @@ def parse(text: str) -> RemotePath:
     """
     scheme = text.partition(":")[0]
     if scheme not in SCHEMES:
-        raise ValueError(f"data path {without_secrets(text)!r}: {remote(text)}")
+        raise ValueError(
+            f"data path {without_secrets(text)!r}: URLs are read as {', '.join(SCHEMES)} (docs/remote.md): "
+            f"{copy_first(text)}"
+        )
     shown = without_secrets(text)
     text, mark, query = text.partition("?")
     fields = dict(part.partition("=")[::2] for part in query.split("&")) if mark else {}
