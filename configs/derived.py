@@ -125,6 +125,7 @@ def describe(
         config = decide(config, images, device, ranks)
         config.check_ranks(ranks)
     check_batch_size(images, config.train.batch_size)
+    config.check_steps(images)
     steps = config.total_steps(images)
     last = min(steps, config.train.stop_at_step or steps)
     lines = [without_secrets(schema.to_yaml(config)).rstrip(), "", "# derived"]

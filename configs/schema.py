@@ -370,6 +370,11 @@ class Config(Section):
         """Optimizer steps of the whole run: int(epochs * images / batch), as in the reference."""
         return math.floor(self.train.epochs * num_images / self.train.batch_size)
 
+    def check_steps(self, num_images: int) -> None:
+        """Raises ValueError if the run would have no step."""
+        if self.total_steps(num_images) < 1:
+            raise ValueError(f"train.epochs={self.train.epochs:g} is less than one step: raise it")
+
     def warmup_steps(self, num_images: int) -> int:
         """Optimizer steps of the linear warm-up."""
         return math.floor(self.optimizer.warmup_epochs * num_images / self.train.batch_size)

@@ -78,6 +78,10 @@ def test_print_config_refuses_what_training_refuses(tmp_path: Path) -> None:
     (tmp_path / "cut.beton").write_bytes(b"x")
     for overrides, said in (
         ([images, "train.batch_size=64"], "train.batch_size=64 is larger than the data set (60 images)"),
+        (
+            [images, "train.epochs=0.01", "optimizer.warmup_epochs=0"],
+            "train.epochs=0.01 is less than one step",
+        ),
         (["data.path=synthetic:1:32x32"], "1 image is too few"),
         ([f"data.path={tmp_path}/photos", expected], f"{tmp_path}/photos"),
         ([f"data.path={tmp_path}/cut.beton", expected], "cut.beton"),

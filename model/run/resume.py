@@ -144,8 +144,7 @@ def settle(config: Config, resume: str | None, num_images: int, world: World) ->
         values = distributed.on_main(decide, world)
         config = derived.decide(config, num_images, device, world.size, values)
         config.check_ranks(world.size)
-    if config.total_steps(num_images) < 1:
-        raise ValueError(f"train.epochs={config.train.epochs:g} is less than one step: raise it")
+    config.check_steps(num_images)
     return config
 
 
