@@ -165,7 +165,7 @@ def test_a_fingerprint_of_an_earlier_release_is_accepted_with_a_line(tmp_path: P
     state = {"data": source.fingerprint, "config": config.model_dump(mode="json"), "rounding": {}, "step": 3}
 
     def resumed(**changed: str) -> str:
-        found = Path("x.pt"), state | {"knn_untrained": None} | changed
+        found = Path("x.pt"), state | {"knn_untrained": None, "init_from": None} | changed
         with (
             patch("byolt.model.run.resume.find_checkpoint", return_value=found),
             patch("byolt.model.run.resume.restore"),

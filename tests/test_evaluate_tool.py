@@ -347,7 +347,7 @@ def test_only_labels_that_occur_are_classes(
         return source
 
     plain = _measure(run, tmp_path / "plain", "--protocol", "knn", *FAST["knn"])
-    monkeypatch.setattr(inputs, "open_split", lambda option, path: open_with_odd_labels(path))
+    monkeypatch.setattr(inputs, "open_split", lambda option, path, settings: open_with_odd_labels(path))
     odd = _measure(run, tmp_path / "odd", "--protocol", "knn", *FAST["knn"])
     assert odd["classes"] == 3 and odd["results"] == plain["results"]
     train, test = open_with_odd_labels(str(run / "train")), open_with_odd_labels(str(run / "val"))
