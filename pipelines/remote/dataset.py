@@ -10,6 +10,7 @@ from typing import Any
 
 from byolt.configs.schema import DataConfig
 from byolt.files.console import shown
+from byolt.files.paths import MissingDataError
 from byolt.files.progress import Meter
 from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest
 from byolt.pipelines.remote.cache import Cache
@@ -39,7 +40,8 @@ class RemoteData:
             settings: data.cache, data.cache_gb, data.connections and data.remote_minutes; None for their defaults.
 
         Raises:
-            ValueError: There is no data set, its manifest is damaged, or shards are missing or have other sizes.
+            MissingDataError: There is no data set.
+            ValueError: Its manifest is damaged, or shards are missing or have other sizes.
             OSError: The store or the cache fails.
         """
         settings = settings or DataConfig.model_validate({"path": path.text})
@@ -57,7 +59,7 @@ class RemoteData:
         try:
             content = self.store.get(MANIFEST)
         except MissingError:
-            raise ValueError(self._no_manifest()) from None
+            raise MissingDataError(self._no_manifest()) from None
         self.key = digest(content)
         self.cache.pin(self.key)
         self.manifest = self._load(content, entries)
