@@ -145,6 +145,11 @@ def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
             raise ValueError(
                 f"in the environment, {name}={text} is not a number below WORLD_SIZE={size}: use torchrun"
             )
+    here = environment.get("LOCAL_WORLD_SIZE", size)
+    if not re.fullmatch("[0-9]{1,9}", here) or int(local_rank) >= int(here):
+        raise ValueError(
+            f"in the environment, LOCAL_RANK={local_rank} is not a number below LOCAL_WORLD_SIZE={here}: use torchrun"
+        )
     return int(rank), int(local_rank), int(size)
 
 

@@ -1,12 +1,15 @@
 """The processes (ranks) of a run and their collectives; the only file that imports torch.distributed."""
 
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from byolt.configs.command_line import torchrun_ranks
+from byolt.files.console import duration, say
 from byolt.files.machine import too_few_gpus
 
 T = TypeVar("T")
@@ -68,24 +72,49 @@ def init(
         return World(rank, local_rank, size, place, "none")
     backend = "nccl" if place.type == "cuda" else "gloo"
     limit = timedelta(seconds=timeout)
-    try:
-        store, _, _ = next(rendezvous("env://", timeout=limit))
-    except dist.DistError as error:
-        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"rank {rank} of {size} did not meet the others at {address}: {reason}") from None
-    # After a restart by torchrun the store still has the dead processes' addresses, on which gloo fails or hangs.
-    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    dist.init_process_group(
-        backend,
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=limit,
-        device_id=place if backend == "nccl" else None,
-    )
+    address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    with _waiting(f"rank {rank} of {size} waits for the others at {address}, for up to {duration(timeout)}"):
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=limit))
+        except dist.DistError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"rank {rank} of {size} did not meet the others at {address}: {reason}"
+            ) from None
+        # After a restart by torchrun the store still has the dead processes' addresses, on which gloo fails or hangs.
+        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=limit,
+            device_id=place if backend == "nccl" else None,
+        )
     store.set(f"host {rank}", socket.gethostname())
     return World(rank, local_rank, size, place, backend, store)
+
+
+@contextmanager
+def _waiting(message: str, silent: float = 10.0) -> Iterator[None]:
+    """Prints the message once after `silent` seconds; a signal that has a handler ends the process at once.
+
+    torch waits in C++, where no handler of Python runs; before the first step nothing is lost.
+    """
+    main = threading.current_thread() is threading.main_thread()  # others may not set handlers
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
+    handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
+    for number in handlers:
+        signal.signal(number, signal.SIG_DFL)
+    timer = threading.Timer(silent, say, (message, sys.stderr))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _set_options(deterministic: bool) -> None:

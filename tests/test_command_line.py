@@ -128,6 +128,10 @@ def test_a_number_of_tasks_that_is_not_valid(name: str, tasks: str, monkeypatch:
         ({"LOCAL_RANK": None, "MASTER_PORT": None}, "LOCAL_RANK, MASTER_PORT are not set though RANK is"),
         ({"RANK": "8"}, "RANK=8 is not a number below WORLD_SIZE=8: use torchrun"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number below WORLD_SIZE=8: use torchrun"),
+        (
+            {"LOCAL_RANK": "4", "LOCAL_WORLD_SIZE": "4"},
+            "LOCAL_RANK=4 is not a number below LOCAL_WORLD_SIZE=4: use",
+        ),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is not a valid number of ranks"),
     ],
 )

@@ -1,9 +1,11 @@
 """Two CPU ranks against one rank with the whole batch; torchrun's environment; the helpers."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -410,3 +412,46 @@ def test_torchrun_restarts_a_dead_rank(tmp_path: Path) -> None:
         "finished 0 0.5",
         "finished 1 0.5",
     ]
+
+
+def test_a_rank_says_that_it_waits_and_lets_signals_end_it(capsys: pytest.CaptureFixture) -> None:
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with distributed._waiting("rank 1 of 2 waits", silent=0.01):
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            time.sleep(0.1)
+        assert callable(signal.getsignal(signal.SIGTERM))
+        with distributed._waiting("never said", silent=5):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "rank 1 of 2 waits\n"
+
+
+@pytest.mark.slow
+def test_sigterm_ends_a_rank_that_waits_for_its_master() -> None:
+    program = """
+import signal
+from byolt.model import distributed
+signal.signal(signal.SIGTERM, lambda number, frame: None)
+waiting = distributed._waiting
+distributed._waiting = lambda message: waiting(message, silent=0.2)
+distributed.init("cpu", timeout=120)
+"""
+    ranks = {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "9",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | ranks, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert process.stderr
+    for line in process.stderr:
+        if "rank 1 of 2 waits for the others at MASTER_ADDR=127.0.0.1 MASTER_PORT=9, for up to 2 min" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGTERM
