@@ -105,13 +105,15 @@ class RemoteSource:
     @contextmanager
     def interrupted(self) -> Iterator[None]:
         """While the block runs, reads that wait for the network fail at once; planned ones are dropped."""
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        pool, self._pool = self._pool, None
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
         self._planned.clear()
         self._stop.set()
         with self._store.interrupted():
             yield
+            if pool:
+                pool.shutdown()  # a thread that is writing removes its temporary file
         self._stop = threading.Event()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -207,6 +207,8 @@ class Store:
         began, future = time.monotonic(), asyncio.run_coroutine_threadsafe(tracked(), _event_loop())
         try:
             while not wait([future], timeout=0.5).done:
+                if self._interrupted:  # before the task was among the running ones
+                    future.cancel()
                 since = self._failing_since or max(began, self._answered)
                 if _signal and _signal() and time.monotonic() - since > _STUCK:
                     future.cancel()
