@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from byolt.configs import schema, slurm
+from byolt.files.paths import without_secrets
 from byolt.files.weights import weights_kind
 
 _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -59,7 +60,9 @@ def check_resume(resume: str | None) -> None:
         )
     if resume.endswith(".safetensors") or not os.path.isfile(resume):
         problem = "is an exported encoder, not a checkpoint" if os.path.isfile(resume) else "does not exist"
-        raise ValueError(f"--resume {resume} {problem}: name a checkpoint-*.pt of a run, or use auto")
+        raise ValueError(
+            f"--resume {without_secrets(resume)} {problem}: name a checkpoint-*.pt of a run, or use auto"
+        )
 
 
 def check_logger(project: str | None) -> None:

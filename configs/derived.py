@@ -128,7 +128,7 @@ def describe(
     config.check_steps(images)
     steps = config.total_steps(images)
     last = min(steps, config.train.stop_at_step or steps)
-    lines = [without_secrets(schema.to_yaml(config)).rstrip(), "", "# derived"]
+    lines = [schema.to_yaml(config, secrets=False).rstrip(), "", "# derived"]
     if automatic:
         lines.append(f"# auto: {', '.join(automatic)}")
     micro = config.images_per_rank(ranks)

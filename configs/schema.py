@@ -28,7 +28,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
-from byolt.files.paths import expand_home
+from byolt.files.paths import expand_home, hide_secrets, local_path
 from byolt.files.regular import open_regular
 
 
@@ -61,6 +61,7 @@ T = TypeVar("T")
 # A setting that may be "auto" until `derived.decide` puts a value of type T in its place, at the start of a run.
 OrAuto = Annotated[T, WrapValidator(_or_auto), PlainSerializer(lambda value: value)]
 PathText = Annotated[str, AfterValidator(expand_home)]
+LocalPath = Annotated[str, AfterValidator(local_path)]  # to write
 ProjectName = Annotated[str, AfterValidator(_project)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -130,7 +131,7 @@ class DataConfig(Section):
     max_corrupt: Annotated[int, Field(ge=0, le=2**40)] = 100
     """Number of different undecodable images that a rank tolerates. It replaces each by the next valid image and lists
     it in corrupt.jsonl; one more stops the run."""
-    cache: PathText | None = None
+    cache: LocalPath | None = None
     """Folder on a local disk for what is read from a URL; runs may share it. null: byolt in $XDG_CACHE_HOME, which is
     ~/.cache by default."""
     cache_gb: Annotated[float, Field(gt=0, le=1e6)] = 200
@@ -291,7 +292,7 @@ class EvalConfig(Section):
 
 
 class RunConfig(Section):
-    out: PathText
+    out: LocalPath
     """Folder for checkpoints, metrics, pictures and the exported encoder."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of the weights, the sample order and every augmentation."""
@@ -501,7 +502,7 @@ def _parse_override(override: str) -> DictConfig:
     field = getattr(Config.model_fields.get(section), "annotation", None)
     field = getattr(field, "model_fields", {}).get(name)
     types = (field.annotation, *get_args(field.annotation)) if field else ()
-    if not {str, PathText, ProjectName} & set(types) or (value == "null" and type(None) in types):
+    if not {str, PathText, LocalPath, ProjectName} & set(types) or (value == "null" and type(None) in types):
         _check_events(value, aliases=True)
         return OmegaConf.from_dotlist([override])
     if not value and ProjectName not in types:
@@ -520,9 +521,10 @@ def complete(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
 
 
-def to_yaml(config: Config) -> str:
-    """The config as YAML text, from which `load` makes an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+def to_yaml(config: Config, secrets: bool = True) -> str:
+    """The config as YAML text, from which `load` makes an equal one; without `secrets` those of URLs are ***."""
+    settings = config.model_dump(mode="json")
+    return OmegaConf.to_yaml(OmegaConf.create(settings if secrets else hide_secrets(settings)))
 
 
 def from_yaml(text: str) -> Config:
@@ -603,7 +605,7 @@ def _explain(mistake: Any) -> str:
         return f"{where}: no such setting; {hint}"
     if mistake["type"] == "missing":
         return f"{where}: missing, and it has no default"
-    value = mistake["input"]
+    value = hide_secrets(mistake["input"])
     setting = f"{where}={'null' if value is None else repr(value)}" if where else "the file"
     if reason := _REASONS.get(mistake["type"]):
         numbers = {key: f"{x:.15g}" if isinstance(x, float) else x for key, x in context.items()}

@@ -1,13 +1,16 @@
 """Paths as people type them: ~ for the home folder, braces and wildcards for several files, addresses of storage."""
 
+import argparse
 import difflib
 import glob
 import os
 import re
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|(pipe):")
+_SCHEME = r"(?:[a-z][a-z0-9+.-]*:/|(?:https?|s3|gs|az|hf|file|pipe):)"  # as people write it: also HTTP:/host
+_URL = re.compile(rf"(?:^|,)\s*({_SCHEME})", re.I)
 _MOST = 100_000  # names of one pattern; ImageNet has 1,000 shards at most
 _COPIES = {  # by scheme, the command that makes a local copy
     "s3": "aws s3 cp --recursive",
@@ -25,7 +28,13 @@ class MissingDataError(ValueError):
 
 
 def home_path(text: str) -> Path:
-    """The path with a leading ~ expanded, which shells leave as it is in --out=~/x; a type for argparse."""
+    """The path with a leading ~ expanded, which shells leave as it is in --out=~/x; a type for argparse.
+
+    Raises:
+        ArgumentTypeError: It is a URL, which would make a folder of that name.
+    """
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"{without_secrets(text)} must be a local or mounted path")
     return Path(os.path.expanduser(text))  # Path.expanduser refuses a ~ without such a user
 
 
@@ -56,22 +65,59 @@ def expand_pattern(text: str) -> list[str]:
 
 
 def is_url(text: str) -> bool:
-    """Whether the text is an address (s3://..., https://..., pipe:...); a local path of that name counts more."""
-    return bool(_SCHEME.match(text)) and not os.path.exists(text)
+    """Whether a path, or one of several separated by commas, is an address (s3://..., https:..., pipe:...).
+
+    A local path of that name counts more.
+    """
+    return bool(_URL.search(text)) and not os.path.exists(text)
+
+
+def local_path(text: str) -> str:
+    """The path with ~ expanded, for a setting that names a folder or file to write.
+
+    Raises:
+        ValueError: It is a URL, which would make a folder of that name.
+    """
+    if is_url(text):
+        raise ValueError("must be a local or mounted folder; only data.path and eval.path are read from URLs")
+    return expand_home(text)
 
 
 def copy_first(text: str) -> str:
     """The remedy for an address that is not read: how to copy it."""
-    scheme = _SCHEME.match(text)
+    scheme = _URL.search(text)
     assert scheme
-    tool = _COPIES.get(scheme[1] or scheme[2], "your tool for this kind of storage")
-    return f"copy the data set first, with {tool}"
+    tool = _COPIES.get(scheme[1].lower().rstrip(":/"), "your tool for this kind of storage")
+    return f"copy it first, with {tool}"
 
 
 def without_secrets(text: str) -> str:
-    """The text, in which user names, passwords and queries of URLs are replaced by ***; fields of .beton files stay."""
-    text = re.sub(r"(://)[^/@,\s]*@", r"\1***@", text)
-    return re.sub(r"(://[^\s?,]*)\?(?!((image|label)=[^&,\s]*&?)+([,\s]|$))[^\s,]*", r"\1?***", text)
+    """The text, in which user names, passwords, queries and fragments of URLs are replaced by ***.
+
+    A password may contain any character: all up to the last @ of a URL is hidden. Fields of .beton files stay.
+    """
+    return "".join(map(_redacted, re.split(rf"(?<![a-z0-9+.-])(?={_SCHEME})", text, flags=re.I)))
+
+
+def hide_secrets(settings: Any) -> Any:
+    """Settings, which may be nested, whose URLs hold no secrets."""
+    if isinstance(settings, dict):
+        return {key: hide_secrets(value) for key, value in settings.items()}
+    return without_secrets(settings) if isinstance(settings, str) else settings
+
+
+def _redacted(text: str) -> str:
+    """Redacts a text that begins with a URL; others, which have no scheme, stay."""
+    query = r"([?#;])(?=\S)([^\s'\"]*[^\s'\",])"
+    found = re.match(rf"({_SCHEME}[/\\]*)(.*@)?(.*?)(?:{query}|$)", text, re.I | re.M)
+    if not found:
+        return text
+    scheme, user, place, mark, query = found.groups("")
+    if mark:
+        pairs = query.split("&")
+        fields = [pair for pair in pairs if mark == "?" and re.fullmatch(r"(image|label)=[\w.-]+", pair)]
+        query = "&".join(fields + ["***"] * (len(fields) < len(pairs)))
+    return f"{scheme}{user and '***@'}{place}{mark}{query}{text[found.end() :]}"
 
 
 def searched(path: str) -> str:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from byolt.files.paths import copy_first, is_url, without_secrets
 from byolt.files.regular import open_regular
 
 CHECKPOINT = b"byolt-checkpoint "
@@ -18,6 +19,10 @@ def weights_kind(path: str | Path, setting: str = "model.init_from") -> str:
     Raises:
         ValueError: the file does not exist, is not a regular file, cannot be read, or has another format.
     """
+    if is_url(str(path)):
+        raise ValueError(
+            f"{setting}={without_secrets(str(path))}: only local files are read: {copy_first(str(path))}"
+        )
     try:
         with open(path, "rb", opener=open_regular) as file:
             start = file.read(max(9, len(CHECKPOINT)))

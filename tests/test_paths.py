@@ -55,7 +55,7 @@ def test_wildcards_match_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("s3://key:secret@bucket/set", "s3://***@bucket/set"),
         ("https://a/1?token=x,https://b:p@c/2?token=y z", "https://a/1?***,https://***@c/2?*** z"),
         ("s3://b/a.beton?image=i&label=l,s3://b/c", "s3://b/a.beton?image=i&label=l,s3://b/c"),
-        ("s3://b/a.beton?image=i&token=x", "s3://b/a.beton?***"),
+        ("s3://b/a.beton?image=i&token=x", "s3://b/a.beton?image=i&***"),
         ("train.beton?image=img&label=cls", "train.beton?image=img&label=cls"),
         ("/data/me@home", "/data/me@home"),
     ],

@@ -62,9 +62,7 @@ def load_trained(path: str | Path) -> Trained:
             reason = "; ".join(problems) or "it holds neither encoder.safetensors nor a checkpoint-*.pt"
             raise checkpoint.CheckpointError(f"{path} has no encoder: {reason}")
         return trained
-    state_dict, step, config = (
-        _read_exported(path) if path.suffix == ".safetensors" else _read_checkpoint(path)
-    )
+    state_dict, step, config = _read_exported(path) if _is_exported(path) else _read_checkpoint(path)
     if not 0 <= step < 2**63:
         raise checkpoint.CheckpointError(
             f"{path} claims to be of step {shorten(str(step), 30)}: it is damaged"
@@ -79,6 +77,14 @@ def load_trained(path: str | Path) -> Trained:
         reason = shorten(str(error), 300)  # torch names every key, a line each
         raise checkpoint.CheckpointError(f"{path} does not fit its own config: {reason}") from None
     return Trained(path, encoder.eval(), config, step, weights_digest(encoder.state_dict()))
+
+
+def _is_exported(path: Path) -> bool:
+    """By its first bytes, if they are known; else by its name."""
+    try:
+        return weights_kind(path) == "safetensors"
+    except ValueError:
+        return path.suffix == ".safetensors"
 
 
 def newest_trained(folder: Path) -> tuple[Trained | None, list[str]]:
@@ -127,7 +133,11 @@ def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
     """
     kind = weights_kind(path)
     origin = {"path": path, "sha256": sha256_of(Path(path))}
-    found, of = (_read_pickle(path), "") if kind == "pickle" else _read_weights(Path(path), kind)
+    try:
+        found, of = (_read_pickle(path), "") if kind == "pickle" else _read_weights(Path(path), kind)
+    except checkpoint.CheckpointError as error:
+        problem = str(error).removeprefix("checkpoint ")  # begins with the path
+        raise checkpoint.CheckpointError(f"model.init_from={problem}") from None
     expected = encoder.state_dict()
     found = fit_positions(encoder, found)
     heads = {name for name in found.keys() ^ expected.keys() if name.split(".")[0] in _HEADS}
@@ -180,14 +190,12 @@ def _read_pickle(path: str) -> dict[str, Tensor]:
                 else "it is damaged or holds more than tensors"
             )
             raise checkpoint.CheckpointError(
-                f"model.init_from={path} cannot be loaded: {reason}; save the network's state_dict() as safetensors"
+                f"{path} cannot be loaded: {reason}; save the network's state_dict() as safetensors"
             ) from None
     for key in ("state_dict", "model"):
         found = found[key] if isinstance(found, dict) and isinstance(found.get(key), dict) else found
     if not isinstance(found, dict) or not all(map(_is_plain, found.values())):
-        raise checkpoint.CheckpointError(
-            f"model.init_from={path} is not a state_dict: it holds more than tensors"
-        )
+        raise checkpoint.CheckpointError(f"{path} is not a state_dict: it holds more than tensors")
     return {str(name): value for name, value in found.items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from byolt.configs.schema import Config
 from byolt.files.atomic import replacing
-from byolt.files.paths import without_secrets
+from byolt.files.paths import hide_secrets
 
 FILE = "wandb.json"  # in the run's folder: project and id, by which a resumed run continues the same one
 _INIT_SECONDS = 30  # wait this long for the service before the run is recorded offline
@@ -46,7 +46,7 @@ class WandbLog:
         given = {
             "project": project, "entity": entity[0] if entity else None, "dir": str(self._out),
             "name": self._out.resolve().name, "id": identity, "resume": "allow",
-            "config": _redacted(config.model_dump(mode="json")),
+            "config": hide_secrets(config.model_dump(mode="json")),
         }  # fmt: skip
         settings = wandb.Settings(
             console="off", silent=True, disable_code=True, disable_git=True, init_timeout=_INIT_SECONDS,
@@ -100,10 +100,3 @@ def _read(path: Path) -> dict[str, str]:
         return found if isinstance(found["project"], str) and isinstance(found["id"], str) else {}
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-
-
-def _redacted(settings: Any) -> Any:
-    """The settings, whose URLs hold no secrets."""
-    if isinstance(settings, dict):
-        return {key: _redacted(value) for key, value in settings.items()}
-    return without_secrets(settings) if isinstance(settings, str) else settings

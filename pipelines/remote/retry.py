@@ -12,6 +12,16 @@ _FINAL = {
     404: ("does not exist", "check the URL"),
     412: ("changed while the run was reading it", "restore the object, or start again with the new data set"),
 }
+_FINAL_TEXTS = (
+    ("TooManyRedirects", "the server redirects in a circle", "check the URL"),
+    (
+        "following redirect|BadScheme",
+        "the server redirects to a URL that is not read",
+        "use the URL of the data",
+    ),
+    ("UnexpectedRange", "the server answers with other bytes than those asked for", "use another server"),
+    ("MissingContentLength", "the server does not state the object's size", "use another server"),
+)
 UNREACHABLE = ("the host name cannot be resolved", "the connection is refused")  # perhaps a mistyped host
 _KNOWN = (
     ("dns error|failed to lookup", UNREACHABLE[0]),
@@ -47,6 +57,9 @@ def final_cause(error: BaseException) -> tuple[str, str] | None:
         )
     if "Range request not supported" in text:
         return "the server does not answer range requests", "use another server, or copy the data"
+    for pattern, words, remedy in _FINAL_TEXTS:
+        if re.search(pattern, text):
+            return words, remedy
     status = _status(text)
     if isinstance(error, FileNotFoundError):
         status = 404

@@ -41,13 +41,18 @@ def parse(text: str) -> RemotePath:
         ValueError: the scheme is not read, the URL holds a password or a query, it names files of several folders, or
             obstore is not installed. A message never repeats a password or a query.
     """
-    scheme = text.partition(":")[0]
-    if scheme not in SCHEMES:
-        raise ValueError(
-            f"data path {without_secrets(text)!r}: URLs are read as {', '.join(SCHEMES)} (docs/remote.md): "
-            f"{copy_first(text)}"
-        )
     shown = without_secrets(text)
+    text = re.sub(r"(^|,)\s*([A-Za-z0-9+.-]+):", lambda found: f"{found[1]}{found[2].lower()}:", text)
+    scheme = re.match("([a-z0-9+.-]+):", text)
+    if scheme and scheme[1] not in SCHEMES:
+        raise ValueError(
+            f"data path {shown!r}: URLs are read as {', '.join(SCHEMES)} (docs/remote.md): {copy_first(text)}"
+        )
+    if "@" in text:
+        raise ValueError(
+            f"data path {shown!r} holds a user name or a password: remove it, and give credentials through the "
+            "environment (docs/remote.md); write an @ in the name of a folder as %40"
+        )
     text, mark, query = text.partition("?")
     fields = dict(part.partition("=")[::2] for part in query.split("&")) if mark else {}
     if mark and not (
@@ -58,11 +63,8 @@ def parse(text: str) -> RemotePath:
             "image=FIELD and label=FIELD after .beton: give credentials through the environment (docs/remote.md)"
         )
     urls = [url for part in re.split(r",(?![^{}]*\})", text) for url in expand_braces(part.strip())]
-    if any("@" in urlsplit(url).netloc for url in urls):
-        raise ValueError(
-            f"data path {shown!r} holds a user name or a password: remove it, and give credentials through the "
-            "environment (docs/remote.md)"
-        )
+    for url in urls:
+        _check(url, shown)
     if any("*" in url for url in urls):
         raise ValueError(
             f"data path {shown!r}: a URL has no wildcards: name the folder, or use braces {{00..09}}"
@@ -76,6 +78,25 @@ def parse(text: str) -> RemotePath:
     if files != urls or len(folders) != 1:
         raise ValueError(f"data path {shown!r}: name one folder, or .tar or .beton files of one folder")
     return RemotePath(shown, folders.pop(), [url.rpartition("/")[2] for url in urls], fields)
+
+
+def _check(url: str, shown: str) -> None:
+    """Refuses a URL that has no host, an invalid one, or parts that name no object."""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in SCHEMES and url.startswith(f"{parts.scheme}://") and parts.port != 0
+        sound = sound and bool(re.fullmatch(r"[\w.:-]+", parts.hostname or ""))
+    except ValueError:  # of its host or port
+        sound = False
+    if not sound:
+        raise ValueError(
+            f"data path {shown!r} is not a valid URL: name one folder as scheme://host/folder, with a port up to 65535"
+        )
+    if "#" in url or ";" in url:
+        raise ValueError(
+            f"data path {shown!r}: what follows # or ; does not name an object: remove it, or write the characters "
+            "as %23 and %3B"
+        )
 
 
 def _require_obstore(shown: str) -> None:
