@@ -37,6 +37,24 @@ _REMEDY = "make the data set again with tools/make_shards.py"
 _INDEX = "for tars made elsewhere run tools/make_shards.py --index on the folder"
 
 
+def parse(content: bytes, place: object) -> dict[str, Any]:
+    """The object in a manifest.json; `place` names the file.
+
+    Raises:
+        ValueError: It is not JSON, or not a manifest.
+    """
+    try:
+        raw = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        if content.lstrip()[:1] == b"<":
+            start = ascii(content.lstrip()[:20].decode(errors="replace"))
+            raise ValueError(f"{place} is not a manifest: it begins with {start}: a login page?") from None
+        raise ValueError(f"{place} cannot be read ({error}): {_REMEDY}") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+        raise ValueError(f"{place} is not a {FORMAT} manifest: {_REMEDY}; {_INDEX}")
+    return raw
+
+
 class Shard(NamedTuple):
     """One tar or .beton of the data set."""
 
@@ -66,13 +84,11 @@ class Manifest:
         """
         path = Path(folder) / MANIFEST
         try:
-            raw = json.loads(read_regular(path))
+            raw = parse(read_regular(path), path)
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{path} is missing: {_REMEDY}; {_INDEX}") from None
-        except (OSError, ValueError, RecursionError) as error:
+        except OSError as error:
             raise ValueError(f"{path} cannot be read ({error}): {_REMEDY}") from None
-        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a {FORMAT} manifest: {_REMEDY}; {_INDEX}")
         if raw.get("version") != VERSION:
             raise ValueError(
                 f"{path} has version {raw.get('version')!r}, this code reads {VERSION}: {_REMEDY}"

@@ -147,7 +147,7 @@ def test_a_pattern_that_names_all_shards_of_a_data_set_is_the_data_set(
     [
         (
             "s3://bucket/set",
-            "SRC s3://bucket/set must be local: copy the data set first, with aws",
+            "SRC s3://bucket/set must be local: copy it first, with aws",
         ),
         ("pipe:cat x.tar", "its output written to a file"),
         ("none*.tar", "SRC 'none*.tar': 'none*.tar' matches no file in "),

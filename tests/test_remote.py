@@ -102,7 +102,7 @@ def test_which_errors_are_final() -> None:
 def test_causes_do_not_repeat_what_the_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert retry.cause(OSError(f"status: 503, body: {SECRET}")) == "HTTP 503"
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    assert retry.cause(KeyError(f"odd {SECRET} http://h/a?sig=1")) == "KeyError: 'odd *** http://h/a?***"
+    assert retry.cause(KeyError(f"odd {SECRET} http://h/a?sig=1")) == "KeyError: 'odd *** http://h/a?***'"
 
 
 def test_pauses_grow_to_two_seconds() -> None:

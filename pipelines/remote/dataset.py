@@ -12,13 +12,14 @@ from byolt.configs.schema import DataConfig
 from byolt.files.console import shown
 from byolt.files.paths import MissingDataError
 from byolt.files.progress import Meter
-from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest
+from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest, parse
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.retry import MissingError
 from byolt.pipelines.remote.store import Entry, Store
 from byolt.pipelines.remote.urls import RemotePath
 
 PIECE = 1 << 23  # bytes of one request
+_MOST = 1 << 28  # bytes of a manifest; 100,000 shards have 20 MB
 
 
 class RemoteData:
@@ -57,9 +58,10 @@ class RemoteData:
             self.cache.pin(self.key)
             return
         try:
-            content = self.store.get(MANIFEST)
+            content = self.store.get(MANIFEST, _MOST)
         except MissingError:
             raise MissingDataError(self._no_manifest()) from None
+        parse(content, f"data path {path.folder}/{MANIFEST}")  # before anything else is asked for
         self.key = digest(content)
         self.cache.pin(self.key)
         self.manifest = self._load(content, entries)

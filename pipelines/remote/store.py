@@ -104,10 +104,10 @@ class Store:
         self._etags[name] = _strong(meta["e_tag"])
         return Entry(meta["size"], self._etags[name])
 
-    def get(self, name: str) -> bytes:
-        """The whole of a small object, in its newest version."""
+    def get(self, name: str, most: int = 1 << 31) -> bytes:
+        """The whole of an object of at most `most` bytes, in its newest version."""
         self._etags.pop(name, None)
-        return bytes(self._call(self._persist(name, lambda: self._get(name, None))))
+        return bytes(self._call(self._persist(name, lambda: self._get(name, None, most))))
 
     def range(self, name: str, start: int, length: int) -> Any:
         """Bytes of an object, as a buffer.
@@ -169,13 +169,17 @@ class Store:
 
         return await self._persist(name, attempt, _GRACE + length / _SLOWEST)
 
-    async def _get(self, name: str, span: tuple[int, int] | None) -> Any:
+    async def _get(self, name: str, span: tuple[int, int] | None, most: int = 1 << 62) -> Any:
         import obstore
 
         options: Any = {"range": span} if span else {}
         if etag := self._etags.get(name):
             options["if_match"] = etag
         result = await obstore.get_async(self._open(), name, options=options)
+        if (size := result.meta["size"]) > most and not span:
+            raise RemoteError(
+                f"{self.url}/{name} has {size:,} bytes, {most:,} at most are read: check the URL"
+            )
         data = await result.bytes_async()
         if span and len(data) != span[1] - span[0]:
             raise RemoteError(
