@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from whole_runs import ROOT, Run, write_images
 
 from byolt.configs import command_line, schema
-from byolt.files.weights import weights_kind
+from byolt.files.weights import CHECKPOINT, weights_kind
 from byolt.model.distributed import World
 from byolt.model.kernels import norm as norms
 from byolt.model.kernels.norm import BatchNorm, each_view
@@ -119,6 +119,25 @@ def test_another_network_of_a_run_is_named(files: dict[str, Path]) -> None:
     encoder = make_encoder("resnet8_half", "imagenet")
     message = refused(files["encoder.safetensors"], encoder)
     assert "(model.backbone=resnet8 model.stem=cifar) does not fit" in message and "and 40 more" in message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 8 + b"{",
+        b"\x10" + bytes(7) + b"{}",
+        b"PK\x03\x04" + bytes(9),
+        b"\x80\x02.",
+        CHECKPOINT + b"1 " + bytes(9),
+        b"<html>",
+        b"",
+        b"{",
+    ],
+)
+def test_a_refusal_begins_with_the_setting_and_the_file(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises((CheckpointError, ValueError), match=f"^model.init_from={tmp_path}/weights "):
+        initialize(make_encoder("resnet8", "cifar"), f"{tmp_path}/weights")
 
 
 def test_a_flipped_byte_is_refused(files: dict[str, Path], tmp_path: Path) -> None:

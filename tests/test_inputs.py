@@ -179,7 +179,7 @@ def test_a_pattern_or_address_that_cannot_be_used(
     assert "does not exist" not in said or "a/3.tar" in said
     if source.startswith("pipe:"):
         assert run(source, "--index") == verify([source]) == 2
-        assert capsys.readouterr().err.count("copy the data set first") == 2
+        assert capsys.readouterr().err.count("copy it first") == 2
 
 
 def test_one_damaged_label_does_not_make_the_others_names(tmp_path: Path) -> None:

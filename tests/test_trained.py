@@ -42,6 +42,11 @@ def test_the_digest_is_that_of_the_weights_that_run(
     assert weights_digest(narrow) != weights_digest(weights)  # the type is part of it
 
 
+def test_an_encoder_is_known_by_its_content(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "encoder.bin").write_bytes(exported.read_bytes())
+    assert load_trained(tmp_path / "encoder.bin").digest == load_trained(exported).digest
+
+
 def test_a_flipped_bit_is_noticed(exported: Path, tmp_path: Path) -> None:
     """In the tensors, and in the header unless it loads as the same encoder (a space of JSON, an unknown key)."""
     sound = load_trained(exported)
