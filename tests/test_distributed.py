@@ -188,7 +188,7 @@ def _relative_error(found: dict[str, Tensor], expected: dict[str, Tensor]) -> fl
     )
 
 
-@pytest.mark.parametrize("name", ["plain", "accumulated", FUSED])
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.slow), "accumulated", FUSED])
 def test_two_ranks_equal_one_with_the_whole_batch(request: pytest.FixtureRequest, name: str) -> None:
     ranks = request.getfixturevalue("fused" if name == "fused" else "ranks")
     whole = _train(ALONE, **TRAININGS[name])

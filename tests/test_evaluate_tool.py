@@ -678,7 +678,14 @@ def _damage(path: Path) -> None:
     path.write_bytes(data[:60] + bytes(len(data) - 80) + data[-20:])
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "linear --fast", "finetune", "transfer"])
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        "knn",
+        "linear --fast",
+        *(pytest.param(p, marks=pytest.mark.slow) for p in ("linear", "finetune", "transfer")),
+    ],
+)
 def test_images_that_do_not_decode_are_counted(
     protocol: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

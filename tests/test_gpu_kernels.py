@@ -223,6 +223,7 @@ def test_real_size_equals_the_torch_back_end_and_the_cpu_kernels(profile: Profil
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.slow
 def test_other_types_are_the_rounded_numbers(dtype: torch.dtype) -> None:
     """Triton's interpreter cuts bfloat16 off instead of rounding it: there, one unit in the last place."""
     images, augment = pictures(3, 30, 40), AugmentConfig(size=24, view1=EVERYTHING, view2=EVERYTHING)

@@ -66,6 +66,7 @@ def test_public_names_are_found_when_used() -> None:
         byolt.Loader  # noqa: B018
 
 
+@pytest.mark.slow
 def test_contract_names_with_the_checkout_alone_on_the_path(tmp_path: Path) -> None:
     lines = [f"import {module}" for module in CONTRACT]
     lines += [f"assert callable({module}.{name})" for module, names in CONTRACT.items() for name in names]

@@ -486,6 +486,7 @@ def test_networks_whose_norms_are_not_ours_keep_two_passes(kernels: Any) -> None
         *(pytest.param("resnet18", d, marks=pytest.mark.gpu) for d in (None, torch.bfloat16, torch.float16)),
     ],
 )
+@pytest.mark.slow
 def test_a_network_is_as_close_to_float64_as_by_torchs_modules(
     kernels: Any, monkeypatch: pytest.MonkeyPatch, backbone: str, dtype: torch.dtype | None
 ) -> None:
