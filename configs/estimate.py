@@ -72,6 +72,14 @@ RATES = [
 _LIBRARIES = {"cpu": 1.0 * GIB, "cuda": 2 * GIB}
 
 
+# A step takes at least this many seconds: torch's calls. cpu: resnet8_half with 16 images of 16 px, 30 steps on two
+# busy cores, took 46 CPU ms (stem imagenet, wall time from 25 ms). cuda: resnet18 at 32 px kept an H200's host for 62.
+_FLOOR = {"cpu": 0.04, "cuda": 0.06}
+# And seconds for each byte of `Memory.weights` that the update reads and writes: on the same cores heads of 32,768
+# units (8.7 million parameters) took 182 ms more than those of 256. cuda: not yet measured.
+_UPDATE = {"cpu": 8e-10, "cuda": 0.0}
+
+
 class Memory(NamedTuple):
     """Bytes that one rank needs."""
 
@@ -175,8 +183,15 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
             return unknown
     asked = _flops(config.model.backbone, config.model.stem, config.augment.size)
     rate = min(known, key=lambda r: abs(math.log(_flops(r.backbone, r.stem, r.size) / asked)))
-    scale = _flops(rate.backbone, rate.stem, rate.size) / asked
-    speed = rate.images_per_second * scale * (device.cores / rate.cores if rate.cores else 1)
+    scale = _asked_flops(config) / _flops(rate.backbone, rate.stem, rate.size)
+    if rate.cores:
+        compute = rate.cores / rate.images_per_second - _data_seconds(rate.size)
+        each = (compute * scale + _data_seconds(config.augment.size)) / device.cores
+    else:
+        each = scale / rate.images_per_second
+    batch = config.train.batch_size / ranks
+    floor = _floor(config, device.kind)
+    speed = batch / max(each * batch, floor)
     same = (rate.backbone, rate.stem, rate.size) == (
         config.model.backbone,
         config.model.stem,
@@ -184,10 +199,32 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
     )
     kind = "estimated from CPU time" if rate.by_cpu_time else "measured"
     how = kind if same else f"scaled from {rate.backbone} at {rate.size} px, {kind}"
+    if each * batch < floor:
+        how = f"a step takes at least {1000 * floor:,.0f} ms, {how}"
     takes = f"about {duration(images / speed)}"
     if rate.device not in place:
         return f"{unknown}; {takes} on one {rate.device} for each rank"
     return f"{takes} at {_two_digits(speed * ranks)} images/s ({how} on {rate.source})"
+
+
+def _data_seconds(size: int) -> float:
+    """CPU seconds that decoding and both views of an image take: 2 ms at 224 px, 0.07 ms at 32 (docs/benchmarks.md)."""
+    return 3e-5 + 4e-8 * size**2
+
+
+def _asked_flops(config: Config) -> float:
+    """FLOPs of a forward pass of one view; heads below a tenth of the encoder's are part of the measured rates."""
+    model = config.model
+    encoder = _flops(model.backbone, model.stem, config.augment.size)
+    features = COSTS[model.backbone, model.stem].features
+    heads = 2 * model.projector_hidden * (features + model.projector_size)
+    heads += 4 * model.predictor_hidden * model.projector_size * model.predictor
+    return encoder + (heads if heads > encoder / 10 else 0)
+
+
+def _floor(config: Config, kind: str) -> float:
+    """Seconds that a step of any batch takes: torch's calls and the update of the weights."""
+    return _FLOOR[kind] + _UPDATE[kind] * memory(config, kind).weights
 
 
 def _two_digits(speed: float) -> str:

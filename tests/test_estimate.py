@@ -88,7 +88,8 @@ def test_time_says_where_its_rate_comes_from() -> None:
     assert time(config, H200, 1, 100) == (
         "about 19 s at 1,411 images/s (measured on one NVIDIA H200, commit 20cdd17)"
     )
-    assert "at 11,288 images/s" in time(config, H200, 8, 100)
+    assert "at 11,288 images/s" in time(load("throughput", "train.batch_size=2048"), H200, 8, 100)
+    assert "(a step takes at least 60 ms, measured on one NVIDIA H200" in time(config, H200, 8, 100)
     assert time(load("throughput", "model.backbone=resnet18"), H200, 1, 10_000).endswith(
         "(scaled from resnet50 at 224 px, measured on one NVIDIA H200, commit 20cdd17)"
     )
@@ -111,11 +112,31 @@ def test_time_says_where_its_rate_comes_from() -> None:
 
 def test_a_rate_from_cpu_time_is_an_estimate() -> None:
     small = load(
-        "own_images", "model.backbone=resnet8", "augment.size=96", "train.batch_size=2", "train.epochs=10"
+        "own_images", "model.backbone=resnet8", "augment.size=96", "train.batch_size=32", "train.epochs=10"
     )
     assert estimate.time_line(small, CPU, 1, 280) == (
-        "about 6 s at 100 images/s (estimated from CPU time on 2 cores of an AMD EPYC 9005)"
+        "about 90 s at 100 images/s (estimated from CPU time on 2 cores of an AMD EPYC 9005)"
     )
+
+
+def speed(line: str) -> float:
+    return float(line.split(" at ")[1].split(" images/s")[0].replace(",", ""))
+
+
+def test_small_steps_large_heads_and_large_views_are_not_free() -> None:
+    small = load("quickstart", "model.stem=imagenet", "train.batch_size=16")
+    assert estimate.time_line(small, CPU, 1, 4_000_000).startswith("about 47 h")
+    assert "(a step takes at least 43 ms, scaled from resnet8_half at 16 px" in (
+        estimate.time_line(small, CPU, 1, 4_000_000)
+    )
+    quick, wide = (
+        speed(estimate.time_line(load("quickstart", *more), CPU, 1, 100))
+        for more in ((), ("model.projector_hidden=65536", "model.predictor_hidden=65536"))
+    )
+    assert quick == 1300 and wide < quick / 5
+    assert [estimate._data_seconds(n) for n in (224, 32)] == pytest.approx([2.0e-3, 0.07e-3], rel=0.03)
+    faster = speed(estimate.time_line(load("quickstart", "model.stem=imagenet"), CPU._replace(cores=1), 1, 9))
+    assert faster < 650 * 24416 / 2648  # as the network alone would be
 
 
 def test_the_largest_batch_is_at_most_the_data_set() -> None:

@@ -622,7 +622,7 @@ def test_print_config_decides_what_is_auto_and_estimates(run: Run) -> None:
         r"device: \d+ CPU cores? \(.+\)",
         r"memory: about 1\.0 of [0-9.]+ GiB \(.*\); a batch of all 32 images fits",
         r"steps: 8, warm-up: 2",
-        r"time: about \d+ s at [0-9,]+ images/s \(scaled from resnet8 at 24 px, measured on 2 cores of .*\)",
+        r"time: about \d+ s at [0-9,]+ images/s \((a step takes .+ ms, )?scaled from resnet8 at 24 px, measured on 2 cores of .*\)",
     ):
         assert re.search(rf"^# {line}$", done.stdout, re.M), (line, done.stdout)
     done = run("--print-config", "train.batch_size=auto", "data.path=/nowhere")
