@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterable
 from typing import TextIO
 
+from byolt.files.paths import without_secrets
+
 _SHOWN = 5  # items of a list
 _LENGTH = 100  # characters of one of them
 
@@ -18,8 +20,8 @@ def printable(text: object) -> str:
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Prints a printable line to stdout, or to `file`."""
-    print(printable(text), file=file, flush=True)
+    """Prints a printable line, without the secrets of URLs, to stdout, or to `file`."""
+    print(printable(without_secrets(str(text))), file=file, flush=True)
 
 
 def count(number: int, noun: str) -> str:

@@ -12,6 +12,7 @@ pytest.importorskip("obstore")
 
 from byolt.configs import command_line, schema
 from byolt.configs.schema import DataConfig
+from byolt.files.console import say
 from byolt.files.paths import home_path, without_secrets
 from byolt.files.weights import weights_kind
 from byolt.pipelines.convert.from_files import expand_source
@@ -70,6 +71,13 @@ def test_no_output_shows_a_secret(said: str) -> None:
         with pytest.raises((ValueError, argparse.ArgumentTypeError), match=said) as caught:
             OUTPUTS[said](url)
         assert SECRET not in str(caught.value), url
+
+
+def test_a_line_of_output_shows_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    for url in URLS:
+        say(f"error: config file {url} does not exist")
+        said = capsys.readouterr().out
+        assert SECRET not in said and said.startswith("error: config file "), url
 
 
 @pytest.mark.parametrize("url", URLS)
