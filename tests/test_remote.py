@@ -184,7 +184,13 @@ def test_cache_stays_below_its_limit_and_drops_the_oldest(tmp_path: Path) -> Non
 
 
 def test_unpinned_sets_make_room(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/.pin").touch()  # by a process that has ended
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/photo.jpg").write_bytes(bytes(5000))  # a user's own
+    (tmp_path / "mine/.x.byolt-tmp").touch()
     cache = Cache(tmp_path, 1000)
+    assert len([*(tmp_path / "mine").iterdir()]) == 2
     assert _put(cache, "old/shard-0.tar", 900)
     assert cache.room("new") == 1000
     assert _put(cache, "new/shard-0.tar", 900)
@@ -192,11 +198,13 @@ def test_unpinned_sets_make_room(tmp_path: Path) -> None:
     cache.pin("new")
     assert cache.room("newer") == 100
     assert cache.room("new") == 1000
+    assert len([*(tmp_path / "mine").iterdir()]) == 2
 
 
 def test_what_a_killed_process_leaves_is_counted_and_taken_over(tmp_path: Path) -> None:
     folder = tmp_path / "set/extents"
     folder.mkdir(parents=True)
+    (tmp_path / "set/.pin").touch()
     (folder / ".a.byolt-tmp").write_bytes(b"par")
     (folder / ".b.byolt-tmp").write_bytes(b"partial")
     cache = Cache(tmp_path, 1000)

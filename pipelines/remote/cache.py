@@ -37,8 +37,9 @@ class Cache:
         self.folder, self.limit = folder, limit
         folder.mkdir(parents=True, exist_ok=True)
         with self._usage() as usage:
-            for leftover in folder.rglob(f".*{TEMPORARY}"):
-                self._remove_abandoned(leftover)
+            for path in self._sets():
+                for leftover in path.rglob(f".*{TEMPORARY}"):
+                    self._remove_abandoned(leftover)
             usage.set(sum(size for path in self._sets() for _, size, _ in self._files(path)))
             self._evict(usage, limit)
 
@@ -164,7 +165,8 @@ class Cache:
                 self._remove(usage, path)
 
     def _sets(self) -> list[Path]:
-        return [path for path in self.folder.iterdir() if path.is_dir()]
+        """Those that were pinned once; other folders are not of the cache, and nothing in them is counted or removed."""
+        return [path for path in self.folder.iterdir() if (path / _PIN).is_file() and not path.is_symlink()]
 
     def _files(self, folder: Path) -> Iterator[tuple[float, int, Path]]:
         """Time, size and path of each file below a folder."""
