@@ -165,7 +165,7 @@ class Cache:
                 self._remove(usage, path)
 
     def _sets(self) -> list[Path]:
-        """Those that were pinned once; other folders are not of the cache, and nothing in them is counted or removed."""
+        """Those that were pinned once; nothing in other folders, which are not of the cache, is counted or removed."""
         return [path for path in self.folder.iterdir() if (path / _PIN).is_file() and not path.is_symlink()]
 
     def _files(self, folder: Path) -> Iterator[tuple[float, int, Path]]:
