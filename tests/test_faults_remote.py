@@ -1,5 +1,6 @@
 """Whole runs on data behind a server that fails: the digest is that of the same shards on a local disk."""
 
+import contextlib
 import errno
 import os
 import random
@@ -7,8 +8,9 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from range_server import RangeServer, s3_bucket
@@ -167,12 +169,15 @@ def test_sigterm_during_an_outage_ends_two_ranks(server: RangeServer, tmp_path: 
 def test_killed_at_random_moments(server: RangeServer, whole: Process, tmp_path: Path) -> None:
     server.latency = 0.01
     run = new_run(tmp_path, f"{server.url}/train")
+    killed = 0
     for moment in range(8):
         process = run.start("--resume", "auto", before=small_pieces)
-        time.sleep(0.3 + random.Random(moment).random())
-        process.signal(signal.SIGKILL)
-        process.wait()
+        time.sleep(0.2 + random.Random(moment).random())
+        with contextlib.suppress(ProcessLookupError):  # a fast machine ends the run before some moments
+            process.signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
         assert size_of(tmp_path / "cache") <= 10_000
+    assert killed >= 2
     assert_equal(run("--resume", "auto", before=small_pieces), whole, run)
 
 
@@ -207,9 +212,9 @@ def full_disk() -> None:
 
     kept = dataset.Cache.fill
 
-    def fill(self: dataset.Cache, key: str, size: int, write: Callable[[int], object]) -> bool:
+    def fill(self: dataset.Cache, key: str, *others: Any) -> bool:
         os.posix_fallocate = refuse if "extents" in key else posix_fallocate
-        return kept(self, key, size, write)
+        return kept(self, key, *others)
 
     posix_fallocate = os.posix_fallocate
     dataset.Cache.fill = fill  # type: ignore[method-assign]

@@ -27,7 +27,7 @@ def test_computed_connections_follow_littles_law(speed: Any) -> None:
     assert speed.connections(1, 1, 0.03, 70e6) == 1
 
 
-@pytest.mark.faults  # four processes, 20 to 40 s
+@pytest.mark.slow  # four processes, 20 to 40 s
 def test_local_and_remote_cases(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [sys.executable, str(FOLDER / "measure.py"), "--json", str(out), "--folder", str(tmp_path)]
