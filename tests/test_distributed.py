@@ -381,39 +381,6 @@ def test_how_torch_computes_is_settled_before_cuda_starts(
     assert not torch.backends.cudnn.allow_tf32
 
 
-RESTARTED = """
-import os, torch
-from byolt.model import distributed
-world = distributed.init("cpu", timeout=60)
-total = distributed.all_reduce_mean(torch.tensor([float(world.rank)]), world)
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and world.rank == 1:
-    os._exit(3)
-distributed.barrier(world)
-os.write(1, f"finished {world.rank} {total.item()}\\n".encode())
-distributed.shutdown(world)
-"""
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_a_dead_rank(tmp_path: Path) -> None:
-    script = tmp_path / "restarted.py"
-    script.write_text(RESTARTED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "--max-restarts=1", str(script)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert sorted(line for line in done.stdout.splitlines() if "finished" in line) == [
-        "finished 0 0.5",
-        "finished 1 0.5",
-    ]
-
-
 def test_a_rank_says_that_it_waits_and_lets_signals_end_it(capsys: pytest.CaptureFixture) -> None:
     before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:
