@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from obstore.exceptions import NotSupportedError
 from PIL import Image
 from range_server import RangeServer
 
@@ -94,7 +95,7 @@ def test_without_obstore_a_url_is_refused_before_any_work(monkeypatch: pytest.Mo
 def test_which_errors_are_final() -> None:
     for status in (400, 401, 403, 404, 412, 416):
         assert retry.final_cause(OSError(f"GET ... status: {status},")), status
-    assert retry.final_cause(NotImplementedError("HTTP: Range request not supported"))
+    assert retry.final_cause(NotSupportedError("HTTP: Range request not supported"))
     for text in ("status: 503", "status: 429", "status: 500", "ConnectionReset", "dns error", ""):
         assert retry.final_cause(OSError(text)) is None, text
 
