@@ -248,3 +248,25 @@ def join(records: Iterable[np.ndarray]) -> np.ndarray:
     for number, part in enumerate(parts):
         part["shard"] = number
     return np.concatenate(parts) if parts else np.empty(0, SAMPLE)
+
+
+class DescribedSource:
+    """The part of a `sources.Source` that a manifest states; subclasses read the bytes."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._shards, self._samples = manifest.shards, manifest.samples
+        self.classes, self.proven = manifest.classes, manifest.proven
+        self.heights, self.widths = (
+            manifest.samples[name]
+            for name in ("height", "width")  # mapped: all ranks share the pages
+        )
+        self.labels = labels(manifest.samples)
+        self.fingerprint = manifest.fingerprint()
+        self.former_fingerprints: list[str] = []
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        return checksums(self._samples)
+
+    def __len__(self) -> int:
+        return len(self._samples)

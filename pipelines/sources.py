@@ -29,7 +29,7 @@ from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
-from byolt.pipelines.manifest import MANIFEST, Manifest, checksums, labels
+from byolt.pipelines.manifest import MANIFEST, DescribedSource, Manifest, checksums
 from byolt.pipelines.remote.dataset import RemoteData
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource
@@ -277,32 +277,18 @@ class ParallelReader:
             self._pool.shutdown()
 
 
-class TarSource:
+class TarSource(DescribedSource):
     """Tars with a manifest. Read by `os.pread`, not mmap: a cut shard is an error, not SIGBUS."""
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
         """Raises ValueError if the manifest is damaged, or a shard is missing or has another size."""
         self.folder = Path(folder)
         manifest = _checked_manifest(self.folder, manifest or Manifest.load(folder))
-        self._shards, self._samples = manifest.shards, manifest.samples
+        super().__init__(manifest)
         self.paths = [self.folder / shard.name for shard in manifest.shards]
-        self.classes, self.proven = manifest.classes, manifest.proven
-        self.lengths, self.heights, self.widths = (
-            manifest.samples[name]
-            for name in ("length", "height", "width")  # mapped: all ranks share the pages
-        )
-        self.labels = labels(manifest.samples)
-        self.fingerprint = manifest.fingerprint()
-        self.former_fingerprints: list[str] = []
+        self.lengths = manifest.samples["length"]
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
-
-    @property
-    def checksums(self) -> npt.NDArray[np.uint64]:
-        return checksums(self._samples)
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def read(self, i: int) -> bytes:
         record = self._samples[i]

@@ -18,14 +18,14 @@ import numpy.typing as npt
 from byolt.configs.schema import DataConfig
 from byolt.files.console import say
 from byolt.pipelines.formats.encoded import check_unchanged, inspect, ppm_header
-from byolt.pipelines.manifest import BLOCK, checksums, labels
+from byolt.pipelines.manifest import BLOCK, DescribedSource
 from byolt.pipelines.remote import dataset
 from byolt.pipelines.remote.cache import EVICTABLE
 from byolt.pipelines.remote.dataset import RemoteData, write_all
 from byolt.pipelines.remote.urls import RemotePath
 
 
-class RemoteSource:
+class RemoteSource(DescribedSource):
     """Tars or .beton files with a manifest, at a URL."""
 
     def __init__(
@@ -42,13 +42,8 @@ class RemoteSource:
         manifest = self._data.manifest
         assert manifest is not None
         self._store, self._cache, self._key = self._data.store, self._data.cache, self._data.key
-        self._shards, self._samples = manifest.shards, manifest.samples
+        super().__init__(manifest)
         self._is_beton = self._shards[0].name.endswith(".beton")
-        self.classes, self.fingerprint = manifest.classes, manifest.fingerprint()
-        self.former_fingerprints: list[str] = []
-        self.labels = labels(manifest.samples)
-        self.proven = manifest.proven
-        self.heights, self.widths = manifest.samples["height"], manifest.samples["width"]
         self._extents = extents(manifest.samples, dataset.PIECE)
         self._first = np.ascontiguousarray(self._extents["first"])
         self._pool: ThreadPoolExecutor | None = None
@@ -56,13 +51,6 @@ class RemoteSource:
         self._slots = threading.Semaphore(self._data.connections)  # of `plan` and of waiting reads together
         self._stop = threading.Event()
         self._lock = threading.Lock()
-
-    @property
-    def checksums(self) -> npt.NDArray[np.uint64]:
-        return checksums(self._samples)
-
-    def __len__(self) -> int:
-        return len(self._samples)
 
     def read(self, i: int) -> bytes:
         """Encoded image `i`; see `sources.Source`. Bytes with another crc32 than the manifest's are fetched again."""
