@@ -94,7 +94,8 @@ def copy_first(text: str) -> str:
 def without_secrets(text: str) -> str:
     """The text, in which user names, passwords, queries and fragments of URLs are replaced by ***.
 
-    A password may contain any character: all up to the last @ of a URL is hidden. Fields of .beton files stay.
+    A password may contain any character: all up to the last @ of a URL is hidden. So may a query, which ends at a
+    closing quote, a colon before a space, or the end of the line. Fields of .beton files stay.
     """
     return "".join(map(_redacted, re.split(rf"(?<![a-z0-9+.-])(?={_SCHEME})", text, flags=re.I)))
 
@@ -108,7 +109,9 @@ def hide_secrets(settings: Any) -> Any:
 
 def _redacted(text: str) -> str:
     """Redacts a text that begins with a URL; others, which have no scheme, stay."""
-    query = r"([?#;])(?=\S)([^\s'\"]*[^\s'\",])"
+    shown = r"(?:\*\*\*|(?:image|label)=[\w.-]+)"  # hidden before, or a field
+    end = r"(?=[\s'\",:]|$)"
+    query = rf"([?#;])(?=\S)({shown}(?:&{shown})*{end}|.+?(?=['\"](?:[\s:;,.)]|$)|:\s|,?\s*$))"
     found = re.match(rf"({_SCHEME}[/\\]*)(.*@)?(.*?)(?:{query}|$)", text, re.I | re.M)
     if not found:
         return text

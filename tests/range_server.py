@@ -24,6 +24,8 @@ class RangeServer:
         down: While True, every connection is reset.
         latency: Seconds before each response.
         bandwidth: Bytes per second of each connection; 0 for no limit.
+        redirect: Where every request is sent on to; "" for nowhere.
+        headers: Of the newest request, by name in lower case.
         counts: Number of requests by method, and of faults by name.
         bytes_sent: Bytes of bodies.
         most_at_once: Largest number of GETs that were answered at the same time.
@@ -32,6 +34,8 @@ class RangeServer:
     def __init__(self, folder: Path, fault: Callable[[int, str], str] | None = None) -> None:
         self.folder, self.fault = folder, fault or (lambda number, name: "")
         self.down, self.latency, self.bandwidth = False, 0.0, 0.0
+        self.redirect = ""
+        self.headers: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
         self.bytes_sent = self.most_at_once = self.at_once = 0
         self.ended = threading.Event()
@@ -91,6 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(state.latency)
         if state.down or fault == "reset":
             self._reset()
+            return
+        state.headers = {key.lower(): value for key, value in self.headers.items()}
+        if state.redirect:
+            self.send_response(302)
+            self.send_header("Location", state.redirect)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
             return
         path = state.folder / name
         if fault.isdigit() or not path.is_file():

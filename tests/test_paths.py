@@ -53,7 +53,11 @@ def test_wildcards_match_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     ("text", "shown"),
     [
         ("s3://key:secret@bucket/set", "s3://***@bucket/set"),
-        ("https://a/1?token=x,https://b:p@c/2?token=y z", "https://a/1?***,https://***@c/2?*** z"),
+        ("https://a/1?token=x,https://b:p@c/2?token=y z", "https://a/1?***,https://***@c/2?***"),
+        ("path 'https://a/1?t=x \"y'z w': name it", "path 'https://a/1?***': name it"),
+        ("https://a/1?t=x y: no answer, ftp://b?t 'z", "https://a/1?***: no answer, ftp://b?***"),
+        ("https://a/1?*** must be local", "https://a/1?*** must be local"),
+        ("s3://b/a.beton?image=i&*** and more", "s3://b/a.beton?image=i&*** and more"),
         ("s3://b/a.beton?image=i&label=l,s3://b/c", "s3://b/a.beton?image=i&label=l,s3://b/c"),
         ("s3://b/a.beton?image=i&token=x", "s3://b/a.beton?image=i&***"),
         ("train.beton?image=img&label=cls", "train.beton?image=img&label=cls"),

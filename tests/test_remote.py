@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import pickle
+import shutil
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from byolt.files.machine import find_device
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
-from byolt.pipelines.manifest import BLOCK
+from byolt.pipelines.manifest import BLOCK, MANIFEST, SAMPLES
 from byolt.pipelines.order import check_batch_size
 from byolt.pipelines.remote import dataset, retry, store, urls
 from byolt.pipelines.remote.cache import Cache
@@ -96,6 +97,7 @@ def test_which_errors_are_final() -> None:
     for status in (400, 401, 403, 404, 412, 416):
         assert retry.final_cause(OSError(f"GET ... status: {status},")), status
     assert retry.final_cause(NotSupportedError("HTTP: Range request not supported"))
+    assert retry.final_cause(OSError("Failed to parse value for CONTENT_RANGE header"))
     for text in ("status: 503", "status: 429", "status: 500", "ConnectionReset", "dns error", ""):
         assert retry.final_cause(OSError(text)) is None, text
 
@@ -530,6 +532,41 @@ def test_a_changed_object_is_refused(server: RangeServer, shards: Path, tmp_path
     os.utime(shards / "train/shard-000000.tar", (1, 1))
     with pytest.raises(RemoteError, match=r"changed while the run was reading it \(HTTP 412\)"):
         [source.read(i) for i in range(len(source))]
+
+
+def test_a_data_set_that_is_replaced_while_it_is_opened_is_refused(
+    server: RangeServer, shards: Path, tmp_path: Path
+) -> None:
+    server.folder = root = tmp_path / "served"
+    shutil.copytree(shards / "train", root / "train")
+    changed = np.load(root / "train" / SAMPLES)
+    changed["label"] ^= 1
+
+    def replace(number: int, name: str) -> str:
+        if name.endswith(MANIFEST):  # has just been asked for
+            np.save(root / "train" / SAMPLES, changed)
+        return ""
+
+    server.fault = replace
+    with pytest.raises(ValueError, match=r"^data path '.*samples\.npy: does not have the sha256"):
+        open_source(f"{server.url}/train", _settings(tmp_path / "cache"))
+    assert not [*(tmp_path / "cache").rglob(SAMPLES)]
+
+
+def test_credentials_are_not_sent_on_to_another_server(
+    server: RangeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Except for the token of a session, which signs nothing without its secret key."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+    for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(key, SECRET)
+    with RangeServer(tmp_path) as other:
+        (tmp_path / "train").mkdir()
+        (tmp_path / "train/manifest.json").write_text("{}")
+        server.redirect = f"{other.url}/train/manifest.json"
+        assert store.Store("s3://bucket/train").get("manifest.json") == b"{}"
+        assert "authorization" in server.headers and "host" in other.headers
+        assert "authorization" not in other.headers and SECRET not in str(other.headers)
 
 
 FAULTS: dict[str, Callable[[int, str], str]] = {

@@ -24,6 +24,7 @@ URLS = {  # URL: what is said of it as data.path
     f"http://h/a.beton?image=a&X-Amz-Signature={SECRET}": "a query after the question mark",
     f"http://h/a.beton?label=a&label={SECRET}/x": "",
     f"http://h/s?a,{SECRET}": "a query",
+    f"http://h/s?a 'b {SECRET}": "a query",
     f"http://u:SEK/{SECRET}@h/s": "holds a user name or a password",
     f"http://u:a b{SECRET}@h/s": "holds a user name or a password",
     f"http://u:?#{SECRET}@h/s": "holds a user name or a password",

@@ -20,6 +20,11 @@ _FINAL_TEXTS = (
         "use the URL of the data",
     ),
     ("UnexpectedRange", "the server answers with other bytes than those asked for", "use another server"),
+    (
+        "CONTENT_RANGE|Content-Range",
+        "the server does not state which bytes it sends (Content-Range)",
+        "use another server",
+    ),
     ("MissingContentLength", "the server does not state the object's size", "use another server"),
 )
 UNREACHABLE = ("the host name cannot be resolved", "the connection is refused")  # perhaps a mistyped host
