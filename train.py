@@ -21,7 +21,7 @@ from byolt.configs import command_line, derived, fixed, schema
 from byolt.files import failpoint
 from byolt.files.console import say
 from byolt.files.lock import Lock
-from byolt.files.machine import find_device
+from byolt.files.machine import cores_per_rank, find_device, ranks_here
 
 if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and signals handled before
     from byolt.model.distributed import World
@@ -159,12 +159,9 @@ def prepare(
     from byolt.pipelines.subset import spaced
 
     # ── world ───────────────────────────────────────────────────────────────────────────────────────────────
-    device, precision = world.device, config.train.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if device.type == "cpu" and (ranks_here > 1 or "OMP_NUM_THREADS" not in os.environ):
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    device, precision = world.device, config.train.precision_on(world.device.type)
+    if device.type == "cpu" and (ranks_here() > 1 or "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(cores_per_rank())
     torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -68,9 +68,7 @@ def check_resume(resume: str | None) -> None:
 def check_logger(project: str | None) -> None:
     """Refuses run.wandb if the package is not installed; a ValueError says how to get it."""
     found = importlib.util.find_spec("wandb") if project else None
-    if project and (
-        found is None or found.origin is None
-    ):  # a folder wandb/ that it once left is not the package
+    if project and (found is None or found.origin is None):  # a folder wandb/ without code has no origin
         raise ValueError(
             f"run.wandb={project} needs the package wandb, which is not installed: pip install -e '.[wandb]', or leave "
             "run.wandb out: metrics.jsonl and TensorBoard have the same rows"

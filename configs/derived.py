@@ -30,67 +30,55 @@ def decide(
         ValueError: the settings do not fit together.
     """
     then = flatten(schema.complete(dict(begun or {})))
-    for key, rule in _RULES.items():  # later rules use the values of earlier ones
+    for key in _CHOSEN:
         if key in config.undecided:
             section, name = key.split(".")
-            value = then[key] if key in then else rule(config, images, device, ranks)
+            value = then[key] if key in then else _choose(key, config, images, device, ranks)
             changed = getattr(config, section).model_copy(update={name: value})
             config = config.model_copy(update={section: changed})
     return schema.from_settings(config.model_dump(mode="json"))
 
 
-def _backbone(config: schema.Config, images: int, device: Device, ranks: int) -> str:
-    return "resnet50" if device.kind == "cuda" else "resnet8"
+# The settings that `_choose` chooses, in this order: later ones follow from earlier ones.
+_CHOSEN = (
+    "model.backbone", "augment.size", "train.batch_size", "train.accumulation", "train.epochs",
+    "optimizer.warmup_epochs", "optimizer.base_lr",
+)  # fmt: skip
 
 
-def _size(config: schema.Config, images: int, device: Device, ranks: int) -> int:
-    return 224 if device.kind == "cuda" else 96
+def _choose(key: str, config: schema.Config, images: int, device: Device, ranks: int) -> Any:
+    """The value of an automatic setting; arguments as in `decide`.
 
-
-def _batch_size(config: schema.Config, images: int, device: Device, ranks: int) -> int:
-    """A power of two per rank: a quarter of the images, but 2 to 256 on a GPU and 2 to 32 on a CPU."""
-    if images < 2 * ranks:
-        raise ValueError(
-            f"{count(images, 'image')} {'is' if images == 1 else 'are'} too few for {count(ranks, 'rank')}: batch norm "
-            "needs at least 2 images on each: use more images" + ", or fewer ranks" * (ranks > 1)
-        )
-    largest = max(2, min(images // 4 // ranks, 256 if device.kind == "cuda" else 32))
-    return (1 << largest.bit_length() - 1) * ranks
-
-
-def _epochs(config: schema.Config, images: int, device: Device, ranks: int) -> int:
-    """As many as see 40,000 images on a CPU or 5 million on a GPU, but 10 to 400.
-
-    With resnet8 at 96 px that is 7 min on two cores (estimated) up to 4,000 images, above them 17 min for each 10,000;
+    Epochs: with resnet8 at 96 px 7 min on two cores (estimated) up to 4,000 images, above them 17 min for each 10,000;
     with ResNet-50 an hour on one H200 up to 500,000 images, above them 2 h for each million.
     """
-    seen = 5_000_000 if device.kind == "cuda" else 40_000
-    return min(max(round(seen / images), 10), 400)
-
-
-def _accumulation(config: schema.Config, images: int, device: Device, ranks: int) -> int:
-    """As few micro-batches as the GPU's memory allows."""
-    return estimate.fitting_accumulation(config, device, ranks) if device.kind == "cuda" else 1
-
-
-def _warmup_epochs(config: schema.Config, images: int, device: Device, ranks: int) -> float:
-    return config.train.epochs / 10
-
-
-def _base_lr(config: schema.Config, images: int, device: Device, ranks: int) -> float:
-    """So that the peak is 1, or batch_size / 256 for larger batches."""
-    return max(1.0, 256 / config.train.batch_size)
-
-
-_RULES: dict[str, Callable[[schema.Config, int, Device, int], Any]] = {
-    "model.backbone": _backbone,
-    "augment.size": _size,
-    "train.batch_size": _batch_size,
-    "train.accumulation": _accumulation,
-    "train.epochs": _epochs,
-    "optimizer.warmup_epochs": _warmup_epochs,
-    "optimizer.base_lr": _base_lr,
-}
+    on_gpu = device.kind == "cuda"
+    match key:
+        case "model.backbone":
+            return "resnet50" if on_gpu else "resnet8"
+        case "augment.size":
+            return 224 if on_gpu else 96
+        case (
+            "train.batch_size"
+        ):  # of each rank a power of two, at most a quarter of the images, but at least 2
+            if images < 2 * ranks:
+                raise ValueError(
+                    f"{count(images, 'image')} {'is' if images == 1 else 'are'} too few for {count(ranks, 'rank')}: "
+                    "batch norm needs at least 2 images on each: use more images"
+                    + ", or fewer ranks"
+                    * (ranks > 1)
+                )
+            largest = max(2, min(images // 4 // ranks, 256 if on_gpu else 32))
+            return (1 << largest.bit_length() - 1) * ranks
+        case "train.accumulation":  # as few micro-batches as the GPU's memory allows
+            return estimate.fitting_accumulation(config, device, ranks) if on_gpu else 1
+        case "train.epochs":  # as many as see 5 million images, or 40,000 on a CPU
+            return min(max(round((5_000_000 if on_gpu else 40_000) / images), 10), 400)
+        case "optimizer.warmup_epochs":
+            return config.train.epochs / 10
+        case "optimizer.base_lr":  # so that the peak is 1, or batch_size / 256 for larger batches
+            return max(1.0, 256 / config.train.batch_size)
+    raise AssertionError(key)
 
 
 def describe(

@@ -111,7 +111,7 @@ def memory(config: Config, kind: str) -> Memory:
     predictor = model.predictor_hidden * (2 * model.projector_size + 3) * model.predictor
     target = cost.parameters + projector
     online = target + predictor
-    half = precision(config, kind) != "fp32"
+    half = config.train.precision_on(kind) != "fp32"
     pixels = 2 * config.augment.size**2
     weights = 4 * (3 * online + target)  # parameter, gradient, momentum, target
     weights += 2 * (online + target) * half  # autocast's copies
@@ -171,18 +171,16 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
     """The time that so many steps take, and where the figure comes from."""
     if not is_known(config):
         return f"not yet measured for model.backbone={config.model.backbone}"
-    bits, images = precision(config, device.kind), steps * config.train.batch_size / ranks
+    bits, images = config.train.precision_on(device.kind), steps * config.train.batch_size / ranks
     place = device.name if device.kind == "cuda" else "cpu"
     known = [rate for rate in RATES if rate.device in place and rate.precision == bits]
     unknown = f"not yet measured in {bits} on {device.name}"
-    if not known:
-        if device.kind == "cpu":
-            return unknown
+    if not known and device.kind == "cuda":
         known = [rate for rate in RATES if rate.device == "NVIDIA H200" and rate.precision == bits]
-        if not known:
-            return unknown
-    asked = _flops(config.model.backbone, config.model.stem, config.augment.size)
-    rate = min(known, key=lambda r: abs(math.log(_flops(r.backbone, r.stem, r.size) / asked)))
+    if not known:
+        return unknown
+    asked = config.model.backbone, config.model.stem, config.augment.size
+    rate = min(known, key=lambda r: abs(math.log(_flops(r.backbone, r.stem, r.size) / _flops(*asked))))
     scale = _asked_flops(config) / _flops(rate.backbone, rate.stem, rate.size)
     if rate.cores:
         compute = rate.cores / rate.images_per_second - _data_seconds(rate.size)
@@ -190,13 +188,10 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
     else:
         each = scale / rate.images_per_second
     batch = config.train.batch_size / ranks
-    floor = _floor(config, device.kind)
+    # Seconds that a step of any batch takes: torch's calls and the update of the weights.
+    floor = _FLOOR[device.kind] + _UPDATE[device.kind] * memory(config, device.kind).weights
     speed = batch / max(each * batch, floor)
-    same = (rate.backbone, rate.stem, rate.size) == (
-        config.model.backbone,
-        config.model.stem,
-        config.augment.size,
-    )
+    same = (rate.backbone, rate.stem, rate.size) == asked
     kind = "estimated from CPU time" if rate.by_cpu_time else "measured"
     how = kind if same else f"scaled from {rate.backbone} at {rate.size} px, {kind}"
     if each * batch < floor:
@@ -222,21 +217,9 @@ def _asked_flops(config: Config) -> float:
     return encoder + (heads if heads > encoder / 10 else 0)
 
 
-def _floor(config: Config, kind: str) -> float:
-    """Seconds that a step of any batch takes: torch's calls and the update of the weights."""
-    return _FLOOR[kind] + _UPDATE[kind] * memory(config, kind).weights
-
-
 def _two_digits(speed: float) -> str:
     return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _flops(backbone: str, stem: str, size: int) -> float:
     return COSTS[backbone, stem].flops * size**2
-
-
-def precision(config: Config, kind: str) -> str:
-    """train.precision, with auto resolved."""
-    if config.train.precision == "auto":
-        return "bf16" if kind == "cuda" else "fp32"
-    return config.train.precision

@@ -47,10 +47,8 @@ def check_same_run(
     Raises:
         ValueError: settings differ; lists each with both values.
     """
-    then, now = (
-        facts(complete(state["config"]), state["data"]),
-        facts(config.model_dump(mode="json"), fingerprint),
-    )
+    then = facts(complete(state["config"]), state["data"])
+    now = facts(config.model_dump(mode="json"), fingerprint)
     changed = [key for key in _different(then, now) if _is_fixed(key) and key not in allowed]
     if changed:
         differences = [f"{key}: {then.get(key)} in the checkpoint, {now.get(key)} now" for key in changed]

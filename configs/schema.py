@@ -28,6 +28,8 @@ from pydantic import (
 from pydantic_core import PydanticKnownError
 from yaml import AliasEvent, CollectionStartEvent, YAMLError, parse
 
+from byolt.files.console import count
+from byolt.files.machine import cores_per_rank
 from byolt.files.paths import expand_home, hide_secrets, local_path
 from byolt.files.regular import open_regular
 
@@ -36,13 +38,6 @@ def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
     if interval[0] > interval[1]:
         raise ValueError(f"the lower bound {interval[0]} is above the upper bound {interval[1]}")
     return interval
-
-
-def _cores() -> int:
-    """CPU cores that this process may use, divided by the ranks on this machine; at most 256."""
-    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    cores = len(os.sched_getaffinity(0)) // max(1, int(ranks) if ranks.isdecimal() else 1)
-    return min(max(1, cores), 256)
 
 
 def _project(name: str) -> str:
@@ -116,7 +111,7 @@ class DataConfig(Section):
     """Order of samples. full: a permutation of the data set. block: long consecutive reads, shuffled within windows of
     16,384 samples. lanes: the same in gcd(batch_size, 64) lanes, a window of up to 131,072 samples, in which each rank
     reads its own part of the data set (pipelines/order.py)."""
-    threads: Annotated[int, Field(ge=1, le=256, default_factory=_cores)]
+    threads: Annotated[int, Field(ge=1, le=256, default_factory=lambda: min(cores_per_rank(), 256))]
     """CPU threads per rank that decode and, without a GPU, augment; no number depends on them. Default: the cores that
     the process may use, divided by the ranks on its machine."""
     hw_decoder_load: Probability = 1.0
@@ -273,6 +268,12 @@ class TrainConfig(Section):
     collapse_std: Probability = 0.01
     """The projections count as collapsed if their standard deviation over samples is below this fraction of
     1/sqrt(projector_size), its value on the whole sphere. Checked at every row of metrics.jsonl."""
+
+    def precision_on(self, kind: str) -> str:
+        """`precision` on a "cpu" or "cuda" device, with auto resolved."""
+        if self.precision == "auto":
+            return "bf16" if kind == "cuda" else "fp32"
+        return self.precision
 
 
 class EvalConfig(Section):
@@ -480,16 +481,15 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         lines = [_explain(mistake) for mistake in error.errors()]
-        count = f"{len(lines)} mistake" + "s" * (len(lines) > 1)
-        raise ValueError("\n  ".join([f"{_origin(path, overrides, error)}: {count}", *lines])) from None
+        head = f"{_origin(path, overrides, error)}: {count(len(lines), 'mistake')}"
+        raise ValueError("\n  ".join([head, *lines])) from None
 
 
 def _origin(path: str | Path, overrides: list[str], error: ValidationError) -> str:
     """The file, the overrides, or both: where the mistakes are."""
     keys = [override.partition("=")[0] + "." for override in overrides]
-    places = [
-        ".".join(map(str, mistake["loc"])) + "." for mistake in error.errors()
-    ]  # "." if settings do not fit
+    # "." for settings that do not fit together.
+    places = [".".join(map(str, mistake["loc"])) + "." for mistake in error.errors()]
     overridden = [any(k.startswith(place) or place.startswith(k) for k in keys) for place in places]
     if all(overridden):
         return f"overrides of {path}"

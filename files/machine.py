@@ -19,7 +19,7 @@ class Device(NamedTuple):
     cores: int  # CPU cores of this rank
 
     def __str__(self) -> str:
-        cores = f"{self.cores} CPU core{'s' * (self.cores != 1)} ({self.name})"
+        cores = f"{count(self.cores, 'CPU core')} ({self.name})"
         return cores if self.kind == "cpu" else f"{self.name} with {self.memory / 2**30:.0f} GiB"
 
 
@@ -37,7 +37,7 @@ def find_device(wanted: str = "auto") -> Device:
 
 def cpu() -> Device:
     """This rank's share of the processor and the memory."""
-    return Device("cpu", processor(), _available_memory() // _ranks_here(), cores_per_rank())
+    return Device("cpu", processor(), _available_memory() // ranks_here(), cores_per_rank())
 
 
 def too_few_gpus(setting: str, local_rank: int, gpus: int) -> str:
@@ -50,11 +50,13 @@ def too_few_gpus(setting: str, local_rank: int, gpus: int) -> str:
 
 def cores_per_rank() -> int:
     """CPU cores that this process may use, divided by the ranks on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // _ranks_here())
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here())
 
 
-def _ranks_here() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def ranks_here() -> int:
+    """Ranks on this machine, by torchrun's LOCAL_WORLD_SIZE; 1 where that is not a number."""
+    text = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def processor() -> str:

@@ -5,7 +5,6 @@ uses a stream of its own, so that the step never queues behind the decoding of a
 number of the next step: batch k is the same in any run.
 """
 
-import os
 import queue
 import re
 import threading
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import Config, Profile, ViewConfig, from_settings
+from byolt.files.machine import ranks_here
 from byolt.files.rows import append_row, read_rows
 from byolt.pipelines import order
 from byolt.pipelines.backends import Backend, make_backend, make_resident
@@ -187,7 +187,7 @@ class Loader:
             return step
         window = order.window(self._config.data.order, self._config.train.batch_size)
         if self._ahead is None:
-            machines = self._world_size / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # each has a cache
+            machines = self._world_size / ranks_here()  # each has a cache
             self._ahead = self._source.share_ahead(
                 window / machines if self._config.data.order == "lanes" else window
             )

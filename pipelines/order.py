@@ -22,6 +22,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files.console import count
 from byolt.pipelines.manifest import BLOCK
 from byolt.pipelines.philox import ORDER_STREAM, random_bits
 
@@ -38,7 +39,7 @@ def check_batch_size(num_samples: int, batch_size: int) -> None:
     """Raises ValueError if the data set has fewer than the two images of batch norm, or a batch is larger."""
     if num_samples < 2 <= batch_size:
         raise ValueError(
-            f"the data set has {num_samples} image{'s' * (num_samples != 1)}; at least 2 are needed (batch norm)"
+            f"the data set has {count(num_samples, 'image')}; at least 2 are needed (batch norm)"
         )
     if batch_size > num_samples:
         raise ValueError(

@@ -46,7 +46,7 @@ def _memory_reason(config: Config, step: int | None, world: World) -> str:
     remedies += "a smaller train.batch_size or augment.size"
     if need and need.largest(device.memory) < 2:
         remedies = "a smaller network (model.backbone, model.projector_hidden, model.predictor_hidden)"
-    if estimate.precision(config, device.kind) == "fp32" and device.kind == "cuda":
+    if train.precision_on(device.kind) == "fp32" and device.kind == "cuda":
         remedies += ", or train.precision=bf16"
     each = f"{count(images, 'image')} per rank and micro-batch"
     amount = f"about {need.total(images) / 2**30:.1f} GiB" if need else "more than there is"

@@ -37,10 +37,8 @@ def measure(config: Config, source: Source, world: World, batches: int, torchvis
 
 def choose_precision(config: Config, world: World) -> tuple[str, torch.dtype]:
     """The step's precision, which train.precision or the device decides, and the views' dtype."""
-    on_gpu, precision = world.device.type == "cuda", config.train.precision
-    if precision == "auto":
-        precision = "bf16" if on_gpu else "fp32"
-    return precision, PRECISIONS[precision] if on_gpu else torch.float32
+    precision = config.train.precision_on(world.device.type)
+    return precision, PRECISIONS[precision] if world.device.type == "cuda" else torch.float32
 
 
 def measure_together(

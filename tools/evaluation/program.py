@@ -1,7 +1,6 @@
 """One evaluation from its options to its result; `tools/evaluate.py` parses them before torch is imported."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -12,6 +11,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from byolt.files.console import say
+from byolt.files.machine import cores_per_rank
 from byolt.model import distributed
 from byolt.model.quality import linear
 from byolt.model.run import failure
@@ -69,8 +69,7 @@ def run(
     args: argparse.Namespace, trained: Trained, train: Source, test: Source, world: distributed.World
 ) -> None:
     """Evaluates on all ranks; rank 0 prints and writes the result."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = args.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    threads = args.threads or cores_per_rank()
     torch.set_num_threads(threads)
     # Every protocol leaves out and counts images that do not decode: the run's own limit does not apply.
     data = trained.config.data.model_copy(
