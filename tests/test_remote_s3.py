@@ -1,12 +1,20 @@
 """The commands on a bucket: moto's server speaks S3 on loopback."""
 
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from PIL import Image
 from range_server import s3_bucket
+from whole_runs import ROOT
 
 from byolt.configs.schema import DataConfig
 from byolt.pipelines.remote import retry
@@ -85,6 +93,51 @@ def test_made_verified_read_and_indexed_at_a_url(
     assert make_shards(["--index", f"{bucket}/tars"]) == 2
     left = [p for p in (tmp_path / "home").rglob("*.tar") if p.is_file() and "extents" not in p.parts]
     assert len(left) == 2  # staged above
+
+
+def test_killed_upload_continues(
+    bucket: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Only what was not there is sent again; the manifest is sent last."""
+    url, options = f"{bucket}/killed/train", ["--shard-size", "1", "--workers", "1"]
+    command = [sys.executable, str(ROOT / "tools/make_shards.py"), str(images), url, *options]
+    killed = subprocess.run(command, env={**os.environ, "BYOLT_FAIL": "upload:1:SIGKILL"}, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(Store(url).list() or {}) == ["shard-000000.tar"]
+
+    written: list[str] = []
+    serve = DomainDispatcherApplication.__call__
+
+    def counting(self: Any, environ: Any, respond: Any) -> Any:
+        if environ["REQUEST_METHOD"] in ("PUT", "POST"):
+            written.append(environ["PATH_INFO"].rpartition("/")[2])
+        return serve(self, environ, respond)
+
+    monkeypatch.setattr(DomainDispatcherApplication, "__call__", counting)
+    assert make_shards([str(images), url, *options]) == 0
+    assert sorted(written[:-1]) == ["quarantine.jsonl", "samples.npy", "shard-000001.tar"]
+    assert written[-1] == "manifest.json"
+    assert f"{url}/shard-000000.tar is there already" in capsys.readouterr().err
+    assert verify_shards([url, "--workers", "1"]) == 0
+
+    changed = bytearray(content := Store(url).get("shard-000000.tar"))
+    changed[1000] ^= 1
+    for name, data in (("shard-000000.tar", bytes(changed)), ("shard-000001.tar", content)):
+        Store(f"{bucket}/changed").put(name, data)  # of the same size, and of another one
+    written.clear()
+    assert make_shards([str(images), f"{bucket}/changed", *options]) == 0
+    assert {"shard-000000.tar", "shard-000001.tar"} < {*written} and len(written) == 5
+    assert verify_shards([f"{bucket}/changed", "--workers", "1"]) == 0
+
+    urllib.request.urlopen(
+        urllib.request.Request(f"{os.environ['AWS_ENDPOINT_URL']}/bucket/others/a.tar", b"x", method="PUT")
+    )
+    assert make_shards([str(images), f"{bucket}/others", *options]) == 2
+    assert "already holds a.tar of another program: name another folder" in capsys.readouterr().err
 
 
 def test_named_betons_are_staged(bucket: str, images: Path, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from typing import NoReturn
 
 from byolt.files.console import say
 from byolt.files.paths import home_path
-from byolt.pipelines.convert.destination import scratch_of, upload
+from byolt.pipelines.convert.destination import Upload, scratch_of
 from byolt.pipelines.convert.from_files import expand_source
 from byolt.pipelines.convert.make import index, index_url, make
-from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions
+from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions, parse_split
 from byolt.pipelines.convert.shard_writer import UnusableInputError
 from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.remote.urls import is_remote
@@ -126,16 +126,17 @@ def main(argv: list[str] | None = None) -> int:
         args.src, options["only"] = expand_source(args.src)
         url = parse_url(args.dst) if isinstance(args.dst, str) else None
         if url:
-            args.dst = scratch_of(url)
+            args.dst = scratch_of(url, parse_split(args.split))
         if is_index:
             if options["only"]:
                 raise ValueError(f"--index {args.src}: name the folder of the tars")
             say(index(args.src, args.workers, args.strict, manifest))
         else:
-            made = make(ConversionOptions(**options), _say)
-            if url:
-                upload(args.dst, url, _say)
-                made = made.replace(str(args.dst), url.folder)
+            upload = Upload(args.dst, url, _say) if url else None
+            made = make(ConversionOptions(**options), _say, upload.add if upload else None)
+            if upload:
+                upload.finish()
+                made = made.replace(str(args.dst), upload.url)
             say(made)
         return 0
     except ValueError as error:

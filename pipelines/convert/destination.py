@@ -2,22 +2,27 @@
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
-from byolt.files.atomic import remove_leftovers, writing
+from byolt.files import failpoint
+from byolt.files.atomic import remove_leftovers, sha256_of, writing
 from byolt.files.rows import read_rows
 from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.remote.dataset import digest, open_cache
-from byolt.pipelines.remote.store import Store
+from byolt.pipelines.remote.store import Entry, Store
 from byolt.pipelines.remote.urls import RemotePath
 from byolt.pipelines.sources import open_source
 
 QUARANTINE = "quarantine.jsonl"
+_UPLOADED = ".uploaded"  # ends the names of folders that are being removed
 
 
 def is_finished(dst: Path, split: dict[str, float], settings: dict[str, Any], strict: bool) -> bool:
@@ -70,24 +75,89 @@ def claim(work: Path, dst: Path, split: dict[str, float], settings: dict[str, An
         remove_leftovers(folder)
 
 
-def scratch_of(url: RemotePath) -> Path:
+def scratch_of(url: RemotePath, split: dict[str, float]) -> Path:
     """The local folder in which the data set for a URL is made; the same one when it is continued.
 
     Raises:
-        ValueError: There is a data set already, or the URL names files.
+        ValueError: There is another data set or shards of another program, or the URL names files.
     """
     if url.names or url.folder.startswith("http"):
         raise ValueError(f"DST {url.text}: name a folder at s3, gs or az: nothing can be written over HTTP")
-    if MANIFEST in (Store(url.folder).list() or {}):
-        raise ValueError(f"DST {url.text} holds a data set: name another folder")
-    return open_cache().folder.with_name("byolt-make") / digest(url.folder.encode())
+    scratch = open_cache().folder.with_name("byolt-make") / digest(url.folder.encode())
+    for left in scratch.parent.glob(f"*{_UPLOADED}"):
+        shutil.rmtree(left, ignore_errors=True)
+    for name in split:
+        store = Store(f"{url.folder}/{name}".rstrip("/"))
+        there, manifest = store.list() or {}, scratch / name / MANIFEST
+        if MANIFEST in there and not (manifest.exists() and store.sha256(MANIFEST) == sha256_of(manifest)):
+            raise ValueError(f"DST {url.text} holds a data set: name another folder")
+        shards = sorted(other for other in there if other.endswith(tuple(SUFFIXES.values())))
+        if shards and store.sha256(shards[0]) is None:
+            raise ValueError(
+                f"DST {store.url} already holds {shards[0]} of another program: name another folder"
+            )
+    return scratch
 
 
-def upload(folder: Path, url: RemotePath, say: Callable[[str], object]) -> None:
-    """Copies a finished data set, or those of a split, to a URL, each manifest after all else; removes the folder."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
-        place = path.relative_to(folder)
-        Store(f"{url.folder}/{place.parent.as_posix()}".removesuffix("/.")).put(path.name, path)
-        say(f"uploaded {url.folder}/{place.as_posix()}")
-    shutil.rmtree(folder)
+class Upload:
+    """Copies the files of a conversion to a URL: shards while others are being made, the manifests last.
+
+    An object that is there already, with the size and the sha256 of the file, is not sent again.
+
+    Attributes:
+        url: The folder to copy to.
+    """
+
+    def __init__(self, folder: Path, url: RemotePath, say: Callable[[str], object]) -> None:
+        """
+        Args:
+            folder: Of the conversion.
+            url: The folder to copy it to.
+            say: Called with a line for each file.
+        """
+        self._folder, self.url, self._say = folder, url.folder, say
+        self._done: set[Path] = set()
+        self._there: dict[str, dict[str, Entry]] = {}  # when this process began, by URL of the folder
+        self._finished: SimpleQueue[Path | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._copy_shards, name="upload", daemon=True)
+        self._thread.start()
+
+    def add(self, shard: Path) -> None:
+        """Copies a finished shard in the background."""
+        self._finished.put(shard)
+
+    def finish(self) -> None:
+        """Copies all files that are not there yet; removes the folder.
+
+        Raises:
+            RemoteError: A file cannot be written.
+        """
+        self._finished.put(None)
+        self._thread.join()
+        files = [path for path in self._folder.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
+            self._copy(path)
+        uploaded = self._folder.rename(self._folder.with_suffix(_UPLOADED))  # a kill leaves no half of it
+        shutil.rmtree(uploaded)
+
+    def _copy_shards(self) -> None:
+        with suppress(OSError):  # `finish` tries again, and reports it
+            while path := self._finished.get():
+                self._copy(path)
+
+    def _copy(self, path: Path) -> None:
+        if path in self._done or not path.exists():  # no image of a shard could be used
+            return
+        failpoint.reach("upload", len(self._done))
+        place = path.relative_to(self._folder)
+        store = Store(f"{self.url}/{place.parent.as_posix()}".removesuffix("/."))
+        if store.url not in self._there:
+            self._there[store.url] = store.list() or {}
+        found = self._there[store.url].get(path.name)
+        known = found is not None and found.size == path.stat().st_size
+        if known and store.sha256(path.name) == sha256_of(path):
+            self._say(f"{store.url}/{path.name} is there already")
+        else:
+            store.put(path.name, path)
+            self._say(f"uploaded {store.url}/{path.name}")
+        self._done.add(path)

@@ -53,12 +53,17 @@ from byolt.pipelines.remote.store import Store
 from byolt.pipelines.remote.urls import RemotePath
 
 
-def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
+def make(
+    options: ConversionOptions,
+    say: Callable[[str], object],
+    finished: Callable[[Path], object] | None = None,
+) -> str:
     """Makes the data set, or one for each part of the split.
 
     Args:
         options: Of the conversion.
         say: Called with each note to the user.
+        finished: Called with the path of each finished shard, also those of a killed conversion.
 
     Returns:
         A line that says what was made.
@@ -114,8 +119,13 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
         for note in inputs.notes:
             say(note)
         start = time.perf_counter()
-        todo = [task for part in tasks.values() for task in part if read_note(task) is None]
-        _run(todo, options.workers, len(inputs.images))
+        todo = []
+        for task in (task for part in tasks.values() for task in part):
+            if read_note(task) is None:
+                todo.append(task)
+            elif finished:
+                finished(task.shard)
+        _run(todo, options.workers, len(inputs.images), finished)
         summary = commit(options, tasks, inputs, settings)
         seconds = time.perf_counter() - start
         shutil.rmtree(work)
@@ -123,7 +133,9 @@ def make(options: ConversionOptions, say: Callable[[str], object]) -> str:
     return f"{summary}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
 
 
-def _run(tasks: list[ShardTask], workers: int, num_images: int) -> None:
+def _run(
+    tasks: list[ShardTask], workers: int, num_images: int, finished: Callable[[Path], object] | None
+) -> None:
     """Writes the shards of these tasks; `num_images` includes those of finished shards."""
     counters = get_context("spawn").Array("q", 3)
     kept = num_images - sum(len(task.images) for task in tasks)
@@ -131,15 +143,18 @@ def _run(tasks: list[ShardTask], workers: int, num_images: int) -> None:
         try:
             start = time.perf_counter()
             with Meter("image", num_images, kept, line_every=5.0) as meter:
-                waiting = set(pending)
+                waiting = dict(zip(pending, tasks, strict=True))
                 while waiting:
-                    finished, waiting = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
+                    done, _ = futures.wait(waiting, 0.2, futures.FIRST_COMPLETED)
                     images, size = counters[:2]
                     seconds = time.perf_counter() - start
                     text = f"{images / seconds:,.0f} images/s  {size / seconds / 1e6:,.1f} MB/s"
                     meter.update(kept + images, text if images else "")
-                    for future in finished:
+                    for future in done:
                         future.result()
+                        task = waiting.pop(future)
+                        if finished:
+                            finished(task.shard)
         except BaseException:
             counters[2] = 1  # each worker ends at its next image
             raise

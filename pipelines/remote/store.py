@@ -5,6 +5,7 @@ obstore's own threads do not survive a fork: a child that was forked after the f
 """
 
 import asyncio
+import hashlib
 import os
 import sys
 import threading
@@ -18,10 +19,12 @@ from statistics import median
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
+from byolt.files.atomic import sha256_of
 from byolt.files.console import say
 from byolt.pipelines.remote import retry
 from byolt.pipelines.remote.retry import MissingError, RemoteError
 
+_SHA256 = "sha256"  # key of the metadata
 _STALL = "3s"  # without a byte: a stalled connection
 _CONNECT = "5s"
 _GRACE, _SLOWEST = 10.0, 1e6  # a request may take 10 s and its bytes at 1 MB/s
@@ -126,8 +129,20 @@ class Store:
             jobs = [self._range(name, *job) for job in zip(starts[part], lengths[part], strict=True)]
             yield from self._call(_gather(jobs))
 
+    def sha256(self, name: str) -> str | None:
+        """The sha256 of an object that `put` wrote; None for one of another program."""
+        import obstore
+
+        async def attempt() -> Any:
+            return await obstore.get_async(self._open(), name, options={"head": True})
+
+        return self._call(self._persist(name, attempt)).attributes.get(_SHA256)
+
     def put(self, name: str, content: bytes | Path) -> None:
-        """Writes an object; a large file goes up in parts, and exists only when all of them have arrived."""
+        """Writes an object, with its sha256 as metadata.
+
+        A large file is sent in parts; the object exists only when all of them have arrived.
+        """
         import obstore
 
         if self.url.startswith("http"):
@@ -135,8 +150,11 @@ class Store:
                 f"{self.url}: nothing can be written over HTTP: write to a local folder, then copy it"
             )
 
+        sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(content)
+
         async def attempt() -> Any:
-            return await obstore.put_async(_client(self.url, writing=True), name, content)
+            client = _client(self.url, writing=True)
+            return await obstore.put_async(client, name, content, attributes={_SHA256: sha256})
 
         self._call(self._persist(name, attempt))
 
