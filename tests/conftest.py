@@ -1,5 +1,6 @@
 """What several test files share: where the reference numbers and the real images are."""
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     # Triton's kernels are then interpreted; it asks when it is first imported, which torchvision does.
     os.environ["TRITON_INTERPRET"] = "1"
+    with contextlib.suppress(ImportError):
+        import interpreter  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,6 +21,6 @@ def test_a_start_is_a_line_and_a_new_run_begins_anew(tmp_path: Path, monkeypatch
     assert [(row["step"], row["ranks"]) for row in rows] == [(0, 2), (7, 2)]
     assert rows[0]["command"] == "python train.py 'run.out=a b'"
     assert rows[0]["versions"]["torch"] == torch.__version__
-    assert "cores" in rows[0]["hardware"]
+    assert " core" in rows[0]["hardware"]
     provenance.record_start(tmp_path, 0, cpu, {})
     assert [row["step"] for row in read_rows(tmp_path / provenance.FILE)] == [0]
