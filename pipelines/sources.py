@@ -24,17 +24,19 @@ import numpy.typing as npt
 from byolt.configs.schema import DataConfig
 from byolt.files.paths import MissingDataError, expand_home, nearest, searched
 from byolt.files.regular import open_regular
+from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
-from byolt.pipelines.formats.encoded import MAX_PIXELS, check, check_unchanged
+from byolt.pipelines.formats.encoded import MAX_PIXELS, are_others, check, check_unchanged, spots
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
-from byolt.pipelines.manifest import MANIFEST, DescribedSource, Manifest, checksums
+from byolt.pipelines.manifest import MANIFEST, DescribedSource, Manifest, Shard, checksums
 from byolt.pipelines.remote.dataset import RemoteData
 from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.remote.urls import RemotePath, is_remote, parse
 
+_OPENERS = 8  # threads: a network file system takes milliseconds for each shard
 _LEAST_DESCRIPTORS = 64  # of the rest of a process that trains
 _SPARE_DESCRIPTORS = 256  # for the rest of the process
 
@@ -281,7 +283,7 @@ class TarSource(DescribedSource):
     """Tars with a manifest. Read by `os.pread`, not mmap: a cut shard is an error, not SIGBUS."""
 
     def __init__(self, folder: str | os.PathLike[str], manifest: Manifest | None = None) -> None:
-        """Raises ValueError if the manifest is damaged, or a shard is missing or has another size."""
+        """Raises ValueError if the manifest is damaged, or a shard is missing, has another size or other images."""
         self.folder = Path(folder)
         manifest = _checked_manifest(self.folder, manifest or Manifest.load(folder))
         super().__init__(manifest)
@@ -289,6 +291,9 @@ class TarSource(DescribedSource):
         self.lengths = manifest.samples["length"]
         self._descriptors: dict[int, int] = {}
         self._lock = threading.Lock()
+        with ThreadPoolExecutor(_OPENERS) as pool:
+            for _ in pool.map(_check_images, self.paths, manifest.by_shard()):
+                pass
 
     def read(self, i: int) -> bytes:
         record = self._samples[i]
@@ -349,9 +354,30 @@ class BetonFolder(BetonSource):
         self.checksums = checksums(manifest.samples)
         self.fingerprint = manifest.fingerprint()
         self.former_fingerprints = []
+        if path := self._replaced():
+            raise _other_images(path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BetonFolder, (self.folder,)
+
+
+def _check_images(path: Path, described: tuple[Shard, int, np.ndarray]) -> None:
+    """Refuses a tar with other images than its records; usually reads one."""
+    records = described[2][spots(0, len(described[2]))]
+    try:
+        with tar.opened(path) as descriptor:
+            images = (tar.read_at(path, descriptor, int(r["length"]), int(r["offset"])) for r in records)
+            if are_others(images, checksums(records).tolist()):
+                raise _other_images(path)
+    except OSError as error:
+        raise ValueError(f"shard {path} cannot be read: {error.strerror}") from None
+
+
+def _other_images(path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(
+        f"shard {path} holds other images than {MANIFEST} states: it was replaced: copy it again, or remake the data "
+        "set with tools/make_shards.py (for tars made elsewhere: --index)"
+    )
 
 
 def _checked_manifest(folder: Path, manifest: Manifest) -> Manifest:

@@ -18,7 +18,8 @@ from byolt.model.distributed import World
 from byolt.model.run.resume import begin
 from byolt.pipelines.formats import beton
 from byolt.pipelines.formats.beton import BetonSource
-from byolt.pipelines.formats.beton_index import index_path
+from byolt.pipelines.formats.beton_index import index_path, write_index
+from byolt.pipelines.manifest import MANIFEST
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools.make_shards import main as make_shards
 from byolt.tools.verify_shards import main as verify
@@ -141,6 +142,32 @@ def test_an_index_of_another_file_is_refused(tmp_path: Path, capsys: pytest.Capt
         open_source(file)
     assert verify([str(file), "--index", "--workers", "1"]) == 0  # renews it
     assert len(open_source(file)) == 7
+
+
+@pytest.mark.parametrize("kind", ["tar", "betons", "indexed .beton", "index: a length"])
+def test_a_shard_of_the_same_size_with_other_images_is_refused(
+    kind: str, whole: Path, tmp_path: Path
+) -> None:
+    """Where the sizes of files and images are those of the manifest, or of the index, only bytes tell them apart."""
+    path = shutil.copytree(whole / ("tar" if kind == "tar" else "betons"), tmp_path / "data")
+    [shard] = path.glob("shard-*")
+    pattern = rf"^shard {shard} holds other images than manifest\.json states.*copy it again, or remake"
+    if kind.startswith("i"):
+        (path / MANIFEST).unlink()
+        path = shard
+        assert verify([str(path), "--index", "--workers", "1"]) == 0
+        pattern = rf"^{shard}\.index is damaged, or .* run tools/verify_shards\.py --index {shard}, or remove"
+    images = [open_source(path).read(i) for i in range(16)]
+    if kind == "index: a length":
+        checksums = np.array(open_source(path).checksums)
+        write_index(shard, checksums + (np.arange(16) == 7).astype(np.uint64) * np.uint64(1 << 32))
+    else:
+        for image in images[1:]:
+            overwrite(shard, image)
+        assert len(open_source(path)) == 16  # one is left: damage
+        overwrite(shard, images[0])
+    with pytest.raises(ValueError, match=pattern):
+        open_source(path)
 
 
 def test_only_whole_betons_without_manifest_are_indexed(

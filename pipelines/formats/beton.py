@@ -22,8 +22,8 @@ import numpy.typing as npt
 from byolt.files.console import shown
 from byolt.files.paths import MissingDataError, expand_pattern, searched
 from byolt.files.regular import open_regular
-from byolt.pipelines.formats.beton_index import read_indexes
-from byolt.pipelines.formats.encoded import check_unchanged, checksum, ppm_header
+from byolt.pipelines.formats.beton_index import read_indexes, stale_index
+from byolt.pipelines.formats.encoded import are_others, check_unchanged, checksum, ppm_header, spots
 
 VERSION = 2
 HEADER = np.dtype(
@@ -84,7 +84,8 @@ class BetonSource:
 
         Raises:
             ValueError: A file is missing, not a .beton of version 2, unfinished, cut short, lacks a field, has a field
-                of a custom type, or an image is not where the file states; names file and sample.
+                of a custom type or an index of another file, or an image is not where the file states; names file and
+                sample.
         """
         self.paths = [os.fspath(path) for path in paths]
         self._fields = image, label
@@ -106,7 +107,20 @@ class BetonSource:
             self._read_sizes(layout, rows)
         counts = [layout.samples for layout in layouts]
         self.checksums: npt.NDArray[np.uint64] | None = read_indexes(self.paths, counts)
+        if path := self._replaced():
+            raise stale_index(path)
         self.proven = self.checksums is not None  # verify_shards decodes before it writes an index
+
+    def _replaced(self) -> str | None:
+        """The first file whose images are others than those of the checksums, by all lengths and some of the bytes."""
+        for path, layout, end in zip(self.paths, self._layouts, self.ends, strict=True):
+            rows = slice(end - layout.samples, end)
+            if self.checksums is not None:
+                some = spots(rows.start, layout.samples)
+                differ = are_others(map(self._stored, some), self.checksums[some].tolist())
+                if differ or not np.array_equal(self.checksums[rows] >> np.uint64(32), self.lengths[rows]):
+                    return path
+        return None
 
     def _read_metadata(self, layout: "_Layout", rows: slice) -> None:
         for first, piece in _pieces(layout, layout.record, layout.metadata, layout.samples):

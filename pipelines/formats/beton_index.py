@@ -55,9 +55,15 @@ def read_indexes(
             raise ValueError(f"{path} cannot be read: {error.strerror}") from None
         expected = f"{_MAGIC} {os.path.getsize(beton)} {hashlib.sha256(body).hexdigest()}"
         if line != expected.encode() or len(body) != 8 * count:
-            raise ValueError(
-                f"{path} is damaged, or {beton} was written again after it: "
-                f"run tools/verify_shards.py --index {beton}, or remove {path.name}"
-            )
+            raise stale_index(beton)
         parts.append(np.frombuffer(body, "<u8").astype(np.uint64))
     return np.concatenate(parts)
+
+
+def stale_index(beton: str | os.PathLike[str]) -> ValueError:
+    """The error for an index that is not of this file."""
+    path = index_path(beton)
+    return ValueError(
+        f"{path} is damaged, or {beton} was written again after it: "
+        f"run tools/verify_shards.py --index {beton}, or remove {path.name}"
+    )

@@ -6,6 +6,7 @@ samples in batches of 64 and more. Damage to the pixels is found by decoding, wh
 
 import re
 import zlib
+from collections.abc import Iterable
 from typing import NamedTuple
 
 MAX_BYTES = 1 << 30  # of one encoded image
@@ -104,6 +105,24 @@ def check_unchanged(data: bytes, expected: int) -> None:
     """Raises ValueError if the bytes of an image do not have the checksum that was indexed."""
     if checksum(data) != expected:
         raise ValueError("its bytes are not those that were indexed (crc32)")
+
+
+def spots(first: int, count: int) -> list[int]:
+    """Up to four of `count` samples from number `first` on, for `are_others`."""
+    return sorted({first + count * k // 4 for k in range(4)})
+
+
+def are_others(images: Iterable[bytes], expected: Iterable[int]) -> bool:
+    """Whether all of these images, two or more, have other checksums than were indexed: their file was replaced.
+
+    Damage to some images of a shard is not enough. Of an undamaged shard one image is read.
+    """
+    others = 0
+    for image, known in zip(images, expected, strict=False):
+        if checksum(image) == known:
+            return False
+        others += 1
+    return others > 1
 
 
 def _inspect_jpeg(data: bytes) -> ImageHeader:
