@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from byolt.files.console import say
 from byolt.pipelines.formats.index import SAMPLE
 from byolt.pipelines.manifest import Manifest, Shard
 from byolt.pipelines.order import BLOCK, LANE_WINDOW, LANES, WINDOW, RankOrder, global_batch, lanes
@@ -211,7 +212,7 @@ def measure(images: int) -> None:
         for _ in range(3):
             wall, cpu = time.perf_counter(), time.process_time()
             Manifest.load(folder)
-            print(f"opened in {time.perf_counter() - wall:.2f} s, {time.process_time() - cpu:.2f} CPU s")
+            say(f"opened in {time.perf_counter() - wall:.2f} s, {time.process_time() - cpu:.2f} CPU s")
     for mode in ("lanes", "full"):  # block permutes as many blocks as lanes
         tracemalloc.start()
         cpu = time.process_time()
@@ -219,7 +220,7 @@ def measure(images: int) -> None:
         cpu = time.process_time() - cpu
         held, peak = (size / 1e6 for size in tracemalloc.get_traced_memory())
         tracemalloc.stop()
-        print(f"{mode}: {cpu:.2f} CPU s, {held:.0f} MB held, {peak:.0f} MB at most")
+        say(f"{mode}: {cpu:.2f} CPU s, {held:.0f} MB held, {peak:.0f} MB at most")
 
 
 def main() -> None:

@@ -1,11 +1,20 @@
 """Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
 
+import io
 import math
+import os
 import re
+import shutil
+import signal
+import sys
+import threading
 from collections.abc import Iterable
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from byolt.files.paths import without_secrets
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 _SHOWN = 5  # items of a list
 _LENGTH = 100  # characters of one of them
@@ -15,13 +24,34 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e
 
 
 def printable(text: object) -> str:
-    """The text with escapes, such as \\x1b, in the place of characters that a terminal would obey."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], str(text))
+    """The text without the secrets of URLs, and with escapes (\\x1b) for characters that a terminal would obey."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], without_secrets(str(text)))
 
 
-def say(text: object, file: TextIO | None = None) -> None:
-    """Prints a printable line, without the secrets of URLs, to stdout, or to `file`."""
-    print(printable(without_secrets(str(text))), file=file, flush=True)
+def say(text: object = "", file: TextIO | None = None) -> None:
+    """Prints a line to stdout, or to `file`; see `printable`.
+
+    If its reader has gone (`command | head -1`), the command ends without a message, as by SIGPIPE.
+    """
+    try:
+        print(printable(text), file=file, flush=True)
+    except BrokenPipeError:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, (file or sys.stdout).fileno())  # so that nothing fails at the end of the process either
+        os.close(null)
+        if threading.current_thread() is threading.main_thread():  # for another one somebody may wait
+            raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+def say_table(table: "Table") -> None:
+    """Prints a table, as wide as the terminal or else 120 characters, as `say` does."""
+    from rich.console import Console
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    drawn = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
+    with drawn.capture() as text:
+        drawn.print(table)
+    say(text.get().rstrip("\n"))
 
 
 def count(number: int, noun: str) -> str:

@@ -1,12 +1,14 @@
 """Progress on stderr: on a terminal a bar below the lines of text, elsewhere the lines alone."""
 
+import sys
 import time
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from byolt.files.console import printable
+from byolt.files.console import printable, say
 
 
 class Meter:
@@ -26,11 +28,11 @@ class Meter:
         """
         self._unit, self._total, self._first, self._line_every = unit, total, done, line_every
         self._start = self._last_line = time.perf_counter()
-        self._console = Console(stderr=True, highlight=False, quiet=not enabled)
+        self._enabled, console = enabled, Console(stderr=True, highlight=False)
         bar = BarColumn(bar_width=None)  # takes the width that is left
         self._bar = Progress(bar, MofNCompleteColumn(), TextColumn("ETA"), TimeRemainingColumn(), expand=True)
         self._task = self._bar.add_task("", total=total, completed=done)
-        self._live = Live(self._bar, console=self._console) if self._console.is_terminal and enabled else None
+        self._live = Live(self._bar, console=console) if console.is_terminal and enabled else None
 
     def __enter__(self) -> "Meter":
         if self._live:
@@ -47,7 +49,7 @@ class Meter:
         if text and self._live and not self._line_every:
             self.say(f"{self._unit} {done}  {text}")
         elif text and self._live:
-            self._live.update(Group(text, self._bar))
+            self._live.update(Group(Text(printable(text)), self._bar))
         elif text and (now := time.perf_counter()) - self._last_line >= self._line_every:
             self._last_line = now
             left = (now - self._start) / max(done - self._first, 1) * (self._total - done)
@@ -55,7 +57,10 @@ class Meter:
 
     def say(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
-        self._console.print(printable(text), soft_wrap=True, markup=False)
+        if self._live:
+            self._live.console.print(printable(text), soft_wrap=True, markup=False)
+        elif self._enabled:
+            say(text, sys.stderr)
 
 
 def _clock(seconds: float) -> str:

@@ -1,12 +1,16 @@
 """Names of files and classes hold any byte; a terminal gets none that it would obey."""
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.table import Table
 
 from byolt import train
-from byolt.files.console import difference, printable
+from byolt.files.console import difference, printable, say_table
 from byolt.files.progress import Meter
 from byolt.tools import ablate, evaluate, export, make_shards, report, show_views, verify_shards
 
@@ -48,6 +52,43 @@ def test_train_and_its_progress_escape_names(
     Meter("step", 1).say(HOSTILE)
     told = capsys.readouterr().err
     assert told.count(SHOWN) == 2 and not set(told) & set("\x1b\x07\r")
+
+
+def test_a_command_whose_reader_has_gone_ends_like_others() -> None:
+    """As `command 2>&1 | head -1` does. A thread is not ended, since others may wait for it."""
+    program = """if True:
+        import os, threading
+        from rich.table import Table
+        from byolt.files.console import say_table
+        from byolt.files.progress import Meter
+        input()
+        went_on = []
+        thread = threading.Thread(target=lambda: (say_table(Table("x")), went_on.append(True)))
+        thread.start()
+        thread.join()
+        if went_on:
+            Meter("x", 1).say("x")"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    ) as process:
+        assert process.stdin and process.stdout
+        process.stdout.close()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+    assert process.returncode == 128 + signal.SIGPIPE
+
+
+def test_no_line_shows_what_a_url_hides(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("https://u:p@h/s", "[/x]")
+    table.add_row("https://h/s?sig=1", HOSTILE)
+    say_table(table)
+    Meter("step", 1).say("https://u:p@h/s")
+    out, err = capsys.readouterr()
+    assert (
+        "https://***@h/s" in out and "https://h/s?***" in out and "[/x]" in out and err == "https://***@h/s\n"
+    )
+    assert not set(out) & set("\x1b\x07\r")
 
 
 def test_only_the_difference_is_listed() -> None:

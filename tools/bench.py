@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     source.proven = True  # as after the first epoch, in which images of a folder are proven
     on_gpu, cores = world.device.type == "cuda", len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)  # for the step, as in train.py
-    print(
+    say(
         f"{config.data.path}: {len(source)} images, {config.augment.size} px, {config.model.backbone}, "
         f"batch {config.train.batch_size}; {hardware}"
     )
@@ -94,12 +94,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         )
         stalled = stall(costs)
         sentence = bottleneck(costs, on_gpu)
-        print(f"\n{count(threads, 'thread')}\n{table(costs)}")
-        print(f"{'stall':14} {100 * stalled:>8.1f} %\n{sentence}", flush=True)
+        say(f"\n{count(threads, 'thread')}\n{table(costs)}")
+        say(f"{'stall':14} {100 * stalled:>8.1f} %\n{sentence}")
         row: dict[str, Any] = {"threads": threads, "stall": stalled, "bottleneck": sentence}
         if args.torchvision:
             row["torchvision_ratio"] = costs["torchvision"].cpu_ms / costs["loader"].cpu_ms
-            print(f"torchvision takes {row['torchvision_ratio']:.1f} times the loader's CPU time")
+            say(f"torchvision takes {row['torchvision_ratio']:.1f} times the loader's CPU time")
         row["costs"] = {
             JSON_KEYS.get(name, name): asdict(cost) | {"images_per_s": cost.images_per_s}
             for name, cost in costs.items()
@@ -107,10 +107,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         results.append(row)
     if args.peers is not None:
         peers = run_harness(args.peers, config, threads, args.batches, ROUNDS)
-        print(f"\n{'peer':14} {'images/s':>9} {'CPU ms':>8} {'ratio':>8}")
+        say(f"\n{'peer':14} {'images/s':>9} {'CPU ms':>8} {'ratio':>8}")
         for peer in peers:
             numbers = "{images_per_s:>9,.0f} {cpu_ms:>8.3f} {ratio:>8.1f}"
-            print(f"{peer['peer']:14}", peer.get("error") or numbers.format_map(peer))
+            say(f"{peer['peer']:14} {peer.get('error') or numbers.format_map(peer)}")
     if args.picture:
         comparisons = {}
         if args.torchvision:
@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         say(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("bench: interrupted; nothing was written", file=sys.stderr)
+        say("bench: interrupted; nothing was written", file=sys.stderr)
         return 130
     return 0
 

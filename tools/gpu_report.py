@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.model.run import provenance
 from byolt.tools.benchmarks.gpu_parts import PARTS, ROOT, Job, Part, Row
@@ -40,7 +41,7 @@ def work(part: Part, job: Job, log: Path, sender: Connection) -> None:
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    print(f"\n==== {part.name}", flush=True)
+    say(f"\n==== {part.name}")
     try:
         for row in part.run(job, *part.arguments):
             sender.send(row)
@@ -113,7 +114,7 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
     )
     args, begun = parser.parse_args(argv), time.monotonic()
     if args.device == "cuda" and not torch.cuda.is_available():
-        print("gpu_report: torch finds no GPU; to try it without one: --quick --device cpu", file=sys.stderr)
+        say("gpu_report: torch finds no GPU; to try it without one: --quick --device cpu", file=sys.stderr)
         return 2
     device = torch.device(args.device)
     card = torch.cuda.get_device_name(device) if args.device == "cuda" else "cpu"
@@ -138,11 +139,11 @@ def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> in
             late = [Row(None, "", f"not begun: --seconds {args.seconds:.0f} are over")]
             for row in rows_of(part, job, log) if left > 1 else late:
                 rows.append((part.name, row))
-                print(line(part.name, row), flush=True)
+                say(line(part.name, row))
     except KeyboardInterrupt:
-        print("gpu_report: interrupted; writes what there is", file=sys.stderr)
+        say("gpu_report: interrupted; writes what there is", file=sys.stderr)
     write(out, facts, rows)
-    print(f"{out / 'gpu_report.md'}: {time.monotonic() - begun:.0f} s")
+    say(f"{out / 'gpu_report.md'}: {time.monotonic() - begun:.0f} s")
     return int(any(row.value is None for _, row in rows))
 
 

@@ -28,6 +28,7 @@ import torch
 
 from byolt.configs.schema import Config, ViewConfig, from_settings
 from byolt.files.atomic import sha256_of
+from byolt.files.console import say
 from byolt.model.run import provenance
 from byolt.pipelines import order
 from byolt.pipelines.backends import make_backend
@@ -184,15 +185,14 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     load = os.getloadavg()[0]
     hardware = provenance.hardware(torch.device("cpu"))
-    print(
+    say(
         f"{hardware}, load {load:.1f}; step {args.rate:g} images/s of {image_bytes / 1e3:,.0f} kB "
         f"({args.rate * image_bytes / 1e6:.0f} MB/s); {args.latency:g} ms a request, {args.bandwidth:g} MB/s a "
-        f"connection: {computed} computed",
-        flush=True,
+        f"connection: {computed} computed"
     )
     free = measure(replace(base, name="local, no step", rate=0.0))
-    print(f"local loader without a step: {free['settled']['images_per_s']:,.0f} images/s", flush=True)
-    print(f"{'order':6} {'case':20} {'images/s':>8} {'of local':>8} {'wait':>7} {'CPU ms':>7} {'at once':>7}")
+    say(f"local loader without a step: {free['settled']['images_per_s']:,.0f} images/s")
+    say(f"{'order':6} {'case':20} {'images/s':>8} {'of local':>8} {'wait':>7} {'CPU ms':>7} {'at once':>7}")
     ours, theirs = SPAWN.Pipe()
     server = SPAWN.Process(
         target=serve, args=(data, args.latency / 1000, args.bandwidth * 1e6, theirs), daemon=True
@@ -213,10 +213,9 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             reference = reference or settled["images_per_s"]
             row["share_of_local"] = settled["images_per_s"] / reference
             rows.append(row)
-            print(
+            say(
                 f"{mode:6} {case.name:20} {settled['images_per_s']:8,.0f} {row['share_of_local']:8.1%} "
-                f"{settled['wait']:7.2%} {settled['cpu_ms']:7.2f} {row.get('most_at_once', ''):>7}",
-                flush=True,
+                f"{settled['wait']:7.2%} {settled['cpu_ms']:7.2f} {row.get('most_at_once', ''):>7}"
             )
     ours.close()
     server.join(5)

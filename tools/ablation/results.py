@@ -8,10 +8,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from byolt.configs import schema
+from byolt.files.console import say_table
 from byolt.files.rows import read_rows
 from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides_of
 
@@ -113,16 +113,16 @@ def save_results(
     request: dict[str, Any],
     ablations: Mapping[str, Ablation] = ABLATIONS,
 ) -> None:
-    """Prints the table; writes it, the request and the curves to OUT/ablation.json, .md and .png.
+    """Writes the table, the request and the curves to OUT/ablation.json, .md and .png; prints the table.
 
     `curves` are rows of metrics of each seed, by ablation.
     """
     save_curves(out / "ablation.png", curves, _PANELS)
     results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}
     table, markdown = table_of(results, ablations)
-    Console().print(table)
     (out / "ablation.md").write_text(markdown)
     (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
+    say_table(table)
 
 
 def _epochs_per_step(rows: Rows) -> float | None:

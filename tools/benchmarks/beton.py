@@ -173,9 +173,9 @@ def main(argv: list[str] | None = None) -> int:
                 if name in ratios
                 else ""
             )
-            print(f"{work:12} {name:18}{found.line()}{times}")
+            say(f"{work:12} {name:18}{found.line()}{times}")
     if args.json:
-        print(json.dumps(result))
+        say(json.dumps(result))
     return 0
 
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from byolt.configs import schema
+from byolt.files.console import say
 from byolt.files.rows import read_rows
 from byolt.model import distributed
 from byolt.model.kernels import norm
@@ -156,7 +157,7 @@ def _python(arguments: list[str], seconds: float) -> list[str]:
     command = ["timeout", "--foreground", "--signal=INT", "--kill-after=12", f"{max(1, seconds):.0f}"]
     command += ["env", "PYTHONUNBUFFERED=1", f"PYTHONPATH={path}", sys.executable, *arguments]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    print(done.stdout)
+    say(done.stdout)
     return done.stdout.splitlines() or [f"exit code {done.returncode}"]
 
 

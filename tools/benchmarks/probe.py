@@ -11,6 +11,7 @@ import time
 import torch
 
 from byolt.configs.schema import ModelConfig, OptimizerConfig
+from byolt.files.console import say
 from byolt.model import distributed
 from byolt.model.byol import make_byol
 from byolt.model.optim import LARS
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for option, (_, lowest) in options.items():
         if (value := getattr(args, option)) < lowest:
-            print(f"benchmarks/probe: --{option} {value} must be at least {lowest}", file=sys.stderr)
+            say(f"benchmarks/probe: --{option} {value} must be at least {lowest}", file=sys.stderr)
             return 2
     world = distributed.init()
     on_gpu = world.device.type == "cuda"
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         times[0].append(marks[1] - marks[0])
         times[1].append(marks[2] - marks[1])
     alone, added = (1000 * statistics.median(part[3:]) for part in times)  # the first three warm up
-    print(
+    say(
         f"{args.backbone} ({args.stem} stem), {args.size} px, batch {args.batch}, {args.classes} classes, "
         f"{world.device}: step {alone:.2f} ms, probe {added:.3f} ms = {100 * added / alone:.2f} %"
     )

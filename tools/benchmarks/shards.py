@@ -129,11 +129,11 @@ def main(argv: list[str] | None = None) -> int:
     numbers = {"images": args.images, "files": len(files), "workers": args.workers}
     ratio = ours.ratio(plain)
     if args.json:
-        print(json.dumps({**numbers, "plain": vars(plain), "make_shards": vars(ours), "ratio": ratio}))
+        say(json.dumps({**numbers, "plain": vars(plain), "make_shards": vars(ours), "ratio": ratio}))
     else:
-        print(f"plain libjpeg-turbo {plain.line()}")
-        print(f"make_shards         {ours.line()}")
-        print(f"ratio               {ratio['wall']:.1%} by the clock, {ratio['cpu']:.1%} by CPU time")
+        say(f"plain libjpeg-turbo {plain.line()}")
+        say(f"make_shards         {ours.line()}")
+        say(f"ratio               {ratio['wall']:.1%} by the clock, {ratio['cpu']:.1%} by CPU time")
     return 0
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from byolt.files.atomic import replacing
-from byolt.files.console import say
+from byolt.files.console import say, say_table
 from byolt.model.quality import scores
 from byolt.model.run.trained import Trained
 from byolt.pipelines.sources import Source
@@ -43,7 +42,7 @@ def report(
     labels: Tensor,
     seconds: float,
 ) -> None:
-    """Prints the table; writes the JSON file and the picture."""
+    """Writes the JSON file, prints the table, and draws the picture."""
     rows = [_summary(outcome, labels, setup.classes) for outcome in outcomes]
     # The picture shows the k of the accuracy that the run quotes.
     k = min(trained.config.eval.k, outcomes[0].settings["train_images"])
@@ -52,14 +51,8 @@ def report(
     state = "untrained" if args.untrained else f"step {trained.step}"
     title = f"{args.protocol}: {model.backbone} ({model.stem} stem), {state}"
     used = sum(outcomes[0].settings.get(key, 0) for key in ("train_images", "held_out_images"))
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    _print(console, title, rows, outcomes)
     lost = len(setup.test) - len(labels)
     left_out = f" ({lost} of {len(setup.test)} do not decode and are left out)" if lost else ""
-    console.print(
-        f"{len(labels)} test images{left_out} of {setup.classes} classes; {used} training images; "
-        f"{seconds:.0f} s on {setup.world.size} x {setup.world.device.type}, {args.precision}"
-    )
     document = {
         "protocol": _protocol(args),
         "checkpoint": trained.path.name,
@@ -80,6 +73,11 @@ def report(
     path = args.out / (_file_name(args, trained) + ".json")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
+    _print(title, rows, outcomes)
+    say(
+        f"{len(labels)} test images{left_out} of {setup.classes} classes; {used} training images; "
+        f"{seconds:.0f} s on {setup.world.size} x {setup.world.device.type}, {args.precision}"
+    )
     names = list(setup.test.classes or setup.train.classes or [])
     names += [str(label) for label in range(len(names), setup.classes)]
     caption = f"{title}\n{drawn.name}" + (f": top-1 {row['top1']:.1f} %" if "top1" in row else "")
@@ -117,7 +115,7 @@ def _confusions(outcome: Outcome, labels: Tensor, classes: int) -> Tensor:
     return scores.confusion_matrix(outcome.scores.argmax(dim=1), labels, classes)
 
 
-def _print(console: Console, title: str, rows: list[dict[str, Any]], outcomes: list[Outcome]) -> None:
+def _print(title: str, rows: list[dict[str, Any]], outcomes: list[Outcome]) -> None:
     """The table of all outcomes, and the settings that they share."""
     columns = ("", "top-1 %", "95 % interval", "mean per class %", "top-5 %", "95 % interval")
     table = Table(*columns, title=title, title_justify="left")
@@ -130,13 +128,13 @@ def _print(console: Console, title: str, rows: list[dict[str, Any]], outcomes: l
         )
         mean = f"{row['mean_per_class']:.2f}" if "mean_per_class" in row else "-"
         table.add_row(row["name"], *top1, mean, *top5)
-    console.print(table)
+    say_table(table)
     shared = [
         f"{key.replace('_', ' ')} {_shown(value)}"
         for key, value in outcomes[0].settings.items()
         if not isinstance(value, dict | list) and all(value == other.settings[key] for other in outcomes)
     ]
-    console.print(", ".join(shared), markup=False)
+    say(", ".join(shared))
 
 
 def _shown(value: object) -> str:
