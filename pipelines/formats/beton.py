@@ -107,8 +107,8 @@ class BetonSource:
             self._read_sizes(layout, rows)
         counts = [layout.samples for layout in layouts]
         self.checksums: npt.NDArray[np.uint64] | None = read_indexes(self.paths, counts)
-        if path := self._replaced():
-            raise stale_index(path)
+        if replaced := self._replaced():
+            raise stale_index(replaced)
         self.proven = self.checksums is not None  # verify_shards decodes before it writes an index
 
     def _replaced(self) -> str | None:
