@@ -104,11 +104,11 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")
     from byolt.files.limits import limit_behind
+    from byolt.files.storage.store import serve_run
     from byolt.model import distributed
     from byolt.model.run import failure, guard, trace
     from byolt.model.run.checkpoint import CheckpointError
     from byolt.pipelines.loader import CorruptBudgetError
-    from byolt.pipelines.remote.store import serve_run
 
     settings, run = config.train, None
     try:
@@ -119,7 +119,7 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
         serve_run(lambda: stop.signal)
         run, loader = prepare(config, args, stop, lock, world)
         tracing = trace.Trace(args.trace if args.trace and world.is_main else 0, run.out, run.meter.say)
-        with run.meter, loader, run.metrics or nullcontext(), tracing:
+        with run.meter, run.mirror or nullcontext(), loader, run.metrics or nullcontext(), tracing:
             with run.stopped_by_outage():
                 loop(run, loader, tracing)
             finish(run)
@@ -148,7 +148,7 @@ def prepare(
     from byolt.model.quality.monitor import KnnMonitor
     from byolt.model.quality.probe import make_probe
     from byolt.model.run import provenance, trace
-    from byolt.model.run.resume import begin, settle
+    from byolt.model.run.resume import begin, open_mirror, settle
     from byolt.model.run.run import Run
     from byolt.model.step import PRECISIONS, make_step
     from byolt.pipelines.backends import make_backend, make_resident
@@ -166,6 +166,7 @@ def prepare(
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
     source = open_split("data.path", config.data.path, config.data)
+    mirror = open_mirror(config, args.resume, world)
     config = settle(config, args.resume, len(source), world)
     queries = open_split("eval.path", config.eval.path, config.data) if config.eval.path else None
     knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None
@@ -196,7 +197,7 @@ def prepare(
     )  # fmt: skip
     run = Run(
         config, world, train_step, probe, knn, num_images=len(source), fingerprint=source.fingerprint,
-        rounding=rounding, start=start, last_step=last_step, signal=lambda: stop.signal,
+        rounding=rounding, start=start, last_step=last_step, signal=lambda: stop.signal, mirror=mirror,
     )  # fmt: skip
     if world.is_main:
         facts = {

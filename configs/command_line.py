@@ -90,7 +90,8 @@ def check_init_from(config: schema.Config, resume: str | None) -> None:
         ValueError, OSError: names the setting, the file and the remedy.
     """
     path, out = config.model.init_from, Path(config.run.out)
-    if path and (resume is None or (resume == "auto" and not any(out.glob("checkpoint-*.pt")))):
+    is_new = not config.run.mirror and not any(out.glob("checkpoint-*.pt"))
+    if path and (resume is None or (resume == "auto" and is_new)):
         weights_kind(path)
 
 

@@ -48,6 +48,14 @@ def _project(name: str) -> str:
     return name
 
 
+def _bucket(url: str) -> str:
+    if not re.fullmatch(r"(s3|gs|az)://[\w.-]+(/[^?#;@]*)?", url):
+        raise ValueError(
+            "must be a folder in object storage, as s3://bucket/folder (s3, gs or az), without a password or query"
+        )
+    return url.rstrip("/")
+
+
 def _or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
     return value if value == "auto" else validate(value)
 
@@ -57,6 +65,7 @@ T = TypeVar("T")
 OrAuto = Annotated[T, WrapValidator(_or_auto), PlainSerializer(lambda value: value)]
 PathText = Annotated[str, AfterValidator(expand_home)]
 LocalPath = Annotated[str, AfterValidator(local_path)]  # to write
+BucketURL = Annotated[str, AfterValidator(_bucket)]
 ProjectName = Annotated[str, AfterValidator(_project)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 _Positive = Annotated[float, Field(ge=1e-6, le=1e6)]
@@ -308,6 +317,10 @@ class RunConfig(Section):
     """Minutes between two checkpoints. One is also written on a signal and at the end."""
     keep_checkpoints: _Count = 3
     """Number of newest checkpoints that are kept."""
+    mirror: BucketURL | None = None
+    """URL, as s3://bucket/folder, to which rank 0 copies checkpoints, metrics and the encoder in the background (pip
+    install -e '.[remote]'); --resume auto continues from there if run.out has no checkpoint as new. Its failures only
+    print warnings (docs/remote.md)."""
     on_write_error: Literal["stop", "continue"] = "stop"
     """Reaction to a checkpoint, a row of metrics.jsonl or a views.png that cannot be written, as on a full disk: stops
     the run, or only logs a warning. The run's last checkpoint and its encoder must be written in either case."""
@@ -391,7 +404,7 @@ class Config(Section):
         if "auto" not in (self.train.batch_size, self.train.accumulation):
             self.images_per_rank(world_size)
         remote, timeout = self.data.remote_minutes, self.train.timeout_minutes
-        if world_size > 1 and "://" in self.data.path and remote >= timeout:
+        if world_size > 1 and ("://" in self.data.path or self.run.mirror) and remote >= timeout:
             raise ValueError(
                 f"data.remote_minutes={remote:g} must be below train.timeout_minutes={timeout:g}: {world_size} ranks "
                 "would give up one that still repeats a request. Lower the first, or raise the second"

@@ -24,6 +24,7 @@ import numpy.typing as npt
 from byolt.configs.schema import DataConfig
 from byolt.files.paths import MissingDataError, expand_home, nearest, searched
 from byolt.files.regular import open_regular
+from byolt.files.storage.retry import RemoteError
 from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, are_others, check, check_unchanged, spots
@@ -32,7 +33,6 @@ from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
 from byolt.pipelines.manifest import MANIFEST, DescribedSource, Manifest, Shard, checksums
 from byolt.pipelines.remote.dataset import RemoteData
-from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.remote.urls import RemotePath, is_remote, parse
 

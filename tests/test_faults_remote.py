@@ -16,10 +16,10 @@ import pytest
 from range_server import RangeServer, s3_bucket
 from whole_runs import Process, Run, write_images
 
+from byolt.files.storage.store import Store
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.remote import dataset
-from byolt.pipelines.remote.store import Store
 
 pytestmark = pytest.mark.faults
 SECRET = "planted-secret-4711"

@@ -31,8 +31,8 @@ ALLOWED = {
     "timm": {"model/timm_networks.py", "tools/exporting/libraries.py"},
     "transformers": {"tools/exporting/libraries.py"},
     "byolt.train": {"tools/ablate.py"},
-    "obstore": {"pipelines/remote/store.py"},
-    "boto3": {"pipelines/remote/store.py"},
+    "obstore": {"files/storage/store.py"},
+    "boto3": {"files/storage/store.py"},
     "ffcv": {"pipelines/convert/ffcv_engine.py", "tools/benchmarks/beton.py"},
 }
 

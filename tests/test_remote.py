@@ -24,14 +24,15 @@ from range_server import RangeServer
 from byolt.configs import derived, schema
 from byolt.configs.schema import DataConfig
 from byolt.files.machine import find_device
+from byolt.files.storage import retry, store
+from byolt.files.storage.retry import RemoteError
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.formats.index import SAMPLE
 from byolt.pipelines.manifest import BLOCK, MANIFEST, SAMPLES
 from byolt.pipelines.order import check_batch_size
-from byolt.pipelines.remote import dataset, retry, store, urls
+from byolt.pipelines.remote import dataset, urls
 from byolt.pipelines.remote.cache import Cache
-from byolt.pipelines.remote.retry import RemoteError
 from byolt.pipelines.remote.source import RemoteSource, extents
 from byolt.pipelines.sources import Source, TarSource, open_source, open_split
 

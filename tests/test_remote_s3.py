@@ -17,10 +17,10 @@ from range_server import s3_bucket
 from whole_runs import ROOT
 
 from byolt.configs.schema import DataConfig
-from byolt.pipelines.remote import retry
-from byolt.pipelines.remote.retry import RemoteError
+from byolt.files.storage import retry
+from byolt.files.storage.retry import RemoteError
+from byolt.files.storage.store import Store
 from byolt.pipelines.remote.source import RemoteSource
-from byolt.pipelines.remote.store import Store
 from byolt.pipelines.sources import TarSource, open_source
 from byolt.tools.make_shards import main as make_shards
 from byolt.tools.verify_shards import main as verify_shards

@@ -14,9 +14,10 @@ from byolt.configs import command_line, schema
 from byolt.configs.schema import DataConfig
 from byolt.files.console import say
 from byolt.files.paths import home_path, without_secrets
+from byolt.files.storage import retry
 from byolt.files.weights import weights_kind
 from byolt.pipelines.convert.from_files import expand_source
-from byolt.pipelines.remote import dataset, retry
+from byolt.pipelines.remote import dataset
 from byolt.pipelines.sources import check_paths, open_split
 
 SECRET = "planted-secret-4711"

@@ -1,8 +1,12 @@
 """Finds the checkpoint from which a run continues, and restores its state."""
 
+import importlib.util
+import math
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -12,6 +16,8 @@ from torch import Tensor
 from byolt.configs import derived, fixed
 from byolt.configs.schema import Config
 from byolt.files.console import say, shown
+from byolt.files.storage.mirror import Mirror
+from byolt.files.storage.retry import OutageError, RemoteError
 from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.quality.probe import OnlineProbe
@@ -20,6 +26,7 @@ from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.run.trained import initialize
 from byolt.model.step import TrainStep
 
+_PATIENCE = 0.5  # minutes to wait for a mirror from which the run need not continue
 STATE: dict[str, tuple[type, ...]] = {  # keys of a checkpoint and the types of their values
     "step": (int,),
     "model": (dict, OrderedDict),
@@ -112,6 +119,64 @@ def _initialize(path: str | None, train_step: TrainStep, world: World) -> dict[s
     if note and world.is_main:
         say(note)
     return found
+
+
+def open_mirror(config: Config, resume: str | None, world: World) -> Mirror | None:
+    """Opens run.mirror on rank 0. With --resume auto, fetches its newest whole checkpoint if run.out has none as new.
+
+    Returns:
+        None without run.mirror, and on other ranks.
+
+    Raises:
+        ValueError: obstore is not installed; the store refuses requests; it does not answer, and run.out has no
+            checkpoint; or the mirror holds later checkpoints than the one to continue from, or only damaged ones.
+    """
+    url = config.run.mirror
+    if url is None:
+        return None
+    warn = partial(say, file=sys.stderr)
+    minutes, keep = config.data.remote_minutes, config.run.keep_checkpoints
+    mirror = Mirror(Path(config.run.out), url, minutes, keep, warn)
+    distributed.on_main(lambda: _fetch(mirror, Path(config.run.out), resume), world)
+    return mirror if world.is_main else None
+
+
+def _fetch(mirror: Mirror, out: Path, resume: str | None) -> None:
+    if importlib.util.find_spec("obstore") is None:
+        raise ValueError(f"run.mirror={mirror.url} needs the library obstore: pip install -e '.[remote]'")
+    local = checkpoint.load_newest(out)[0] if resume == "auto" else Path(resume) if resume else None
+    is_needed = resume == "auto" and local is None
+    try:
+        names = mirror.checkpoints(math.inf if is_needed else _PATIENCE)
+        for name in names if resume == "auto" else ():
+            if local and name <= local.name:
+                return
+            try:
+                mirror.fetch(name, checkpoint.load)
+            except CheckpointError as error:
+                reason = re.sub(r"^checkpoint \S+", f"{mirror.url}/{name}", str(error))
+                say(f"warning: {reason}; skipped", file=sys.stderr)
+            else:
+                say(f"run.mirror={mirror.url}: fetched {name}", file=sys.stderr)
+                return
+    except OutageError as error:
+        if is_needed:
+            raise ValueError(
+                f"run.mirror={mirror.url} may hold checkpoints of this run, and run.out={out} has none: {error}; "
+                "without run.mirror a new run begins"
+            ) from None
+        say(f"warning: run.mirror={mirror.url}: {error}; the run begins without it", file=sys.stderr)
+        return
+    except RemoteError as error:
+        raise ValueError(f"run.mirror={mirror.url}: {error}") from None
+    if is_needed and names:
+        raise ValueError(f"run.mirror={mirror.url} holds only damaged checkpoints: choose another run.mirror")
+    latest = checkpoint.step_of(local) if local else -1
+    if resume != "auto" and names and checkpoint.step_of(Path(names[0])) > latest:
+        raise ValueError(
+            f"run.mirror={mirror.url} holds {'later' if resume else 'the'} checkpoints of an earlier run, up to "
+            f"{names[0]}: add --resume auto to continue it, or choose another run.mirror"
+        )
 
 
 def settle(config: Config, resume: str | None, num_images: int, world: World) -> Config:

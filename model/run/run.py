@@ -15,6 +15,7 @@ from byolt.configs.schema import Config
 from byolt.files import failpoint
 from byolt.files.console import duration
 from byolt.files.progress import Meter
+from byolt.files.storage.mirror import Mirror
 from byolt.model import distributed, schedules
 from byolt.model.distributed import World
 from byolt.model.quality.monitor import KnnMonitor
@@ -44,6 +45,7 @@ class Run:
     start: InitVar[Start]
     last_step: int  # of this start
     signal: Callable[[], int]  # the signal that asked this rank to stop, or 0
+    mirror: Mirror | None = None  # on rank 0, if run.mirror is set
 
     def __post_init__(self, start: Start) -> None:
         self.step = start.step  # optimizer steps done
@@ -251,6 +253,8 @@ class Run:
         if self.world.is_main:
             with self._window.paused():
                 checkpoint.save(self.out, self.step, self.state(), self.config.run.keep_checkpoints)
+        if self.mirror:
+            self.mirror.update()
 
     def state(self) -> dict[str, Any]:
         """The content of a checkpoint (`resume.STATE`); the same on every rank."""

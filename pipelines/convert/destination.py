@@ -12,12 +12,12 @@ from typing import Any
 from byolt.files import failpoint
 from byolt.files.atomic import remove_leftovers, sha256_of, writing
 from byolt.files.rows import read_rows
+from byolt.files.storage.store import Entry, Store
 from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.remote.dataset import digest, open_cache
-from byolt.pipelines.remote.store import Entry, Store
 from byolt.pipelines.remote.urls import RemotePath
 from byolt.pipelines.sources import open_source
 
@@ -153,11 +153,7 @@ class Upload:
         store = Store(f"{self.url}/{place.parent.as_posix()}".removesuffix("/."))
         if store.url not in self._there:
             self._there[store.url] = store.list() or {}
-        found = self._there[store.url].get(path.name)
-        known = found is not None and found.size == path.stat().st_size
-        if known and store.sha256(path.name) == sha256_of(path):
-            self._say(f"{store.url}/{path.name} is there already")
-        else:
-            store.put(path.name, path)
-            self._say(f"uploaded {store.url}/{path.name}")
+        written = store.put(path.name, path, self._there[store.url])
+        url = f"{store.url}/{path.name}"
+        self._say(f"uploaded {url}" if written else f"{url} is there already")
         self._done.add(path)

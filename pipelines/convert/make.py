@@ -22,6 +22,7 @@ from byolt.files.console import count, shown
 from byolt.files.lock import Lock
 from byolt.files.paths import searched
 from byolt.files.progress import Meter
+from byolt.files.storage.store import Store
 from byolt.pipelines.convert import ffcv_engine
 from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished
 from byolt.pipelines.convert.from_files import list_files
@@ -49,7 +50,6 @@ from byolt.pipelines.formats.labels import class_names, numbers_of
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, SAMPLES, Manifest, Shard, join
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.dataset import digest, fetched, open_cache
-from byolt.pipelines.remote.store import Store
 from byolt.pipelines.remote.urls import RemotePath
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from byolt.files.atomic import sha256_of
+from byolt.files.storage.store import Store
 from byolt.pipelines.convert.plan import SUFFIXES
 from byolt.pipelines.convert.rules import prove
 from byolt.pipelines.convert.workers import spread
@@ -24,7 +25,6 @@ from byolt.pipelines.formats.index import index_beton, index_tar
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, Manifest, Shard
 from byolt.pipelines.remote.cache import Cache
 from byolt.pipelines.remote.dataset import RemoteData, fetched
-from byolt.pipelines.remote.store import Store
 from byolt.pipelines.remote.urls import is_remote, parse
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks

@@ -12,10 +12,10 @@ from byolt.configs.schema import DataConfig
 from byolt.files.console import shown
 from byolt.files.paths import MissingDataError
 from byolt.files.progress import Meter
+from byolt.files.storage.retry import MissingError
+from byolt.files.storage.store import Entry, Store
 from byolt.pipelines.manifest import MANIFEST, SAMPLES, Manifest, parse
 from byolt.pipelines.remote.cache import Cache
-from byolt.pipelines.remote.retry import MissingError
-from byolt.pipelines.remote.store import Entry, Store
 from byolt.pipelines.remote.urls import RemotePath
 
 PIECE = 1 << 23  # bytes of one request

@@ -43,6 +43,10 @@ class RemoteError(OSError):
     """A request that failed for good: names the object, the cause and the remedy."""
 
 
+class OutageError(RemoteError):
+    """The server has not answered for as long as requests are repeated."""
+
+
 class MissingError(RemoteError):
     """The object does not exist."""
 

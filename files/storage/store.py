@@ -6,12 +6,13 @@ obstore's own threads do not survive a fork: a child that was forked after the f
 
 import asyncio
 import hashlib
+import math
 import os
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, wait
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +22,8 @@ from urllib.parse import urlsplit
 
 from byolt.files.atomic import sha256_of
 from byolt.files.console import say
-from byolt.pipelines.remote import retry
-from byolt.pipelines.remote.retry import MissingError, RemoteError
+from byolt.files.storage import retry
+from byolt.files.storage.retry import MissingError, OutageError, RemoteError
 
 _SHA256 = "sha256"  # key of the metadata
 _STALL = "3s"  # without a byte: a stalled connection
@@ -138,10 +139,18 @@ class Store:
 
         return self._call(self._persist(name, attempt)).attributes.get(_SHA256)
 
-    def put(self, name: str, content: bytes | Path) -> None:
-        """Writes an object, with its sha256 as metadata.
+    def put(self, name: str, content: bytes | Path, there: Mapping[str, Entry] | None = None) -> bool:
+        """Writes an object, with its sha256 as metadata, unless it is there with the same size and sha256.
 
         A large file is sent in parts; the object exists only when all of them have arrived.
+
+        Args:
+            name: Of the object.
+            content: Its bytes, or a local file.
+            there: What `list` returned before; None writes in any case.
+
+        Returns:
+            Whether it was written.
         """
         import obstore
 
@@ -149,12 +158,27 @@ class Store:
             raise ValueError(
                 f"{self.url}: nothing can be written over HTTP: write to a local folder, then copy it"
             )
-
-        sha256 = hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256_of(content)
+        if isinstance(content, Path):
+            size, sha256 = content.stat().st_size, sha256_of(content)
+        else:
+            size, sha256 = len(content), hashlib.sha256(content).hexdigest()
+        found = (there or {}).get(name)
+        if found and found.size == size and self.sha256(name) == sha256:
+            return False
 
         async def attempt() -> Any:
             client = _client(self.url, writing=True)
             return await obstore.put_async(client, name, content, attributes={_SHA256: sha256})
+
+        self._call(self._persist(name, attempt), answers=False)
+        return True
+
+    def delete(self, name: str) -> None:
+        """Removes an object."""
+        import obstore
+
+        async def attempt() -> Any:
+            return await obstore.delete_async(self._open(), name)
 
         self._call(self._persist(name, attempt))
 
@@ -207,8 +231,12 @@ class Store:
         self._etags.setdefault(name, _strong(result.meta["e_tag"]))
         return data
 
-    def _call(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def _call(self, work: Coroutine[Any, Any, Result], answers: bool = True) -> Result:
         """Runs it in the event loop, and waits.
+
+        Args:
+            work: The requests.
+            answers: Whether the server should answer within seconds; it does not while a large object is sent.
 
         Raises:
             InterruptedError: The run got a signal, and the server does not answer.
@@ -231,7 +259,7 @@ class Store:
             while not wait([future], timeout=0.5).done:
                 if self._interrupted:  # before the task was among the running ones
                     future.cancel()
-                since = self._failing_since or max(began, self._answered)
+                since = self._failing_since or (max(began, self._answered) if answers else math.inf)
                 if _signal and _signal() and time.monotonic() - since > _STUCK:
                     future.cancel()
                     raise InterruptedError(
@@ -266,12 +294,12 @@ class Store:
             if (
                 now - min(began, self._failing_since) > 60 * self._minutes
             ):  # not again from 0 for the next request
-                raise RemoteError(
+                raise OutageError(
                     f"{place}: {words}, for {self._minutes:g} minutes ({failures} times): check the network and the "
                     "server, or raise data.remote_minutes"
                 )
             if seconds > _FIRST and words in retry.UNREACHABLE and not (self._reached or _signal):
-                raise RemoteError(
+                raise OutageError(
                     f"{place}: {words}, for {seconds:.0f} s: check the URL, the network and the server"
                 )
             if seconds > _NOTE_AFTER:
