@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +32,31 @@ def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
     Returns:
         The matching objects. Every other line, for example one cut short by a kill, is left out.
     """
-    if not path.exists():
-        return []
-    rows = []
-    for line in read_regular(path).decode(errors="replace").splitlines():
+    return [row for _, row in _lines(path, fields) if row is not None]
+
+
+def unread_lines(path: Path, **fields: type) -> list[int]:
+    """The numbers, from 1, of the lines that `read_rows` leaves out, but for empty ones and an unfinished last one."""
+    return [number for number, row in _lines(path, fields, unfinished=False) if row is None]
+
+
+def _lines(
+    path: Path, fields: dict[str, type], unfinished: bool = True
+) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """The number of each line that is not empty, and its object if it has the fields."""
+    lines = read_regular(path).decode(errors="replace").split("\n") if path.exists() else []
+    for number, line in enumerate(lines if unfinished else lines[:-1], 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and all(
+            row = None
+        sound = isinstance(row, dict) and all(
             type(row.get(key)) is kind and (kind is not int or 0 <= row[key] < _LIMIT)
             for key, kind in (fields or {"step": int}).items()
-        ):
-            rows.append(row)
-    return rows
+        )
+        yield number, row if sound else None
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -292,6 +292,33 @@ def test_an_unfinished_run_says_what_is_missing(folder: Path) -> None:
     assert page.classes["plot"] == page.tags["img"] == 8
 
 
+def test_lines_that_cannot_be_read_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _rows(folder, ROWS[:3])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('\n\nnull\n{"step": 11, "lo')
+    (folder / "corrupt.jsonl").write_text("x\n")
+    assert read_run(folder).problems == [
+        "metrics.jsonl: lines 4, 6: not as train.py writes them; skipped.",
+        "corrupt.jsonl: line 1: not as train.py writes them; skipped.",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("", "metrics.jsonl has no rows, and there is no checkpoint"),
+        ("\0\n" * 9, "metrics.jsonl: lines 1, 2, 3, 4, 5, and 4 more: not as train.py writes them; skipped"),
+    ],
+)
+def test_a_run_of_which_nothing_is_left_is_refused(
+    folder: Path, content: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "metrics.jsonl").write_text(content)
+    assert report.main([str(folder)]) == 2
+    assert capsys.readouterr().err.startswith(f"report: {folder}: nothing is left to report: {why}. Give")
+    assert not (folder / "report.html").exists()
+
+
 def test_a_run_that_took_no_step(folder: Path) -> None:
     (folder / "starts.jsonl").write_text('{"step": 0, "command": "x"}\n')
     text, page = _report(folder)

@@ -69,6 +69,9 @@ def main(argv: list[str] | None = None) -> int:
         from byolt.tools.reporting.sections import render_report
 
         runs = [read_run(folder) for folder in args.runs]
+        for found in runs:
+            for problem in found.problems:
+                say(f"report: warning: {found.folder}: {problem}", file=sys.stderr)
         if out.exists() and not _is_report(out):
             raise ValueError(f"{out} exists and is not a report: remove it, or give another file by --out")
         if args.data:

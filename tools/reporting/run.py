@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from byolt.configs import schema
-from byolt.files.rows import read_metrics, read_rows
+from byolt.files.console import shown
+from byolt.files.rows import read_metrics, read_rows, unread_lines
 from byolt.model.quality.features import extract_features
 from byolt.model.run import provenance
 from byolt.model.run.trained import Trained, newest_trained
@@ -18,6 +19,7 @@ from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source
 from byolt.pipelines.subset import file_names, spaced
 
+_METRICS, _CORRUPT = "metrics.jsonl", "corrupt.jsonl"
 _THUMBNAIL = 96  # pixels; larger images are shrunk: 2,000 thumbnails take 55 MB of memory
 
 
@@ -96,23 +98,28 @@ def read_run(folder: Path) -> RunFiles:
     """Reads the files of a run.
 
     Raises:
-        ValueError: the folder does not exist, or holds nothing that train.py wrote.
+        ValueError: the folder does not exist, or nothing in it that train.py wrote can be read.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the run.out of a run")
-    rows = sorted(read_metrics(folder / "metrics.jsonl"), key=lambda row: row["step"])
+    rows = sorted(read_metrics(folder / _METRICS), key=lambda row: row["step"])
     starts = read_rows(folder / provenance.FILE)
     trained, skipped = newest_trained(folder)
     problems = [f"{sentence}; it is skipped." for sentence in skipped]
-    if not (rows or starts or trained or problems):
-        raise ValueError(f"{folder} holds neither metrics.jsonl nor a checkpoint; give the run.out of a run")
+    for name, fields in ((_METRICS, {}), (provenance.FILE, {}), (_CORRUPT, {"id": int})):
+        if unread := unread_lines(folder / name, **fields):
+            which = f"line{'s' * (len(unread) > 1)} {shown(unread)}"
+            problems.append(f"{name}: {which}: not as train.py writes them; skipped.")
+    if not (rows or starts or trained):
+        why = " ".join(problems) or f"{_METRICS} has no rows, and there is no checkpoint."
+        raise ValueError(f"{folder}: nothing is left to report: {why} Give the run.out of another run")
     config = trained.config if trained else None
     if not config and starts and (settings := starts[-1].get("config")):
         try:
             config = schema.from_settings(settings)
         except ValueError as error:
             problems.append(f"The run's settings do not fit this version: {error}")
-    corrupt = list({row["id"]: row for row in read_rows(folder / "corrupt.jsonl", id=int)}.values())
+    corrupt = list({row["id"]: row for row in read_rows(folder / _CORRUPT, id=int)}.values())
     return RunFiles(folder, rows, starts, corrupt, config, trained, problems)
 
 
