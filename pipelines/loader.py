@@ -28,6 +28,7 @@ from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.resident import Resident
 from byolt.pipelines.sources import ParallelReader, Source, open_source
+from byolt.pipelines.subset import file_names
 from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams, draw_both
 
@@ -80,8 +81,9 @@ class Loader:
             rank: this process, 0 <= rank < world_size.
             world_size: processes that share each global batch.
             first_step: the step of the run to begin with.
-            corrupt_log: file that gets a JSON line for each undecodable image. With a `first_step` above 0, the images
-                that this rank has listed count from the start and are not listed again.
+            corrupt_log: file that gets a JSON line for each undecodable image, with the name of its file if the data
+                set holds it. With a `first_step` above 0, the images that this rank has listed count from the start
+                and are not listed again.
             device: the GPU to which the back end delivers; batches are then made on a stream of their own.
 
         Raises:
@@ -238,6 +240,8 @@ class Loader:
         where = self._source.describe(number)
         if self._corrupt_log:
             row: dict[str, Any] = {"id": number, "where": where, "reason": reason, "rank": self._rank}
+            if (file := file_names(self._source)(number)) != where:
+                row["file"] = file
             append_row(self._corrupt_log, row)
         self._check_budget()
 

@@ -310,6 +310,11 @@ class TarSource(DescribedSource):
         check_unchanged(data, length << 32 | int(record["crc32"]))
         return data
 
+    def place(self, i: int) -> tuple[Path, int]:
+        """The tar that holds sample `i`, and the offset of its image."""
+        record = self._samples[i]
+        return self.paths[record["shard"]], int(record["offset"])
+
     def describe(self, i: int) -> str:
         record = self._samples[i]
         return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"

@@ -185,7 +185,6 @@ def file_names(source: Source) -> Callable[[int], str]:
     The name is that of the original file, if make_shards recorded it; or else of the image in its shard; or else
     `source.describe`.
     """
-    manifest = Manifest.load(source.folder) if isinstance(source, TarSource) else None
 
     def name(i: int) -> str:
         with suppress(OSError, ValueError):
@@ -194,9 +193,8 @@ def file_names(source: Source) -> Callable[[int], str]:
             if isinstance(source, BetonSource):
                 note = source.note(i)
                 return next(iter(_original(note, "file") or _original(note, "key")), source.describe(i))
-            if isinstance(source, TarSource) and manifest:
-                record = manifest.samples[i]
-                return _name_in_tar(source.paths[record["shard"]], int(record["offset"]))
+            if isinstance(source, TarSource):
+                return _name_in_tar(*source.place(i))
         return source.describe(i)
 
     return name

@@ -96,7 +96,7 @@ def test_the_loader_replaces_and_lists_it(resident: str, data: tuple[str, Path],
     [batch] = ids(take(config, 1, source, corrupt_log=log))  # type: ignore[arg-type]
     assert 7 not in batch and batch.count(8) == 2
     [row] = map(json.loads, log.read_text().splitlines())
-    assert (row["id"], row["reason"]) == (7, REASON)
+    assert (row["id"], row["file"], row["reason"]) == (7, "a/8.jpg", REASON)
 
 
 def test_a_large_beton_is_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

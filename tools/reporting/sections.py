@@ -161,7 +161,9 @@ def _corrupt(run: RunFiles) -> ReportSection:
     elif not rows:
         section.intro += "; corrupt.jsonl, which lists them, does not exist"
     section.intro += "."
-    keys = ("id", "where", "reason")
+    keys = (
+        ["id", "where", "file", "reason"] if any("file" in row for row in rows) else ["id", "where", "reason"]
+    )
     shown = [[str(row.get(key, "")) for key in keys] for row in rows[:_CORRUPT_SHOWN]]
     section.table = [keys, *shown] if shown else []
     return section
