@@ -145,11 +145,47 @@ def test_a_list_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert "did you mean low?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "a: 1", "a: [train.epochs]", "a/b: [train.epochs=1]", "[", "a: {b: c}"])
-def test_a_list_of_another_form_is_refused(text: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        *(
+            (text, "")
+            for text in ("", "a: 1", "a: [train.epochs]", "a/b: [train.epochs=1]", "[", "a: {b: c}")
+        ),
+        ("a: []\na: [train.epochs=1]", ", line 2: a is there twice: give one of them another name"),
+        (
+            "a: [run.seed=4]",
+            ", line 1: a: run.seed=4: every run has a folder in --out, and its seed by --seeds",
+        ),
+        ("a: [batch=0]", ", line 1: a: batch=0 must be a number of images"),
+    ],
+)
+def test_a_list_of_another_form_is_refused(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"^--list .*list.yaml"):
+    with pytest.raises(ValueError, match=rf"^--list .*list.yaml{said}"):
         recipes.read_list(tmp_path / "list.yaml")
+
+
+def test_names_of_a_list_are_taken_as_written(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("0.90: []\n0.9: []\nyes: [batch=64]\n")
+    assert list(recipes.read_list(tmp_path / "list.yaml")) == ["0.90", "0.9", "yes"]
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "said"),
+    [
+        ("a: []", ["--minutes", "inf"], "--minutes inf must be above 0 and at most 527,040"),
+        ("a: [batch=5]", [], "its batches do not divide the recipe's of"),
+        ("a: [train.epochs=auto]", [], "train.epochs: auto is for single runs: set values"),
+    ],
+)
+def test_a_list_that_cannot_run_is_refused(
+    text: str, more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "list.yaml").write_text(text)
+    command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--list", str(tmp_path / "list.yaml")]
+    assert ablate.main([*command, *more]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("path", sorted(RECIPE.parent.glob("lists/*.yaml")), ids=lambda path: path.stem)

@@ -32,6 +32,7 @@ from byolt.tools.ablation.results import Rows, finished_runs, save_results
 
 Runs = dict[tuple[str, int], tuple[Path, list[str]]]  # by ablation and seed: run.out, overrides
 OUT_OF_TIME = 3  # exit code
+_MOST_MINUTES = 366 * 24 * 60
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,15 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     common = [*args.overrides, *(word for word in args.only if "=" in word)]
     names = [word for word in args.only if "=" not in word]
     try:
-        if args.minutes is not None and not args.minutes > 0:
-            raise ValueError(f"--minutes {args.minutes:g} must be above 0")
+        if args.minutes is not None and not 0 < args.minutes <= _MOST_MINUTES:
+            raise ValueError(f"--minutes {args.minutes:g} must be above 0 and at most {_MOST_MINUTES:,}")
         ablations = read_list(args.list) if args.list else ABLATIONS
         world_size()  # refuses tasks that cannot be ranks once, not in each run
         recipe = schema.load(args.config, common)
-        if recipe.undecided:
-            raise ValueError(f"{', '.join(recipe.undecided)}: auto is for single runs: set values")
+        _refuse_auto(recipe)
         batch_size = recipe.train.batch_size
         names = names or fitting(batch_size, ablations)
+        if not names:
+            raise ValueError(f"--list {args.list}: its batches do not divide the recipe's of {batch_size}")
         runs = plan(args, common, names, args.seeds or [recipe.run.seed], batch_size, ablations)
     except (ValueError, OSError) as error:
         say(f"ablate: {error}", file=sys.stderr)
@@ -121,9 +123,14 @@ def plan(
     for seed, name in itertools.product(seeds, names):
         out = args.out / f"{name}-{seed}"
         overrides = [*overrides_of(name, batch_size, ablations), f"run.seed={seed}", f"run.out={out}"]
-        schema.load(args.config, [*common, *overrides])
+        _refuse_auto(schema.load(args.config, [*common, *overrides]))
         runs[name, seed] = (out, overrides)
     return runs
+
+
+def _refuse_auto(config: schema.Config) -> None:
+    if config.undecided:
+        raise ValueError(f"{', '.join(config.undecided)}: auto is for single runs: set values")
 
 
 @contextmanager

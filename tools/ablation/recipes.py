@@ -61,25 +61,42 @@ ABLATIONS = {
 
 
 def read_list(path: Path) -> dict[str, Ablation]:
-    """Reads a list of ablations, "NAME: [section.key=value, ...]" in YAML.
+    """Reads a list of ablations, "NAME: [section.key=value, ...]" in YAML; names and overrides stay as written.
 
     Raises:
-        ValueError: the file cannot be read or has another form.
+        ValueError: the file cannot be read or has another form, a name occurs twice, or an override is not a variant's.
     """
     try:
         with open(path, encoding="utf-8", opener=open_regular) as file:
-            named = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError) as error:
+            root = yaml.compose(file, yaml.SafeLoader)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"--list {path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(named, dict) or not named:
-        raise ValueError(f"--list {path} must hold NAME: [section.key=value, ...]")
-    for name, overrides in named.items():
-        texts = isinstance(overrides, list) and all(
-            isinstance(word, str) and "=" in word for word in overrides
-        )
-        if not texts or not re.fullmatch(r"\w[\w.+-]*", str(name)):
-            raise ValueError(f"--list {path}: {name}: {overrides!r} must be NAME: [section.key=value, ...]")
-    return {str(name): Ablation(tuple(overrides)) for name, overrides in named.items()}
+    form = "must be NAME: [section.key=value, ...]"
+    if not isinstance(root, yaml.MappingNode) or not root.value:
+        raise ValueError(f"--list {path} {form}")
+    found: dict[str, Ablation] = {}
+    for key, given in root.value:
+        place = f"--list {path}, line {key.start_mark.line + 1}"
+        words = given.value if isinstance(given, yaml.SequenceNode) else [given]
+        overrides = [word.value for word in words if isinstance(word, yaml.ScalarNode) and "=" in word.value]
+        if not isinstance(key.value, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", key.value):
+            raise ValueError(f"{place}: a name has letters, digits and . + - _, at most 100: it {form}")
+        if len(overrides) < len(words) or not isinstance(given, yaml.SequenceNode):
+            raise ValueError(f"{place}: {key.value} {form}")
+        if key.value in found:
+            raise ValueError(f"{place}: {key.value} is there twice: give one of them another name")
+        for word in overrides:
+            _check_override(f"{place}: {key.value}: {word}", *word.split("=", 1))
+        found[key.value] = Ablation(tuple(overrides))
+    return found
+
+
+def _check_override(place: str, key: str, value: str) -> None:
+    """Refuses what a variant cannot change, and a batch that is not a number."""
+    if key in ("run.out", "run.seed"):
+        raise ValueError(f"{place}: every run has a folder in --out, and its seed by --seeds: remove it")
+    if key == "batch" and not re.fullmatch("[1-9][0-9]{0,8}", value):
+        raise ValueError(f"{place} must be a number of images")
 
 
 def overrides_of(name: str, batch_size: int, ablations: Mapping[str, Ablation] = ABLATIONS) -> list[str]:
