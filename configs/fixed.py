@@ -35,17 +35,10 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
 def check_same_run(
     config: Config, fingerprint: str, path: Path, state: dict[str, Any], allowed: list[str]
 ) -> None:
-    """Refuses to continue a run with other settings than it began with.
-
-    Args:
-        config: the settings now.
-        fingerprint: of the data set now.
-        path: the checkpoint, for the message.
-        state: the checkpoint's content.
-        allowed: dotted keys that may differ.
+    """Refuses to continue a run with other settings or data than those in the state of its checkpoint.
 
     Raises:
-        ValueError: settings differ; lists each with both values.
+        ValueError: settings differ whose dotted keys are not `allowed`; lists each with both values.
     """
     then = facts(complete(state["config"]), state["data"])
     now = facts(config.model_dump(mode="json"), fingerprint)
@@ -62,12 +55,7 @@ def check_same_run(
 
 
 def check_same_ranks(rank: int, here: dict[str, Any], main: dict[str, Any]) -> None:
-    """Refuses a rank that was started with other settings or data than rank 0, as on a machine with an older copy.
-
-    Args:
-        rank: this rank, for the message.
-        here: its `facts`.
-        main: rank 0's.
+    """Refuses a rank whose `facts` are not those of rank 0, as on a machine with an older copy.
 
     Raises:
         ValueError: they differ in more than paths and settings of this rank's own loader; lists each with both values.

@@ -60,11 +60,8 @@ def orders() -> str:
         ("`data.order`", "shuffled together", "blocks in a batch", "others of its block", "bits of the classes",
          "read by 1 node", "8 nodes", "64 nodes")
     ]  # fmt: skip
-    for mode, window in (
-        ("full", n),
-        ("block", WINDOW * BLOCK),
-        ("lanes", lanes(batch) * LANE_WINDOW * BLOCK),
-    ):
+    windows = {"full": n, "block": WINDOW * BLOCK, "lanes": lanes(batch) * LANE_WINDOW * BLOCK}
+    for mode, window in windows.items():
         epoch = np.stack([global_batch(0, 0, step, n, batch, mode) for step in range(n // batch)])
         blocks, labels = epoch // BLOCK, epoch * classes // n
         counts = [np.unique(row, return_counts=True)[1] for row in blocks]
@@ -227,10 +224,7 @@ def main() -> None:
     """Rewrites the tables, or measures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--measure",
-        type=int,
-        metavar="IMAGES",
-        help="time an index and the orders of a data set of this size",
+        "--measure", type=int, metavar="IMAGES", help="time an index and the orders of this many images"
     )
     args = parser.parse_args()
     if args.measure:

@@ -11,12 +11,7 @@ import signal
 
 
 def reach(point: str, count: int = 0) -> None:
-    """Fails here if BYOLT_FAIL asks for it.
-
-    Args:
-        point: name of the place: "step".
-        count: number of the pass: the step's.
-    """
+    """Fails if BYOLT_FAIL asks for it at this point, "step" for example, and this count: the step's number."""
     if "BYOLT_FAIL" not in os.environ:
         return
     place, at, action, *rank = os.environ["BYOLT_FAIL"].split(":")

@@ -10,11 +10,7 @@ _ZIP, _PICKLE = b"PK\x03\x04", b"\x80\x02"  # torch.save's format, and that befo
 
 
 def weights_kind(path: str | Path, setting: str = "model.init_from") -> str:
-    """Returns "checkpoint" (of a run), "safetensors" or "pickle" (by torch.save).
-
-    Args:
-        path: the file.
-        setting: that names it, for messages.
+    """Returns "checkpoint" (of a run), "safetensors" or "pickle" (by torch.save); messages name the setting.
 
     Raises:
         ValueError: the file does not exist, is not a regular file, cannot be read, or has another format.

@@ -40,10 +40,8 @@ def choose_graph(config: Config, world: World, precision: str) -> tuple[bool, st
         return True, "each step is one CUDA graph, captured after a few steps"
     if train.cuda_graph is False or world.device.type != "cuda":
         return False, ""
-    return (
-        False,
-        f"no CUDA graph: {reason or 'not yet measured on a GPU; train.cuda_graph=true captures each step'}",
-    )
+    reason = reason or "not yet measured on a GPU; train.cuda_graph=true captures each step"
+    return False, f"no CUDA graph: {reason}"
 
 
 class Graph:

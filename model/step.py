@@ -173,13 +173,7 @@ class TrainStep:
 
 
 def make_step(config: Config, world: World, precision: str) -> TrainStep:
-    """Builds model, optimizer and step of a run; torch's global generator initializes the weights.
-
-    Args:
-        config: of the run.
-        world: the processes.
-        precision: "fp32", "bf16" or "fp16".
-    """
+    """Builds model, optimizer and step of a run, its precision resolved; torch's global generator makes the weights."""
     settings, train = config.optimizer, config.train
     model = make_byol(config.model, config.augment.size)
     optimizer = LARS(

@@ -65,9 +65,10 @@ class DaliBackend:
         self._hw_decoder_load = hw_decoder_load
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
+        self._make = self._on_gpu if on_gpu else self._on_cpu
         self.pool = (
             ThreadPoolExecutor(threads) if threads > 1 and not on_gpu else None
-        )  # makes views on the CPU
+        )  # of the CPU's kernels
         self._decoded: Any = None
         self._raw: list[npt.NDArray[np.uint8]] = []
         self._memory = Memory()
@@ -83,9 +84,8 @@ class DaliBackend:
             RuntimeError: DALI fails on every one of several images, although PIL decodes them.
             ValueError: on the GPU, or of raw pixels: a window exceeds its image.
         """
-        make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         try:
-            views = make(encoded, params1, params2)
+            views = self._make(encoded, params1, params2)
         except RuntimeError:
             self._pipeline = None  # a pipeline that raised cannot be used again
             reasons = _undecodable(encoded) or self._refused_alone(encoded, params1, params2)
@@ -99,12 +99,11 @@ class DaliBackend:
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
     ) -> dict[int, str]:
         """The images that PIL decodes but DALI does not (a PNG with a wrong checksum), found one by one."""
-        make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         reasons = {}
         for i in range(len(encoded)):
             row = slice(i, i + 1)
             try:
-                make(encoded[row], params1[row], params2[row])
+                self._make(encoded[row], params1[row], params2[row])
             except RuntimeError as error:
                 self._pipeline = None
                 reasons[i] = f"DALI does not decode it: {' '.join(str(error).split())[:300]}"

@@ -29,9 +29,7 @@ MANIFEST = "manifest.json"
 SAMPLES = "samples.npy"
 NAMED_LABELS = "named_labels"  # in the settings: the .cls files hold class names
 
-BLOCK = (
-    256  # consecutive samples, 28 MB of ImageNet: orders shuffle blocks, and remote data is fetched by them
-)
+BLOCK = 256  # consecutive samples, 28 MB of ImageNet: orders shuffle blocks, remote data is fetched by them
 _PIECE = 1 << 15  # records checked together: 1 MB
 _REMEDY = "make the data set again with tools/make_shards.py"
 _INDEX = "for tars made elsewhere run tools/make_shards.py --index on the folder"
@@ -73,7 +71,7 @@ class Manifest:
     classes: list[str] | None = None  # name of each label
     settings: dict[str, Any] = field(
         default_factory=dict
-    )  # of the conversion; free-form, also read to resume it
+    )  # of the conversion, which also reads them to resume
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":
@@ -112,9 +110,8 @@ class Manifest:
         manifest = cls(shards, _map_samples(path.with_name(SAMPLES)), classes, settings)
         found = len(manifest.samples)
         with ThreadPoolExecutor(1) as pool:  # hashing and checking 100 M records take 1.6 s each
-            hashed = pool.submit(
-                lambda: hashlib.sha256(np.ascontiguousarray(manifest.samples).data).hexdigest()
-            )
+            content = np.ascontiguousarray(manifest.samples).data
+            hashed = pool.submit(lambda: hashlib.sha256(content).hexdigest())
             try:
                 refuse(found != stated, f"states {stated} samples, {SAMPLES} has {found}")
                 manifest.validate(path)
@@ -256,10 +253,8 @@ class DescribedSource:
     def __init__(self, manifest: Manifest) -> None:
         self._shards, self._samples = manifest.shards, manifest.samples
         self.classes, self.proven = manifest.classes, manifest.proven
-        self.heights, self.widths = (
-            manifest.samples[name]
-            for name in ("height", "width")  # mapped: all ranks share the pages
-        )
+        # Mapped: all ranks share the pages.
+        self.heights, self.widths = manifest.samples["height"], manifest.samples["width"]
         self.labels = labels(manifest.samples)
         self.fingerprint = manifest.fingerprint()
         self.former_fingerprints: list[str] = []

@@ -12,9 +12,8 @@ A run of E epochs takes int(E * n / B) steps, as in the reference. Because epoch
 one more epoch. "block" and "lanes" compute only the windows that a batch touches, "full" the whole epoch.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Literal
@@ -119,14 +118,6 @@ class RankOrder:
             ids = _batch_part(*of_step, self.rank * share, (self.rank + 1) * share)
             return epoch, np.ascontiguousarray(ids.reshape(-1, self.accumulation).T)
         return epoch, global_batch(*of_step).reshape(self.accumulation, self.world_size, -1)[:, self.rank]
-
-    def plan(self, step: int) -> Iterator[_Ids]:
-        """Yields this rank's ids of step k, then of every later step, endlessly, int64 (images of a step,).
-
-        The samples to fetch ahead, in the order of their use; sample i is in block i // BLOCK.
-        """
-        for number in itertools.count(step):
-            yield self.batches(number)[1].ravel()
 
 
 def window(mode: Mode, batch_size: int) -> int:

@@ -70,17 +70,9 @@ class TorchBackend:
 
 
 def apply(image: Tensor, view: ViewParams, size: int, taps: int, profile: Profile) -> Tensor:
-    """Makes one view of an image, before normalization.
+    """Makes one view of an image uint8 (H, W, 3), before normalization: float32 (1, size, size, 3) in [0, 1].
 
-    Args:
-        image: uint8 (H, W, 3).
-        view: parameters of one sample.
-        size: side of the view.
-        taps: taps of the blur kernel.
-        profile: defines the operations.
-
-    Returns:
-        float32 (1, size, size, 3) in [0, 1].
+    `view` are the parameters of one sample; the blur kernel has `taps` taps.
     """
     operations = _OPERATIONS[profile]
     window = (int(side[0]) for side in (view.top, view.left, view.height, view.width))

@@ -18,7 +18,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,10 +27,10 @@ from byolt.configs.command_line import SettingsParser, world_size
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
-from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides_of, read_list
+from byolt.tools.ablation.recipes import ABLATIONS, Request, fitting, read_list
 from byolt.tools.ablation.results import Rows, finished_runs, save_results
 
-Runs = dict[tuple[str, int], tuple[Path, list[str]]]  # by ablation and seed: run.out, overrides
+Runs = dict[tuple[str, int], tuple[Path, list[str]]]  # by ablation and seed: run.out, all overrides
 OUT_OF_TIME = 3  # exit code
 _MOST_MINUTES = 366 * 24 * 60
 
@@ -51,24 +51,26 @@ def main(argv: list[str] | None = None) -> int:
         world_size()  # refuses tasks that cannot be ranks once, not in each run
         recipe = schema.load(args.config, common)
         _refuse_auto(recipe)
-        batch_size = recipe.train.batch_size
-        names = names or fitting(batch_size, ablations)
+        request = Request(args.config, common, args.out, recipe.train.batch_size, ablations)
+        names = names or fitting(request.batch_size, ablations)
         if not names:
-            raise ValueError(f"--list {args.list}: its batches do not divide the recipe's of {batch_size}")
-        runs = plan(args, common, names, args.seeds or [recipe.run.seed], batch_size, ablations)
+            raise ValueError(
+                f"--list {args.list}: its batches do not divide the recipe's of {request.batch_size}"
+            )
+        runs = plan(request, names, args.seeds or [recipe.run.seed])
     except (ValueError, OSError) as error:
         say(f"ablate: {error}", file=sys.stderr)
         return 2
     done, code = {}, 0
-    finished, _ = finished_runs(args.config, common, args.out, batch_size, ablations)
+    finished, _ = finished_runs(request)
     with deadline(args.minutes) as is_over:
-        for (name, seed), (out, overrides) in runs.items():
+        for (name, seed), (out, settings) in runs.items():
             if (name, seed) not in finished:
                 if is_over():
                     code = OUT_OF_TIME
                     break
-                say(f"── {name}, seed {seed}: {' '.join(overrides)}")
-                code = train(["--config", args.config, "--resume", "auto", *common, *overrides])
+                say(f"── {name}, seed {seed}: {' '.join(settings[len(common) :])}")
+                code = train(["--config", args.config, "--resume", "auto", *settings])
                 if code == 128 + signal.SIGUSR1 and is_over():
                     code = OUT_OF_TIME
                 if code:
@@ -80,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         remedy = "; the same command continues" * (code == 1 or code >= 128)  # 2: it would be refused again
         say(f"ablate: {what}{remedy}", file=sys.stderr)
         return code
-    report(args, common, done, batch_size, ablations)
+    report(request, done)
     if code:
         left = f"{len(runs) - len(done)} of {len(runs)} runs are left"
         say(f"ablate: {args.minutes:g} minutes are over, {left}; the same command continues", file=sys.stderr)
@@ -96,9 +98,7 @@ def make_parser() -> SettingsParser:
     add("--out", type=home_path, required=True, help="folder of all runs")
     add("--list", type=home_path, metavar="FILE",
         help="YAML of NAME: [section.key=value, ...] instead of the paper's ablations; see configs/lists")  # fmt: skip
-    names = (
-        f"ablations to run: {', '.join(ABLATIONS)}, or names in FILE (default: all that fit the batch size)"
-    )
+    names = f"ablations to run: {', '.join(ABLATIONS)}, or names in FILE (default: all that fit the batch)"
     add("--only", nargs="+", default=[], metavar="NAME", help=names)
     add("--seeds", type=int, nargs="+", metavar="SEED", help="one run for each (default: the recipe's seed)")
     add("--minutes", type=float, help="time limit of this command; the run that it stops saves a checkpoint")
@@ -106,14 +106,7 @@ def make_parser() -> SettingsParser:
     return parser
 
 
-def plan(
-    args: argparse.Namespace,
-    common: list[str],
-    names: list[str],
-    seeds: list[int],
-    batch_size: int,
-    ablations: Mapping[str, Ablation],
-) -> Runs:
+def plan(request: Request, names: list[str], seeds: list[int]) -> Runs:
     """All runs of the command: all ablations with the first seed, then with the next.
 
     Raises:
@@ -121,10 +114,10 @@ def plan(
     """
     runs: Runs = {}
     for seed, name in itertools.product(seeds, names):
-        out = args.out / f"{name}-{seed}"
-        overrides = [*overrides_of(name, batch_size, ablations), f"run.seed={seed}", f"run.out={out}"]
-        _refuse_auto(schema.load(args.config, [*common, *overrides]))
-        runs[name, seed] = (out, overrides)
+        out = request.out / f"{name}-{seed}"
+        settings = [*request.settings(name, seed), f"run.out={out}"]
+        _refuse_auto(schema.load(request.config, settings))
+        runs[name, seed] = (out, settings)
     return runs
 
 
@@ -170,24 +163,17 @@ def train(arguments: list[str]) -> int:
         torch.cuda.empty_cache()
 
 
-def report(
-    args: argparse.Namespace,
-    common: list[str],
-    done: dict[tuple[str, int], Path],
-    batch_size: int,
-    ablations: Mapping[str, Ablation],
-) -> None:
+def report(request: Request, done: dict[tuple[str, int], Path]) -> None:
     """Prints and writes the results of this command's finished runs and of earlier ones."""
-    same, others = finished_runs(args.config, common, args.out, batch_size, ablations)
+    same, others = finished_runs(request)
     same |= done
     curves: dict[str, list[Rows]] = {}
     seeds: dict[str, list[int]] = {}
-    for name, seed in sorted(same, key=lambda key: (list(ablations).index(key[0]), key[1])):
+    for name, seed in sorted(same, key=lambda key: (list(request.ablations).index(key[0]), key[1])):
         curves.setdefault(name, []).append(read_metrics(same[name, seed] / "metrics.jsonl"))
         seeds.setdefault(name, []).append(seed)
     if curves:
-        request = {"config": args.config, "overrides": common, "seeds": seeds}
-        save_results(args.out, curves, request, ablations)
+        save_results(request, seeds, curves)
     if left_out := sorted(set(others) - {out.name for out in done.values()}):
         say(f"not in the table, because their settings differ: {', '.join(left_out)}")
 

@@ -28,15 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "run", type=home_path, help="folder of a run, or its checkpoint-*.pt or encoder.safetensors"
-    )
-    parser.add_argument(
-        "--to", required=True, choices=tuple(LIBRARIES), help="library that will load the encoder"
-    )
-    parser.add_argument(
-        "--out", type=home_path, help="folder to create (default: exported-LIBRARY in the run's folder)"
-    )
+    add = parser.add_argument
+    add("run", type=home_path, help="folder of a run, or its checkpoint-*.pt or encoder.safetensors")
+    add("--to", required=True, choices=tuple(LIBRARIES), help="library that will load the encoder")
+    add("--out", type=home_path, help="folder to create (default: exported-LIBRARY in the run's folder)")
     args = parser.parse_args(argv)
     try:
         trained = load_trained(args.run)

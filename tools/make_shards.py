@@ -31,14 +31,9 @@ from byolt.pipelines.remote.urls import is_remote
 from byolt.pipelines.remote.urls import parse as parse_url
 
 _BOUNDS = {
-    "raw_fraction": (0, 1),
-    "max_size": (0, 65500),
-    "quality": (1, 100),
-    "max_pixels": (1, 2**32),
-    "seed": (0, 2**63),
-    "shard_size": (1, 100_000),
-    "workers": (1, 1024),
-}
+    "raw_fraction": (0, 1), "max_size": (0, 65500), "quality": (1, 100), "max_pixels": (1, 2**32),
+    "seed": (0, 2**63), "shard_size": (1, 100_000), "workers": (1, 1024),
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):

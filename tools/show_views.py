@@ -89,28 +89,27 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 written, 2 invalid request."""
     parser = SettingsParser(prog="show_views", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("dataset", help="data set: shards, a folder of images, .beton or synthetic:COUNT:HxW")
-    parser.add_argument("--config", required=True, help="YAML file; see configs/")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
-        "--images", type=int, default=8, help="number of images, from the first of the epoch (default 8)"
-    )
-    which.add_argument("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
-    parser.add_argument("--epoch", type=int, default=0, help="epoch whose parameters are shown (default 0)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("dataset", help="data set: shards, a folder of images, .beton or synthetic:COUNT:HxW")
+    add("--config", required=True, help="YAML file; see configs/")
+    add("--epoch", type=int, default=0, help="epoch whose parameters are shown (default 0)")
+    add(
         "--out",
         type=home_path,
         metavar="FILE.png",
         help="default: show_views|operations|compare.png in run.out",
     )
-    mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--operations", action="store_true", help="show each operation alone, on one image")
-    mode.add_argument(
+    add("overrides", nargs="*", metavar="section.key=value", help="override settings")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--images", type=int, default=8, help="number of images, from the first of the epoch (default 8)")
+    add("--ids", nargs="+", metavar="ID", help="ids of samples to show instead")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--operations", action="store_true", help="show each operation alone, on one image")
+    add(
         "--compare",
         action="store_true",
         help="show the views of data.backend and torch, and their difference",
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override settings")
     args = parser.parse_intermixed_args(argv)
     torch.set_num_threads(1)
     try:

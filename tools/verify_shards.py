@@ -24,15 +24,12 @@ from byolt.pipelines.convert.verify import verify
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 there are problems, 2 the data set cannot be opened, 130 interrupted."""
     parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
-    parser.add_argument("dataset", help="folder with manifest.json, or .beton files separated by commas")
-    parser.add_argument("--no-decode", action="store_true", help="check hashes and headers only")
-    parser.add_argument(
-        "--index", action="store_true", help="write FILE.index for .beton files without manifest"
-    )
-    parser.add_argument("--limit", type=int, default=20, help="number of problems to print (default 20)")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per CPU)"
-    )
+    add = parser.add_argument
+    add("dataset", help="folder with manifest.json, or .beton files separated by commas")
+    add("--no-decode", action="store_true", help="check hashes and headers only")
+    add("--index", action="store_true", help="write FILE.index for .beton files without manifest")
+    add("--limit", type=int, default=20, help="number of problems to print (default 20)")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="number of processes (default: one per CPU)")
     args = parser.parse_args(argv)
     if args.workers < 1 or args.limit < 1:
         parser.error("--workers and --limit must be at least 1")
@@ -40,13 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--index is only for images that were decoded: leave --no-decode out")
     start = time.perf_counter()
     try:
-        samples, problems, strangers, indexes = verify(
-            args.dataset, not args.no_decode, args.workers, args.index
-        )
+        found = verify(args.dataset, not args.no_decode, args.workers, args.index)
     except (ValueError, OSError, futures.BrokenExecutor) as error:
         return _say(str(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
+    samples, problems, strangers, indexes = found
     if strangers:
         _say(f"note: not part of the data set, so that nothing reads it: {shown(strangers)}")
     for problem in problems[: args.limit]:

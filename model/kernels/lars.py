@@ -122,9 +122,8 @@ class FusedUpdate:
         for group in self.optimizer.param_groups:
             momentum, decay = group["momentum"], group["weight_decay"]
             trust = group["trust_coefficient"], float(group["trust"] == "clip")
-            constants.append(
-                [(momentum, decay, *trust), (momentum, decay if group["decay_all"] else 0, 0, 0)]
-            )
+            of_others = momentum, decay if group["decay_all"] else 0, 0, 0
+            constants.append([(momentum, decay, *trust), of_others])
         if constants != self.constants:
             self.constants = constants
             _upload(np.array(constants, np.float32), self.settings[..., 1:])

@@ -42,10 +42,8 @@ class Apex:
 
     def add_(self, xs: list[Tensor], ys: list[Tensor], alpha: float = 1.0) -> None:
         """x += alpha y for every pair."""
-        lists = [xs, [*map(like, ys, xs)], xs]
-        self._apply(
-            self._kernels.multi_tensor_axpby, _flag(xs), lists, 1.0, alpha, -1
-        )  # -1: checks both arguments
+        lists, both = [xs, [*map(like, ys, xs)], xs], -1  # the arguments that it checks
+        self._apply(self._kernels.multi_tensor_axpby, _flag(xs), lists, 1.0, alpha, both)
 
     def norms(self, xs: list[Tensor]) -> Tensor:
         """Returns the Euclidean norms, (len(xs),)."""

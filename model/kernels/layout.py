@@ -19,4 +19,4 @@ def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in any order."""
     return (
         torch.empty_like(x, device="meta").stride() == x.stride()
-    )  # torch keeps the strides of dense tensors only
+    )  # which torch keeps for dense tensors only

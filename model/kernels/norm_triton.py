@@ -179,10 +179,8 @@ def _normalize(
     row = tl.arange(0, height)[:, None]
     inside = (tile * height + row < rows) & known[None, :]
     place = (view.to(tl.int64) * rows + tile * height) * channels + row * channels + column[None, :]
-    value = (_load(x + place, inside, whole, kind) - _row(moments, at, known)) * _row(
-        moments + plane, at, known
-    )
-    value += _row(bias, column, known)
+    value = _load(x + place, inside, whole, kind) - _row(moments, at, known)
+    value = value * _row(moments + plane, at, known) + _row(bias, column, known)
     if shortcut is not None:
         other = _load(shortcut + place, inside, whole, kind)
         if moments2 is not None:
@@ -496,34 +494,13 @@ class _Normalize(torch.autograd.Function):
         shape = relu, cut.height, cut.width, cut.whole
         norm = moments, bias, moments2, bias2
         size = cut.rows, cut.channels, *((None, None) if index is None else x.shape[2:])
-        _reduce[cut.slice_grid](
-            g,
-            g2,
-            index,
-            x,
-            y,
-            shortcut,
-            passed,
-            *norm,
-            parts,
-            *size,
-            cut.slice_rows,
-            *shape,
-            num_warps=_WARPS,
-        )
+        tensors = g, g2, index, x, y, shortcut, passed, *norm, parts
+        _reduce[cut.slice_grid](*tensors, *size, cut.slice_rows, *shape, num_warps=_WARPS)
         sums = moments.new_empty(terms, cut.views, cut.channels)
         gradients = bias.new_empty(2 * terms - 2, cut.channels)
-        _add[(triton.cdiv(cut.channels, _MERGE_WIDTH),)](
-            parts,
-            sums,
-            gradients,
-            moments,
-            moments2,
-            cut.slices,
-            cut.channels,
-            cut.views,
-            **_merge_shape(cut.slices),
-        )
+        numbers = cut.slices, cut.channels, cut.views
+        grid = (triton.cdiv(cut.channels, _MERGE_WIDTH),)
+        _add[grid](parts, sums, gradients, moments, moments2, *numbers, **_merge_shape(cut.slices))
         if ctx.synchronized:
             all_reduce_sum_(sums)
         if passed is not None:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from byolt.pipelines.convert.plan import ConversionOptions
+
 
 def require() -> None:
     """Raises ValueError, with how to install it, if ffcv cannot be imported."""
@@ -42,11 +44,8 @@ def write(
     path: Path,
     pixels: Callable[[int], npt.NDArray[np.uint8]],
     rows: list[tuple[int, dict[str, Any]]],
-    *,
+    options: ConversionOptions,
     page_size: int,
-    raw_fraction: float,
-    max_size: int,
-    quality: int,
     seed: int,
 ) -> None:
     """Writes fields image, label and key.
@@ -55,10 +54,9 @@ def write(
         path: The file; it is overwritten.
         pixels: Image `i`, (height, width, 3) uint8 RGB.
         rows: Label and note of each image.
+        options: raw_fraction is the probability that an image is stored raw; the others become JPEGs (ffcv's mode
+            "proportion"). max_size and quality are ffcv's max_resolution and jpeg_quality.
         page_size: Bytes, a power of two from 2 MiB; the largest image must fit.
-        raw_fraction: Probability that an image is stored raw; the others become JPEGs (ffcv's mode "proportion").
-        max_size: ffcv's max_resolution; 0 for none.
-        quality: ffcv's jpeg_quality.
         seed: Decides which images are stored raw.
     """
     from ffcv.fields import IntField, JSONField, RGBImageField
@@ -67,9 +65,9 @@ def write(
 
     image = RGBImageField(
         write_mode="proportion",
-        compress_probability=1 - raw_fraction,
-        max_resolution=max_size or None,
-        jpeg_quality=quality,
+        compress_probability=1 - options.raw_fraction,
+        max_resolution=options.max_size or None,
+        jpeg_quality=options.quality,
     )
     fields = {"image": image, "label": IntField(), "key": JSONField()}
     writer = DatasetWriter(str(path), fields, page_size=page_size, num_workers=1)
@@ -85,16 +83,9 @@ def write(
         state = np.random.get_state()  # ffcv draws from numpy's global generator
         np.random.seed(seed % 2**32)
         try:
-            worker_job_indexed_dataset(
-                numbers,
-                writer.metadata_sm,
-                writer.metadata_type,
-                fields,
-                allocator,
-                done,
-                allocations,
-                _Images(pixels, rows),
-            )
+            metadata = writer.metadata_sm, writer.metadata_type
+            images = _Images(pixels, rows)
+            worker_job_indexed_dataset(numbers, *metadata, fields, allocator, done, allocations, images)
         finally:
             np.random.set_state(state)
         writer.finalize(allocations.get())

@@ -32,12 +32,11 @@ from byolt.pipelines.formats.labels import class_names, label_number, listed_lab
 
 _MAX_ZIPPED = 256 << 20  # bytes of one member of a zip: a few kilobytes may claim to unpack to more
 _EMPTY_ZIP = b"PK\5\6" + bytes(18)
-_COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
+_OPENERS: dict[bytes, Callable[[Path], Any]] = {
     b"\xfd7zXZ\0": lzma.open,
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
 }
-
 
 _Place = tuple[int | zipfile.ZipInfo, int, int, str]  # place, length, modified and archive of an InputImage
 _Member = tuple[str, str, int | zipfile.ZipInfo, int, str]  # name, kind, place, length, target of a hard link
@@ -169,10 +168,8 @@ def _listed(
             labels[name] = label_number(texts[name], numbers)
         except ValueError as error:
             refused.append(RefusedFile(name, str(error)))
-    notes = (
-        [f"{path} has {len(strangers)} names that are not of a file: {shown(strangers)}"] if strangers else []
-    )
-    return labels, classes, refused, notes
+    note = f"{path} has {len(strangers)} names that are not of a file: {shown(strangers)}"
+    return labels, classes, refused, [note] if strangers else []
 
 
 def _samples(source: Path, path: Path, tars: list[InputTar], inside: str, listed: Path | None) -> Inputs:
@@ -315,14 +312,12 @@ def _decompressed(source: Path, scratch: Path) -> Path:
     """The tar itself, or its decompressed copy, which an earlier run may have left: it is renamed when it is whole."""
     with open(source, "rb") as file:
         start = file.read(6)
-    opener = next((value for magic, value in _COMPRESSED.items() if start.startswith(magic)), None)
+    opener = next((value for magic, value in _OPENERS.items() if start.startswith(magic)), None)
     if opener is None:
         return source
     found = source.stat()
-    identity = hashlib.sha256(
-        f"{source.resolve()}\0{found.st_size}\0{found.st_mtime_ns}".encode()
-    ).hexdigest()
-    path = scratch / f"source-{identity[:16]}.tar"
+    identity = f"{source.resolve()}\0{found.st_size}\0{found.st_mtime_ns}"
+    path = scratch / f"source-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.tar"
     if not path.exists():
         try:
             with opener(source) as compressed, writing(path) as plain:
@@ -330,7 +325,7 @@ def _decompressed(source: Path, scratch: Path) -> Path:
         except (lzma.LZMAError, EOFError, zlib.error, OSError) as error:
             if (
                 isinstance(error, OSError) and error.errno
-            ):  # the disk's; gzip and bz2 raise it without a number
+            ):  # the disk's: gzip and bz2 raise it without a number
                 raise
             raise ValueError(f"SRC {source} is damaged: {error}") from None
     return path

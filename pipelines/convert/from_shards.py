@@ -8,7 +8,7 @@ the key.
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,21 +117,18 @@ def _tar_notes(folder: Path) -> tuple[list[Note], list[str]]:
     for shard, _, records in manifest.by_shard():
         offsets = records["offset"].tolist()
         path = folder / shard.name
+        found: dict[int, Note] = {}
         with tar.opened(path) as descriptor:
-            found = dict(_notes_by_offset(path, descriptor, extensions))
+            for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+                if sample.image:
+                    found[sample.image.offset] = tar_note(path, descriptor, sample)
+                    extensions.update(sample.others)
         if not found.keys() >= set(offsets):
             raise ValueError(
                 f"SRC {path} differs from its manifest: tools/verify_shards.py {folder} says where"
             )
         notes += [found[offset] for offset in offsets]
     return notes, [f"members .{extension}" for extension in sorted(extensions)]
-
-
-def _notes_by_offset(path: Path, descriptor: int, extensions: set[str]) -> Iterator[tuple[int, Note]]:
-    for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
-        if sample.image:
-            yield sample.image.offset, tar_note(path, descriptor, sample)
-            extensions.update(sample.others)
 
 
 def tar_note(path: Path, descriptor: int, sample: TarSample) -> Note:
@@ -215,9 +212,8 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
     for part in tars:
         file = path / part.archive
         with tar.opened(file) as descriptor:
-            for sample in tar_samples(
-                file, descriptor, tar.walk(source / part.name, descriptor, part.start, part.end)
-            ):
+            members = tar.walk(source / part.name, descriptor, part.start, part.end)
+            for sample in tar_samples(file, descriptor, members):
                 if not sample.key.startswith(prefix):
                     continue
                 name = f"{part.name}/{sample.key}" if part.name else sample.key
@@ -248,15 +244,11 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
     if not listed:
         example = f", for example {refused[0].file}: {refused[0].reason}" if refused else ""
         raise ValueError(f"SRC {source} holds WebDataset tars without a sample that can be used{example}")
-    number = sum(image.label >= 0 for image in listed)
-    labels = (
-        f"{number:,} with a label, {'a class name' if classes else 'an integer'}" if number else "no labels"
-    )
+    number, kind = sum(image.label >= 0 for image in listed), "a class name" if classes else "an integer"
+    labels = f"{number:,} with a label, {kind}" if number else "no labels"
     said = [f"read as WebDataset: {len(listed):,} samples, {labels}"]
     if dotted:
-        said.append(
-            f"{DOTTED.format(dotted)}; samples are numbered, and original_key in the .json is their key"
-        )
+        said += [f"{DOTTED.format(dotted)}; samples are numbered, and original_key in the .json is their key"]
     left_out = [f"{imageless} names without an image"] if imageless else []
     left_out += [f"members .{extension}" for extension in sorted(others)]
     if left_out:

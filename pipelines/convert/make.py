@@ -44,7 +44,7 @@ from byolt.pipelines.convert.shard_writer import (
     start_worker,
     strict_error,
 )
-from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.convert.workers import collect, spread
 from byolt.pipelines.formats.index import DOTTED, Scan, scan_tar
 from byolt.pipelines.formats.labels import class_names, numbers_of
 from byolt.pipelines.manifest import MANIFEST, NAMED_LABELS, SAMPLES, Manifest, Shard, join
@@ -231,8 +231,7 @@ def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> 
     paths = sorted(folder.glob("*.tar"))
     if not paths:
         raise ValueError(f"--index {folder}: holds no .tar (decompress .tar.gz: it has no random access)")
-    with spread(_scan, paths, workers) as pending:
-        scans = [future.result() for future in pending]
+    scans = collect(_scan, paths, workers)
     manifest, refused, counts = _index_of([path.name for path in paths], scans, str(folder), strict)
     if out != folder:
         _link(paths, out)
@@ -259,18 +258,12 @@ def index_url(url: RemotePath, workers: int, strict: bool, out: Path | None = No
         raise ValueError(f"--index {url.text}: {MANIFEST} exists already: remove it to index again")
     names = url.names or sorted(name for name in entries or {} if name.endswith(".tar"))
     if not names:
-        listed = (
-            "HTTP does not list a folder: write shard-{000000..000099}.tar"
-            if entries is None
-            else "holds no .tar"
-        )
-        raise ValueError(f"--index {url.text}: {listed}")
+        unlisted = "HTTP does not list a folder: write shard-{000000..000099}.tar"
+        raise ValueError(f"--index {url.text}: {unlisted if entries is None else 'holds no .tar'}")
     sizes = [entries[name].size if entries and name in entries else store.head(name).size for name in names]
-    jobs = [
-        (store, cache, f"{digest(url.folder.encode())}-index", *job) for job in zip(names, sizes, strict=True)
-    ]
-    with spread(_scan_fetched, jobs, workers) as pending:
-        scans = [future.result() for future in pending]
+    key = f"{digest(url.folder.encode())}-index"
+    jobs = [(store, cache, key, *job) for job in zip(names, sizes, strict=True)]
+    scans = collect(_scan_fetched, jobs, workers)
     manifest, refused, counts = _index_of(names, scans, url.text, strict)
     with tempfile.TemporaryDirectory() as scratch:
         folder = out or Path(scratch)
@@ -312,10 +305,8 @@ def _index_of(
         raise ValueError(f"--index {folder}: no sample can be used: {counts}{example}")
     settings = {"indexed": True, **({NAMED_LABELS: True} if classes else {})}
     labeled = int((records["label"] >= 0).sum())
-    summary = (
-        f"{count(len(records), 'sample')} in {count(len(names), 'shard')}, {labeled:,} labeled, {counts}"
-    )
-    return Manifest(shards, records, classes, settings), refused, summary
+    size = f"{count(len(records), 'sample')} in {count(len(names), 'shard')}"
+    return Manifest(shards, records, classes, settings), refused, f"{size}, {labeled:,} labeled, {counts}"
 
 
 def _link(paths: list[Path], folder: Path) -> None:

@@ -99,17 +99,16 @@ def plan(inputs: Inputs, options: ConversionOptions) -> dict[str, list[ShardTask
         chunks = _chunks([inputs.images[i] for i in part], options.shard_size * 1_000_000)
         for number, chunk in enumerate(chunks):
             stem = f"{name or 'shard'}-{number:06d}"
-            tasks[name].append(
-                ShardTask(
-                    (inputs.path, inputs.is_data_set),
-                    chunk,
-                    digits=max(6, len(str(len(part)))),
-                    shard=options.dst / name / f"{stem}{SUFFIXES[options.format]}",
-                    note=options.dst / WORK / f"{stem}.json",
-                    decode=options.decode and not inputs.proven,
-                    options=options,
-                )
+            task = ShardTask(
+                (inputs.path, inputs.is_data_set),
+                chunk,
+                digits=max(6, len(str(len(part)))),
+                shard=options.dst / name / f"{stem}{SUFFIXES[options.format]}",
+                note=options.dst / WORK / f"{stem}.json",
+                decode=options.decode and not inputs.proven,
+                options=options,
             )
+            tasks[name].append(task)
     return tasks
 
 

@@ -192,14 +192,6 @@ def _write_with_ffcv(task: ShardTask, path: Path, samples: _Samples) -> int:
         return np.frombuffer(ppm_pixels(data, header), np.uint8).reshape(header.height, header.width, 3)
 
     if rows:
-        ffcv_engine.write(
-            path,
-            pixels,
-            rows,
-            page_size=page_size_for(largest),
-            raw_fraction=options.raw_fraction,
-            max_size=options.max_size,
-            quality=options.quality,
-            seed=options.seed + task.images[0][0],
-        )
+        seed = options.seed + task.images[0][0]
+        ffcv_engine.write(path, pixels, rows, options, page_size_for(largest), seed)
     return len(rows)

@@ -17,7 +17,7 @@ from byolt.files.atomic import sha256_of
 from byolt.files.storage.store import Store
 from byolt.pipelines.convert.plan import SUFFIXES
 from byolt.pipelines.convert.rules import prove
-from byolt.pipelines.convert.workers import spread
+from byolt.pipelines.convert.workers import collect
 from byolt.pipelines.formats import encoded
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.beton_index import index_path, write_index
@@ -57,20 +57,21 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
     if is_remote(dataset):
         data = RemoteData(parse(dataset))
         if data.manifest is not None:
-            return _verify_remote(data, data.manifest, decode, workers, index)
+            check = partial(_check_fetched, data.store, data.cache, f"{data.key}-verify")
+            return _verify_shards(data.manifest, data.store.url, check, None, decode, workers, index)
         dataset = ",".join(str(data.stage() / name) for name in data.sizes)
     files, fields = split_path(dataset)
     folder = Path(dataset)
     if folder.is_dir() or not files[0].endswith(".beton"):
         betons = sorted(folder.glob("*.beton"))
         if (folder / MANIFEST).exists() or not betons:
-            return _verify_manifest(folder, None, decode, workers, index)
+            return _verify_folder(folder, None, decode, workers, index)
         files = [str(path) for path in betons]
     folders = {Path(file).parent for file in files}
     if not fields and len(folders) == 1 and ((folder := folders.pop()) / MANIFEST).exists():
         names = {Path(file).name for file in files}
         if names <= {shard.name for shard in Manifest.load(folder).shards}:
-            return _verify_manifest(folder, names, decode, workers, index)
+            return _verify_folder(folder, names, decode, workers, index)
     if index:
         for file in files:
             index_path(file).unlink(missing_ok=True)
@@ -78,7 +79,7 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
     samples = len(source)
     ranges = [range(start, min(start + _TOGETHER, samples)) for start in range(0, samples, _TOGETHER)]
     checks = [partial(_check_samples, files, fields, part, decode) for part in ranges]
-    found = _run(checks, workers)
+    found = collect(_call, checks, workers)
     problems = [problem for part, _ in found for problem in part]
     if not index or problems:
         return Verified(samples, problems)
@@ -86,51 +87,45 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
     return Verified(samples, problems, indexes=list(map(write_index, files, parts)))
 
 
-def _verify_manifest(
-    folder: Path, names: set[str] | None, decode: bool, workers: int, index: bool
-) -> Verified:
+def _verify_folder(folder: Path, names: set[str] | None, decode: bool, workers: int, index: bool) -> Verified:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
-    if index:
-        raise ValueError(f"--index: {folder / MANIFEST} already has the checksum of every sample")
-    names_in_cls = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
-    chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
-    checks = [
-        partial(_check_shard, folder / shard.name, shard, np.array(records), first, decode, names_in_cls)
-        for shard, first, records in chosen
-    ]
+    check = partial(_check_local, folder)
+    verified = _verify_shards(manifest, str(folder), check, names, decode, workers, index)
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
     strangers = present - {folder / shard.name for shard in manifest.shards}
-    samples = sum(len(records) for _, _, records in chosen)
-    problems = [problem for part in _run(checks, workers) for problem in part]
-    return Verified(samples, problems, sorted(strangers))
+    return verified._replace(strangers=sorted(strangers))
 
 
-def _verify_remote(data: RemoteData, manifest: Manifest, decode: bool, workers: int, index: bool) -> Verified:
-    """Checks every shard at the server: each is fetched, checked and removed."""
+def _verify_shards(
+    manifest: Manifest,
+    place: str,
+    check: Callable[..., list[str]],
+    names: set[str] | None,
+    decode: bool,
+    workers: int,
+    index: bool,
+) -> Verified:
+    """Calls `check` for each shard with the arguments of `_check_shard` behind the path."""
     if index:
-        raise ValueError(f"--index: {data.store.url}/{MANIFEST} already has the checksum of every sample")
-    names_in_cls = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
+        raise ValueError(f"--index: {place}/{MANIFEST} already has the checksum of every sample")
+    classes = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
+    chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
     checks = [
-        partial(
-            _check_fetched, data.store, data.cache, f"{data.key}-verify",
-            (shard, np.array(records), first, decode, names_in_cls),
-        )
-        for shard, first, records in manifest.by_shard()
-    ]  # fmt: skip
-    problems = [problem for part in _run(checks, workers) for problem in part]
-    return Verified(len(manifest.samples), problems)
+        partial(check, shard, np.array(records), first, decode, classes) for shard, first, records in chosen
+    ]
+    problems = [problem for part in collect(_call, checks, workers) for problem in part]
+    return Verified(sum(len(records) for _, _, records in chosen), problems)
 
 
-def _check_fetched(store: Store, cache: Cache, key: str, check: tuple[Any, ...]) -> list[str]:
-    shard = check[0]
+def _check_local(folder: Path, shard: Shard, *check: Any) -> list[str]:
+    return _check_shard(folder / shard.name, shard, *check)
+
+
+def _check_fetched(store: Store, cache: Cache, key: str, shard: Shard, *check: Any) -> list[str]:
+    """Checks a shard at the server: it is fetched, checked and removed."""
     with fetched(store, cache, key, shard.name, shard.size) as path:
-        return [text.replace(str(path.parent), store.url) for text in _check_shard(path, *check)]
-
-
-def _run(checks: Sequence[Callable[[], Result]], workers: int) -> list[Result]:
-    with spread(_call, checks, workers) as pending:
-        return [future.result() for future in pending]
+        return [text.replace(str(path.parent), store.url) for text in _check_shard(path, shard, *check)]
 
 
 def _call(check: Callable[[], Result]) -> Result:

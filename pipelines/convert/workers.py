@@ -46,6 +46,12 @@ def spread(
         pool.shutdown(cancel_futures=True)
 
 
+def collect(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> list[Result]:
+    """The results of `spread`, in the order of the tasks."""
+    with spread(function, tasks, workers) as pending:
+        return [future.result() for future in pending]
+
+
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
     """Processes started inside inherit the mask, also while they import: Ctrl-C reaches their parent alone."""

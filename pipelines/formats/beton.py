@@ -26,9 +26,10 @@ from byolt.pipelines.formats.beton_index import read_indexes, stale_index
 from byolt.pipelines.formats.encoded import are_others, check_unchanged, checksum, ppm_header, spots
 
 VERSION = 2
+# table: byte offset of the allocation table, which extends to the end of the file.
 HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page_size", "<u4"), ("samples", "<u8"), ("table", "<u8")]
-)  # table: byte offset of the allocation table, which extends to the end of the file
+)
 FIELD = np.dtype([("type", "u1"), ("name", "S16"), ("arguments", "V1024")])
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])  # packed: 13 B
 REGION = np.dtype([("pointer", "<u8"), ("size", "<u8")])
@@ -48,9 +49,7 @@ TYPES: dict[int, tuple[str, np.dtype]] = {
 
 _PIECE = 1 << 14  # records per read
 WHOLE = 1 << 30  # bytes up to which the fingerprint covers every image: 5 s from a disk of 215 MB/s
-SAMPLED = (
-    4096  # images of larger files that it covers: 1 changed in 1,000 is noticed with a probability of 98 %
-)
+SAMPLED = 4096  # images of larger files that it covers: one changed in 1,000 is noticed with 98 % probability
 _FORMERLY = 64  # images that it covered in earlier releases
 _READERS = 8  # threads that read for the fingerprint
 _TOGETHER = 512  # images that one of them reads
@@ -154,9 +153,8 @@ class BetonSource:
             place = np.searchsorted(starts, self.offsets[part])
             size, room = found[place], starts[place + 1] - starts[place]
             layout.refuse(first, size == 0, "its image has no bytes in the allocation table")
-            layout.refuse(
-                first, size > room.view(np.uint64), "its image extends into the next, or beyond the data"
-            )
+            outside = size > room.view(np.uint64)
+            layout.refuse(first, outside, "its image extends into the next, or beyond the data")
             self.lengths[part] = size
             unfit = self.raw[part] & (self.lengths[part] != 3 * self.heights[part] * self.widths[part])
             layout.refuse(first, unfit, "its raw image does not have 3 x height x width bytes")

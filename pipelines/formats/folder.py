@@ -84,10 +84,7 @@ def list_folder(folder: Path, hidden: list[str] | None = None) -> list[str]:
 
 
 def label_names(names: list[str]) -> tuple[list[str], list[int], list[str] | None, list[str]]:
-    """Labels of image files in class folders (at any depth), or in one flat folder.
-
-    Args:
-        names: Sorted relative names.
+    """Labels of image files, by their sorted relative names: in class folders (at any depth), or in one flat folder.
 
     Returns:
         The names; their labels, indices into the sorted class names (-1 in a flat folder); the class names or None; the

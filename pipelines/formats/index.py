@@ -27,7 +27,7 @@ CONVERTIBLE_EXTENSIONS = frozenset(
     ("avif", "bmp", "gif", "j2k", "jfif", "jp2", "jpe", "pbm", "pgm", "pnm", "ppm", "tif", "tiff", "webp")
 )
 DOTTED = "{:,} keys with dots: the extension begins at the last dot"
-SAMPLE = np.dtype(
+SAMPLE = np.dtype(  # 32 bytes
     [
         ("shard", "<u4"),  # index into Manifest.shards
         ("label", "<i4"),  # index into Manifest.classes, or UNLABELED
@@ -37,7 +37,7 @@ SAMPLE = np.dtype(
         ("width", "<u4"),
         ("crc32", "<u4"),  # of the encoded image: locates damage by sample, not only by shard
     ]
-)  # 32 bytes
+)
 ALL_IMAGES = IMAGE_EXTENSIONS | CONVERTIBLE_EXTENSIONS
 _MAX_LABEL = 256  # bytes of a .cls
 
@@ -93,30 +93,26 @@ class Scan(NamedTuple):
     """An `Index` whose labels are not numbered yet.
 
     Attributes:
-        records: As in `Index`, with UNLABELED.
+        unlabeled: With UNLABELED records.
         labels: Text of each sample's .cls, or None.
         places: Key of each sample, and offset of its first header.
-        refused: As in `Index`; imageless, kinds and dotted likewise.
     """
 
-    records: np.ndarray
+    unlabeled: Index
     labels: list[str | None]
     places: list[tuple[str, int]]
-    refused: list[tuple[str, str]]
-    imageless: int
-    kinds: dict[str, int]
-    dotted: int
 
     def numbered(self, numbers: dict[str, int] | None) -> Index:
         """Numbers the labels, see `label_number`."""
-        refused, kept = list(self.refused), np.ones(len(self.records), bool)
+        records, refused = self.unlabeled.records, list(self.unlabeled.refused)
+        kept = np.ones(len(records), bool)
         for i, ((key, at), text) in enumerate(zip(self.places, self.labels, strict=True)):
             try:
-                self.records["label"][i] = label_number(text, numbers)
+                records["label"][i] = label_number(text, numbers)
             except ValueError as error:
                 refused.append((key, f"offset {at}: {error}"))
                 kept[i] = False
-        return Index(self.records[kept], refused, self.imageless, self.kinds, self.dotted)
+        return self.unlabeled._replace(records=records[kept], refused=refused)
 
 
 def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) -> Index:
@@ -159,7 +155,7 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
                 places.append((sample.key, sample.at))
             except ValueError as error:
                 refused.append((sample.key, f"offset {sample.at}: {error}"))
-    return Scan(np.array(records, SAMPLE), labels, places, refused, imageless, kinds, dotted)
+    return Scan(Index(np.array(records, SAMPLE), refused, imageless, kinds, dotted), labels, places)
 
 
 def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
@@ -177,13 +173,7 @@ def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def tar_samples(path: Path, descriptor: int, members: Iterable[tar.Member]) -> Iterator[TarSample]:
-    """Decides which member belongs to which sample; reads the labels.
-
-    Args:
-        path: Named in errors.
-        descriptor: The tar, open for reading.
-        members: Of the tar, in its order.
-    """
+    """Decides which member of an open tar, in its order, belongs to which sample; reads the labels."""
     seen: set[str] = set()
     for first_key, group in groupby(_keyed(members), lambda item: item[0]):
         whole = [(extension, member) for _, extension, member in group]
@@ -218,9 +208,8 @@ def _samples(key: str, parts: list[_Part]) -> list[tuple[str, list[_Part]]]:
     if not images or any(extension in ALL_IMAGES for extension, _ in parts):
         return [(key, parts)]
     if len(images) == 1:
-        return [
-            (images[0][1].name.rpartition(".")[0], [(e.rpartition(".")[2], member) for e, member in parts])
-        ]
+        last = [(extension.rpartition(".")[2], member) for extension, member in parts]
+        return [(images[0][1].name.rpartition(".")[0], last)]
     samples: dict[str, list[_Part]] = {}
     for extension, member in parts:
         samples.setdefault(member.name.rpartition(".")[0], []).append((extension.rpartition(".")[2], member))

@@ -47,11 +47,7 @@ def _is_integer(text: str) -> bool:
 def listed_labels(path: Path, names: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Reads a list of lines "name label", separated by a comma, a tab or a space; a heading may be first.
 
-    A name is that of a file, with or without its folder and extension.
-
-    Args:
-        path: The list.
-        names: Relative names of the files.
+    A name is that of a file, one of the relative `names`, with or without its folder and extension.
 
     Returns:
         The label of each file that is listed, and the names in the list that are not of a file.

@@ -1,9 +1,8 @@
 """Both views of decoded images on the CPU, compiled by numba: crop, bicubic resize, flip, color, blur, solarize.
 
 The definitions are those of pipelines/torch_backend.py, in float32; tests/test_cpu_kernels.py checks that the two agree
-to 1e-5. A view is made in three walks over its rows, so that a row stays in the first-level cache during every
-operation
-that needs no other row:
+to 1e-5. A view is made in three walks over its rows: a row stays in the first-level cache during every operation that
+needs no other row:
 
     1  rows of the window ─► resized row, flipped ─► color operations that precede contrast ─► its sum
     2  contrast about the mean ─► color operations that follow it ─► gray ─► blur along the row
@@ -35,14 +34,7 @@ from byolt.pipelines.kernels.inputs import Floats, Pixels, kernel_params, normal
 from byolt.pipelines.views import ViewParams
 
 _CHUNK = 16  # images in a thread's unit of work
-_PARTS = (
-    cpu_rows,
-    cpu_walks,
-    cpu_byol,
-    cpu_torchvision,
-    inputs,
-    views,
-)  # their code and constants are compiled
+_COMPILED = (cpu_rows, cpu_walks, cpu_byol, cpu_torchvision, inputs, views)  # their code and constants
 
 
 @numba.extending.intrinsic
@@ -64,7 +56,7 @@ def compiled(profile: Profile, views: int) -> Any:
     and a digest of the files that are compiled into it.
     """
     torchvision = profile == "torchvision"
-    digest = hashlib.sha256("".join(inspect.getsource(part) for part in _PARTS).encode()).hexdigest()
+    digest = hashlib.sha256("".join(inspect.getsource(part) for part in _COMPILED).encode()).hexdigest()
 
     def run(
         start: int, stop: int, pixels: Pixels, params: Any, taps: int, steps: Any, norm: Floats, outs: Any

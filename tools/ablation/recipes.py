@@ -129,3 +129,18 @@ def fitting(batch_size: int, ablations: Mapping[str, Ablation] = ABLATIONS) -> l
             overrides_of(name, batch_size, ablations)
             names.append(name)
     return names
+
+
+class Request(NamedTuple):
+    """The ablations of a recipe that a command asks for."""
+
+    config: str
+    common: list[str]  # overrides of the recipe for all runs
+    out: Path  # folder of all runs
+    batch_size: int  # of the recipe
+    ablations: Mapping[str, Ablation]
+
+    def settings(self, name: str, seed: int) -> list[str]:
+        """All overrides of one run but its folder; errors as `overrides_of`."""
+        own = overrides_of(name, self.batch_size, self.ablations)
+        return [*self.common, *own, f"run.seed={seed}"]

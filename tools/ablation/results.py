@@ -6,14 +6,13 @@ import statistics
 from collections.abc import Mapping
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from byolt.configs import schema
 from byolt.files.console import say_table
 from byolt.files.rows import read_rows
-from byolt.tools.ablation.recipes import ABLATIONS, Ablation, fitting, overrides_of
+from byolt.tools.ablation.recipes import ABLATIONS, Ablation, Request, fitting
 
 Rows = list[dict[str, float]]  # of a metrics.jsonl
 _COLUMNS = {"knn_top1": ("kNN top-1 %", 1), "loss": ("loss", 3),
@@ -26,22 +25,16 @@ _PANELS = {
 }
 
 
-def finished_runs(
-    config: str,
-    common: list[str],
-    out: Path,
-    batch_size: int,
-    ablations: Mapping[str, Ablation] = ABLATIONS,
-) -> tuple[dict[tuple[str, int], Path], list[str]]:
-    """The ablation runs in OUT/NAME-SEED that reached their end; `common` are overrides of the recipe for all runs.
+def finished_runs(request: Request) -> tuple[dict[tuple[str, int], Path], list[str]]:
+    """The ablation runs in OUT/NAME-SEED that reached their end.
 
     Returns:
         Folders of the runs of this recipe by name and seed, and names of the folders of runs of other settings.
     """
     same: dict[tuple[str, int], Path] = {}
     others = []
-    names = fitting(batch_size, ablations)
-    for folder in sorted(out.glob("*-*")):
+    names = fitting(request.batch_size, request.ablations)
+    for folder in sorted(request.out.glob("*-*")):
         name, _, seed = folder.name.rpartition("-")
         if name not in names or not re.fullmatch("[0-9]+", seed):
             continue
@@ -50,8 +43,7 @@ def finished_runs(
         starts = read_rows(folder / "starts.jsonl")
         try:
             made = schema.from_settings(starts[-1].get("config") if starts else None)
-            settings = [*common, *overrides_of(name, batch_size, ablations), f"run.seed={seed}"]
-            recipe = schema.load(config, settings)
+            recipe = schema.load(request.config, request.settings(name, int(seed)))
         except ValueError:
             others.append(folder.name)
             continue
@@ -107,21 +99,17 @@ def _mean(values: list[float | None], digits: int) -> str:
     return mean if len(measured) == 1 else f"{mean} ± {statistics.stdev(measured):.{digits}f}"
 
 
-def save_results(
-    out: Path,
-    curves: Mapping[str, list[Rows]],
-    request: dict[str, Any],
-    ablations: Mapping[str, Ablation] = ABLATIONS,
-) -> None:
+def save_results(request: Request, seeds: dict[str, list[int]], curves: Mapping[str, list[Rows]]) -> None:
     """Writes the table, the request and the curves to OUT/ablation.json, .md and .png; prints the table.
 
-    `curves` are rows of metrics of each seed, by ablation.
+    `curves` are rows of metrics of each of the `seeds`, by ablation.
     """
-    save_curves(out / "ablation.png", curves, _PANELS)
-    results = {name: [last_values(rows) for rows in seeds] for name, seeds in curves.items()}
-    table, markdown = table_of(results, ablations)
-    (out / "ablation.md").write_text(markdown)
-    (out / "ablation.json").write_text(json.dumps(request | {"results": results}, indent=2) + "\n")
+    save_curves(request.out / "ablation.png", curves, _PANELS)
+    results = {name: [last_values(rows) for rows in runs] for name, runs in curves.items()}
+    table, markdown = table_of(results, request.ablations)
+    (request.out / "ablation.md").write_text(markdown)
+    document = {"config": request.config, "overrides": request.common, "seeds": seeds, "results": results}
+    (request.out / "ablation.json").write_text(json.dumps(document, indent=2) + "\n")
     say_table(table)
 
 

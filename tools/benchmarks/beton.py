@@ -100,14 +100,8 @@ def epochs_of_ffcv(path: Path, threads: int) -> Iterator[int]:
     from ffcv.loader import Loader, OrderOption
 
     pipelines = {"image": [RandomResizedCropRGBImageDecoder((SIZE, SIZE))], "label": None, "key": None}
-    loader = Loader(
-        str(path),
-        batch_size=BATCH,
-        num_workers=threads,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        pipelines=pipelines,
-    )
+    options = {"batch_size": BATCH, "num_workers": threads, "order": OrderOption.RANDOM, "os_cache": True}
+    loader = Loader(str(path), **options, pipelines=pipelines)
     while True:
         yield sum(len(images) for (images,) in loader)
 
@@ -168,12 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         ratios = {name: rounds[name].ratio(rounds["ffcv"]) for name in rounds if name != "ffcv"}
         result[work] = {**{name: vars(found) for name, found in rounds.items()}, "ratio to ffcv": ratios}
         for name, found in rounds.items() if not args.json else ():
-            times = (
-                "  {wall:.2f} x ffcv ({cpu:.2f} x by CPU time)".format(**ratios[name])
-                if name in ratios
-                else ""
-            )
-            say(f"{work:12} {name:18}{found.line()}{times}")
+            times = "  {wall:.2f} x ffcv ({cpu:.2f} x by CPU time)" if name in ratios else ""
+            say(f"{work:12} {name:18}{found.line()}{times.format(**ratios.get(name, {}))}")
     if args.json:
         say(json.dumps(result))
     return 0

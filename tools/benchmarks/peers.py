@@ -38,16 +38,11 @@ class Request(Protocol):
 
 def loader(request: Request) -> Iterator[tuple[Tensor, Tensor]]:
     """Both views of the images by the recipe of the run, float32 on the CPU, kept in memory if train.py does so."""
-    config = schema.load(
-        os.environ[CONFIG],
-        [
-            f"data.path={request.data}",
-            f"data.threads={request.workers}",
-            f"augment.size={request.size}",
-            f"train.batch_size={request.batch_size}",
-            "train.accumulation=1",
-        ],
-    )
+    overrides = [
+        f"data.path={request.data}", f"data.threads={request.workers}", f"augment.size={request.size}",
+        f"train.batch_size={request.batch_size}", "train.accumulation=1",
+    ]  # fmt: skip
+    config = schema.load(os.environ[CONFIG], overrides)
     source, where = open_source(config.data.path), (torch.device("cpu"), torch.float32)
     source.proven = True  # as after the first epoch
     kept = make_resident(config, source, *where)

@@ -113,14 +113,9 @@ def only(params: ViewParams, operations: tuple[str, ...]) -> ViewParams:
 def measure_stages(
     config: Config, source: Source, device: torch.device, dtype: torch.dtype, batches: int
 ) -> dict[str, Cost]:
-    """Measures every stage of STAGES on the first batches of a run.
+    """Measures every stage of STAGES on the first batches of a run, after one more that builds and compiles.
 
-    Args:
-        config: of the run.
-        source: its images.
-        device: of the step.
-        dtype: of the views for the step.
-        batches: number of batches, after one more that builds and compiles.
+    `device` and `dtype` are those of the step's views.
 
     Raises:
         ValueError: an image is damaged; names it.

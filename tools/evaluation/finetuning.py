@@ -88,10 +88,8 @@ def finetune_encoder(
 
 def count_distinct(ids: set[int], world: distributed.World) -> int:
     """Number of different sample ids over all ranks; the loader replaces samples that do not decode."""
-    gathered = distributed.gather_rows(
-        torch.tensor(sorted(ids), dtype=torch.int64, device=world.device), world
-    )
-    return len(gathered.unique())
+    mine = torch.tensor(sorted(ids), dtype=torch.int64, device=world.device)
+    return len(distributed.gather_rows(mine, world).unique())
 
 
 def batch_size_for(setup: Setup, asked: int | None, images: int) -> int:

@@ -91,9 +91,8 @@ def measure(args: argparse.Namespace, setup: Setup) -> tuple[list[Outcome], Tens
     """Runs the requested protocol."""
     if args.protocol == "knn":
         given = setup.config.eval
-        return protocols.evaluate_knn(
-            setup, args.k or (given.k, 200, 20), args.temperature or given.temperature
-        )
+        ks, temperature = args.k or (given.k, 200, 20), args.temperature or given.temperature
+        return protocols.evaluate_knn(setup, ks, temperature)
     if args.protocol == "linear" and not args.lbfgs:
         lrs, epochs = args.lr or LINEAR_LRS, (args.epochs or [80.0])[0]
         return protocols.evaluate_linear(setup, lrs, epochs, args.batch_size, bool(args.fast))

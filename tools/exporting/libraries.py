@@ -27,12 +27,7 @@ TOLERANCE = 1e-5  # relative to the largest feature; other kernels may round dif
 
 
 def export(trained: Trained, target: str, out: Path) -> list[str]:
-    """Writes the files for a library, checks them, and only then gives the folder its name.
-
-    Args:
-        trained: the encoder.
-        target: a key of LIBRARIES.
-        out: the folder to create.
+    """Writes the files for a library of LIBRARIES, checks them, and only then gives the folder its name.
 
     Returns:
         One sentence for each check.

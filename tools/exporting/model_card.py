@@ -22,14 +22,9 @@ def public(config: schema.Config) -> schema.Config:
     data = config.data.model_copy(update={"path": _public_path(config.data.path), "cache": None})
     path = config.eval.path and _public_path(config.eval.path)
     init_from = config.model.init_from and _public_path(config.model.init_from)
-    return config.model_copy(
-        update={
-            "run": run,
-            "data": data,
-            "model": config.model.model_copy(update={"init_from": init_from}),
-            "eval": config.eval.model_copy(update={"path": path}),
-        }
-    )
+    model = config.model.model_copy(update={"init_from": init_from})
+    evaluation = config.eval.model_copy(update={"path": path})
+    return config.model_copy(update={"run": run, "data": data, "model": model, "eval": evaluation})
 
 
 def model_card(trained: Trained, library: str, loading: str, resizing: str) -> str:
@@ -131,11 +126,8 @@ def _during_training(trained: Trained) -> list[str]:
 def _epochs_done(trained: Trained) -> str:
     """Length of the training; the epochs are known only if metrics.jsonl is beside the checkpoint."""
     epochs, train = [row["epoch"] for row in _rows(trained) if "epoch" in row], trained.config.train
-    done = (
-        f"{epochs[-1]:.1f} of {train.epochs:g} epochs (from metrics.jsonl)"
-        if epochs
-        else f"planned: {train.epochs:g} epochs"
-    )
+    planned = f"{train.epochs:g} epochs"
+    done = f"{epochs[-1]:.1f} of {planned} (from metrics.jsonl)" if epochs else f"planned: {planned}"
     return f"{trained.step} steps of {train.batch_size} images; {done}"
 
 
@@ -147,10 +139,8 @@ def _rows(trained: Trained) -> list[dict[str, float]]:
 
 def _public_path(path: str) -> str:
     """A path inside the folder where training was started, or the last part of any other path."""
-    parts = path.split(",")  # .beton files
-    private = any(
-        part.strip().startswith(("/", "~")) or "://" in part or ".." in Path(part).parts for part in parts
-    )
+    parts = [part.strip() for part in path.split(",")]  # .beton files
+    private = any(part.startswith(("/", "~")) or "://" in part or ".." in Path(part).parts for part in parts)
     return ",".join(Path(part).name for part in parts) if private else path
 
 

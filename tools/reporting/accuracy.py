@@ -110,9 +110,8 @@ def accuracy_section(run: RunFiles) -> ReportSection:
         if each.drawn and each.step == newest and picture.is_file():
             png = picture.read_bytes()
             if png.startswith(_PNG):
-                section.figures.append(
-                    Figure(f"Confusion: {each.protocol}, {each.name}", png, _caption(each))
-                )
+                title = f"Confusion: {each.protocol}, {each.name}"
+                section.figures.append(Figure(title, png, _caption(each)))
     return section
 
 

@@ -78,13 +78,9 @@ def _facts(run: RunFiles) -> dict[str, str]:
     settings = fixed.flatten(run.config.model_dump(mode="json")) if run.config else {}
     settings.pop("run.out", None)
     start: dict[str, Any] = run.starts[-1] if run.starts else {}
-    versions = start.get("versions")
-    facts: dict[str, Any] = {
-        key: start[key] for key in ("hardware", "ranks", "precision", "backend") if key in start
-    }
-    facts |= (
-        {f"version of {key}": value for key, value in versions.items()} if isinstance(versions, dict) else {}
-    )
+    facts: dict[str, Any] = {k: start[k] for k in ("hardware", "ranks", "precision", "backend") if k in start}
+    if isinstance(versions := start.get("versions"), dict):
+        facts |= {f"version of {key}": value for key, value in versions.items()}
     return {key: "null" if value is None else str(value) for key, value in (settings | facts).items()}
 
 

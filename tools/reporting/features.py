@@ -33,10 +33,10 @@ def features_section(images: ImageFeatures, principal: spectrum.Principal, rank:
     chosen = figures.marks_of_classes(images.labels)
     legend = [(mark, images.name(label)) for label, mark in chosen.items()]
     others = set(images.labels.tolist()) - chosen.keys()
-    colored = (
-        "One color and marker per class." if chosen else "There are no labels, so all points look alike."
-    )
-    if chosen and others:
+    colored = "One color and marker per class."
+    if not chosen:
+        colored = "There are no labels, so all points look alike."
+    elif others:
         legend.append((figures.OTHERS, "others"))
         colored = f"The {len(chosen)} most frequent of {len(chosen) + len(others - {-1})} classes are marked."
     rest = figures.OTHERS if chosen else figures.MARKS[0]
@@ -46,9 +46,8 @@ def features_section(images: ImageFeatures, principal: spectrum.Principal, rank:
         axes = [f"axis {i + 1}, {100 * shares[i]:.0f} % of the variance" for i in range(2)]
         png = figures.scatter(spectrum.project(images.features, principal).numpy(), marks, axes)
         without = "" if embedded is not None else f" {tsne}"
-        section.figures.append(
-            Figure("Map: PCA", png, f"The two axes of largest variance. {colored}{without}", legend)
-        )
+        caption = f"The two axes of largest variance. {colored}{without}"
+        section.figures.append(Figure("Map: PCA", png, caption, legend))
     if embedded is not None:
         png = figures.scatter(embedded, marks)
         section.figures.append(Figure("Map: t-SNE", png, f"{tsne} {colored}" if chosen else tsne, legend))

@@ -163,12 +163,11 @@ def operations(config: Config, samples: DrawnSamples, height: int, width: int) -
     areas = three(*limits("crop_area"))
     low, high = limits("crop_ratio")
     ratios = [low, (low * high) ** 0.5, high]
+    by_area = [(f"{100 * area:.0f} %", crop(area, ratios[1])) for area in areas]
+    by_ratio = [(f"{ratio:.2f}", crop(areas[1], ratio)) for ratio in ratios]
     strips: list[Strip] = [
-        (
-            "crop: share of the area, at the middle ratio",
-            [(f"{100 * a:.0f} %", crop(a, ratios[1])) for a in areas],
-        ),
-        ("crop: width / height, at the middle area", [(f"{r:.2f}", crop(areas[1], r)) for r in ratios]),
+        ("crop: share of the area, at the middle ratio", by_area),
+        ("crop: width / height, at the middle area", by_ratio),
     ]
     for name, neutral in neutral_jitter(config).items():
         reach = max(getattr(view, name) for view in views)

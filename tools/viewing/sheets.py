@@ -88,13 +88,8 @@ class Page:
         axes.spines[:].set(visible=cell.frame is not None, edgecolor=cell.frame, linewidth=1.2)
         for (left, top, *extent), color, line in zip(cell.windows, COLORS, ("-", (0, (4, 3))), strict=False):
             stroke = [withStroke(linewidth=2.6, foreground="white")]
-            style: dict[str, Any] = {
-                "edgecolor": color,
-                "linewidth": 1.4,
-                "linestyle": line,
-                "path_effects": stroke,
-            }
-            axes.add_patch(Rectangle((left, top), *extent, fill=False, clip_on=False, **style))
+            style: dict[str, Any] = {"edgecolor": color, "linestyle": line, "path_effects": stroke}
+            axes.add_patch(Rectangle((left, top), *extent, fill=False, clip_on=False, linewidth=1.4, **style))
         if cell.heading:
             self._write(x, y - LINE - GAP // 2, cell.heading, color=cell.color, weight="bold")
         for number, text in enumerate(cell.text):
@@ -135,9 +130,8 @@ def operation_strips(config: Config, samples: DrawnSamples, backend: Backend, no
     height, width = decode(samples.encoded[0]).shape[:2]
     strips = operations(config, samples, height, width)
     flat = [params for _, strip in strips for _, params in strip]
-    joined = ViewParams(
-        **{f.name: np.concatenate([getattr(p, f.name) for p in flat]) for f in fields(ViewParams)}
-    )
+    names = [field.name for field in fields(ViewParams)]
+    joined = ViewParams(**{name: np.concatenate([getattr(p, name) for p in flat]) for name in names})
     many = replace(samples, places=samples.places[:1] * len(flat), encoded=samples.encoded[:1] * len(flat))
     views, _ = make_views(config, backend, many, (joined, joined))
     headed = [(name * (n == 0), label) for name, strip in strips for n, (label, _) in enumerate(strip)]
