@@ -89,7 +89,7 @@ class Memory(NamedTuple):
     libraries: float
 
     def total(self, images: int) -> float:
-        """Bytes for micro-batches of so many images per rank."""
+        """Bytes for micro-batches of this many images per rank."""
         return self.weights + self.libraries + images * (self.activations + self.views)
 
     def largest(self, available: int) -> int:
@@ -146,7 +146,7 @@ def memory_line(config: Config, device: Device, ranks: int, num_images: float = 
 
 
 def expect(config: Config, device: Device, ranks: int, steps: int) -> list[str]:
-    """Lines for the start of a run: the device, the time that so many steps take, and a lack of memory."""
+    """Lines for the start of a run: the device, the time of the steps, and a lack of memory."""
     lines = [f"{device}: {time_line(config, device, ranks, steps)}"]
     if not is_known(config):
         return lines
@@ -168,7 +168,7 @@ def fitting_accumulation(config: Config, device: Device, ranks: int, above: int 
 
 
 def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
-    """The time that so many steps take, and where the figure comes from."""
+    """The time that the steps take, and where the figure comes from."""
     if not is_known(config):
         return f"not yet measured for model.backbone={config.model.backbone}"
     bits, images = config.train.precision_on(device.kind), steps * config.train.batch_size / ranks

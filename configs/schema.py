@@ -84,9 +84,8 @@ TIMM = "timm:"  # begins the name of a backbone that timm builds
 
 def _backbone(name: Any) -> Any:
     """Accepts a name of `Backbone`, or timm:NAME; only timm itself knows its names."""
-    if name in get_args(Backbone) or (
-        isinstance(name, str) and re.fullmatch(rf"{TIMM}[\w.]{{1,128}}", name, re.A)
-    ):
+    of_timm = isinstance(name, str) and re.fullmatch(rf"{TIMM}[\w.]{{1,128}}", name, re.A)
+    if of_timm or name in get_args(Backbone):
         return name
     names = ", ".join(map(repr, get_args(Backbone)))
     raise PydanticKnownError("literal_error", {"expected": f"{names} or 'timm:NAME'"})

@@ -54,7 +54,7 @@ def table(*rows: tuple[object, ...]) -> str:
 
 
 def orders() -> str:
-    """What each order mixes, and what it downloads, of ImageNet sorted by class."""
+    """The mixing and the traffic of each order, for ImageNet sorted by class."""
     n, batch, classes = 1_281_167, 4096, 1000
     rows: list[tuple[object, ...]] = [
         ("`data.order`", "shuffled together", "blocks in a batch", "others of its block", "bits of the classes",

@@ -54,14 +54,11 @@ class Lock:
             return f"{self._path}: this file system has no locks; use {self._folder} on one machine only"
         if not holder:
             return ""
-        taken = (
-            f"took over {self._path} from pid {holder[1]} on {holder[0]}, which ended without releasing it"
-        )
-        if holder[0] != socket.gethostname():
-            taken += (
-                " (or still runs, if this file system keeps locks to one machine: then stop one of the two)"
-            )
-        return taken
+        host, pid = holder
+        taken = f"took over {self._path} from pid {pid} on {host}, which ended without releasing it"
+        if host == socket.gethostname():
+            return taken
+        return f"{taken} (or still runs, if this file system keeps locks to one machine: then stop one of the two)"
 
     def release(self) -> None:
         """Releases the lock if it was taken. The file stays: removing it would race with another process's open."""
@@ -82,8 +79,8 @@ class Lock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             return open_regular(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            odd = {errno.ELOOP: "a symbolic link", errno.EINVAL: "not a regular file"}.get(error.errno or 0)
-            reason = f"{self._path.name} is {odd}" if odd else error.strerror
+            kind = {errno.ELOOP: "a symbolic link", errno.EINVAL: "not a regular file"}.get(error.errno or 0)
+            reason = f"{self._path.name} is {kind}" if kind else error.strerror
             raise ValueError(f"{self._folder} cannot be written: {reason}; choose another folder") from None
 
     def _lock(self, descriptor: int, holder: tuple[str, int] | None) -> bool:
@@ -96,9 +93,9 @@ class Lock:
                 raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(self._path)) from None
             here = holder and holder[0] == socket.gethostname()
             if held or (holder and here and Path(f"/proc/{holder[1]}").exists()):
-                who = (
-                    f"pid {holder[1]} on {holder[0]}" if holder else "a process that has not named itself yet"
-                )
+                who = "a process that has not named itself yet"
+                if holder:
+                    who = f"pid {holder[1]} on {holder[0]}"
                 raise ValueError(
                     f"{self._folder} is in use by {who}: wait for it, stop it, or choose another folder"
                 ) from None

@@ -11,7 +11,7 @@ from byolt.files.console import count
 
 
 class Device(NamedTuple):
-    """What one rank computes on."""
+    """The device of one rank, with its memory and its cores."""
 
     kind: str  # "cpu" or "cuda"
     name: str  # "NVIDIA H200", "AMD EPYC 9005"

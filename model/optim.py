@@ -173,9 +173,8 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_mul_([x.view(torch.int32) for x in u], keep.to(torch.int32))
         torch._foreach_mul_(momenta, torch.where(keep, group["momentum"], 1.0).to(torch.float32))
         self._operations.add_(momenta, u)
-        self._operations.add_(
-            params, list(torch._foreach_mul(momenta, keep.to(torch.float32) * -group["lr"]))
-        )
+        steps = torch._foreach_mul(momenta, keep.to(torch.float32) * -group["lr"])
+        self._operations.add_(params, list(steps))
 
 
 def trust_ratios(weight_norms: Tensor, update_norms: Tensor, trust_coefficient: float) -> Tensor:

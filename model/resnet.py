@@ -82,9 +82,8 @@ class ResNet8(nn.Module):
 
 
 def _halving_block(channels_in: int, channels_out: int) -> BasicBlock:
-    shortcut = nn.Sequential(
-        nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=2, bias=False), BatchNorm(channels_out)
-    )
+    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=2, bias=False)
+    shortcut = nn.Sequential(convolution, BatchNorm(channels_out))
     return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut, norm_layer=BatchNorm)
 
 
@@ -133,9 +132,8 @@ def make_encoder(backbone: str, stem: str, size: int = 224) -> nn.Module:
     encoder.num_features = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":
-        encoder.conv1 = nn.Conv2d(
-            3, encoder.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False
-        )
+        width = encoder.conv1.out_channels
+        encoder.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
         encoder.maxpool = nn.Identity()
     return initialize_(encoder)
 

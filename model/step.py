@@ -187,9 +187,8 @@ def make_step(config: Config, world: World, precision: str) -> TrainStep:
         decay_all=settings.decay_all,
     )
     cuda_graph, note = choose_graph(config, world, precision)
-    step = TrainStep(
-        model, optimizer, world, precision, train.accumulation, train.channels_last, train.compile, cuda_graph
-    )
+    options = train.accumulation, train.channels_last, train.compile, cuda_graph
+    step = TrainStep(model, optimizer, world, precision, *options)
     step.note = note
     return step
 

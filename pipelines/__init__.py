@@ -2,6 +2,7 @@
 
     manifest  sources  order  views  backends (dali_backend, torch_backend or resident)  loader
 
-`plain.py` and `subset.py` serve evaluation; `philox.py` is the random number generator. `formats/` reads bytes,
-`kernels/` makes views, `convert/` makes shards. May import configs and files, never model. Begin with `loader.py`.
+`plain.py` and `subset.py` are for evaluation; `philox.py` is the random number generator. `formats/` reads bytes,
+`remote/` reads them behind a URL, `kernels/` makes views, `convert/` makes shards. May import configs and files, never
+model. Begin with `loader.py`.
 """

@@ -174,9 +174,8 @@ class Manifest:
         room, counts = np.array([shard.size for shard in self.shards], np.uint64), np.zeros(len(names), int)
         for first in range(0, len(samples), _PIECE):
             piece = samples[first : first + _PIECE + 1]  # and the next record, for the order
-            shard, offset, length = (
-                np.ascontiguousarray(piece[name]) for name in ("shard", "offset", "length")
-            )
+            columns = (np.ascontiguousarray(piece[name]) for name in ("shard", "offset", "length"))
+            shard, offset, length = columns
             refuse(shard.max() >= len(names), f"a sample is in shard {shard.max()} of {len(names)}")
             counts += np.bincount(shard[:_PIECE], minlength=len(names))
             outside = (length > room[shard]) | (offset > room[shard] - np.minimum(length, room[shard]))
@@ -265,3 +264,7 @@ class DescribedSource:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    def describe(self, i: int) -> str:
+        record = self._samples[i]
+        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"

@@ -315,10 +315,6 @@ class TarSource(DescribedSource):
         record = self._samples[i]
         return self.paths[record["shard"]], int(record["offset"])
 
-    def describe(self, i: int) -> str:
-        record = self._samples[i]
-        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
-
     def _descriptor(self, number: int) -> int:
         """Opens a shard at its first read, perhaps days after the sizes were checked."""
         if number not in self._descriptors:

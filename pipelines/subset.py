@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from byolt.files.console import shown
-from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
 from byolt.pipelines.formats.index import tar_samples
+from byolt.pipelines.formats.tar import BLOCK, Tar
 from byolt.pipelines.manifest import Manifest
 from byolt.pipelines.order import global_batch
 from byolt.pipelines.sources import Source, TarSource
@@ -27,9 +27,7 @@ class Subset:
     def __init__(self, source: Source, ids: npt.NDArray[np.int64]) -> None:
         """`ids` (n,) are the chosen samples, in order; at least one."""
         self._source, self._ids = source, ids
-        self.labels, self.heights, self.widths = (
-            array[ids] for array in (source.labels, source.heights, source.widths)
-        )
+        self.labels, self.heights, self.widths = source.labels[ids], source.heights[ids], source.widths[ids]
         self.classes, self.proven = source.classes, source.proven
         self.former_fingerprints: list[str] = []
         chosen = np.asarray(ids, "<i8").tobytes()
@@ -167,14 +165,12 @@ def _names_in_shards(folder: Path) -> list[set[str]]:
     names: list[set[str]] = [set() for _ in manifest.samples]
     for shard, first, records in manifest.by_shard():
         number = {offset: i for i, offset in enumerate(records["offset"].tolist(), first)}
-        path = folder / shard.name
-        with tar.opened(path) as descriptor:
-            for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+        with Tar(folder / shard.name) as file:
+            for sample in tar_samples(file):
                 if sample.image and sample.image.offset in number:
                     aliases = {sample.key, sample.key.rpartition("/")[2], sample.image.name}
                     if sample.note:
-                        text = tar.read_at(path, descriptor, sample.note.length, sample.note.offset)
-                        aliases |= _original(text, "file")
+                        aliases |= _original(file.read(sample.note.length, sample.note.offset), "file")
                     names[number[sample.image.offset]] = aliases
     return names
 
@@ -202,13 +198,13 @@ def file_names(source: Source) -> Callable[[int], str]:
 
 def _name_in_tar(path: Path, offset: int) -> str:
     """The original file's name in the .json behind the image at `offset`, or else the image's own."""
-    with tar.opened(path) as descriptor:
-        image, *others = islice(tar.walk(path, descriptor, offset - tar.BLOCK), 5)
+    with Tar(path) as file:
+        image, *others = islice(file.walk(offset - BLOCK), 5)
         folder, slash, base = image.name.rpartition("/")
         key = folder + slash + base.partition(".")[0]
         for member in others:
             if member.name == f"{key}.json":
-                text = tar.read_at(path, descriptor, member.length, member.offset)
+                text = file.read(member.length, member.offset)
                 return next(iter(_original(text, "file")), image.name)
     return image.name
 

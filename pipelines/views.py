@@ -105,6 +105,10 @@ def draw(
     crop = _byol_crop(view, numbers, *sides) if byol else _torchvision_crop(view, numbers, *sides)
     top, left, height, width = (side.astype(np.int32) for side in crop)
     neutral = 0 if byol else 1  # of the brightness: an offset or a factor
+
+    def between(name: str, low: float, high: float) -> npt.NDArray[np.float32]:
+        return _between(u[name], low, high).astype(np.float32)
+
     return ViewParams(
         top=top,
         left=left,
@@ -113,15 +117,13 @@ def draw(
         flip=u["flip"] < view.flip,
         jitter=u["jitter"] < view.jitter,
         order=JITTER_ORDERS[(u["order"] * len(JITTER_ORDERS)).astype(np.int64)],
-        brightness=_between(u["brightness"], neutral - view.brightness, neutral + view.brightness).astype(
-            np.float32
-        ),
-        contrast=_between(u["contrast"], 1 - view.contrast, 1 + view.contrast).astype(np.float32),
-        saturation=_between(u["saturation"], 1 - view.saturation, 1 + view.saturation).astype(np.float32),
-        hue=_between(u["hue"], -view.hue, view.hue).astype(np.float32),
+        brightness=between("brightness", neutral - view.brightness, neutral + view.brightness),
+        contrast=between("contrast", 1 - view.contrast, 1 + view.contrast),
+        saturation=between("saturation", 1 - view.saturation, 1 + view.saturation),
+        hue=between("hue", -view.hue, view.hue),
         gray=u["gray"] < view.gray,
         blur=u["blur"] < view.blur,
-        sigma=_between(u["sigma"], *view.blur_sigma).astype(np.float32),
+        sigma=between("sigma", *view.blur_sigma),
         solarize=u["solarize"] < view.solarize,
     )
 

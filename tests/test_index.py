@@ -154,11 +154,8 @@ def test_fifo_is_no_tar(tmp_path: Path) -> None:
 
 
 def walk(path: Path) -> list[tar.Member]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return list(tar.walk(path, descriptor))
-    finally:
-        os.close(descriptor)
+    with tar.Tar(path) as file:
+        return list(file.walk())
 
 
 @pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE])

@@ -22,7 +22,7 @@ def _explain(kind: type[BaseException], error: BaseException, trace: TracebackTy
 def rest_idle_threads(environment: MutableMapping[str, str]) -> None:
     """Lets OpenMP's threads sleep soon after each operation, unless the user has set how they wait.
 
-    By default they spin for milliseconds, and a spinning thread keeps a core from whoever could use it. Measured on two
+    By default they spin for milliseconds, and a spinning thread keeps a core from other programs. Measured on two
     AVX2 cores, a step of two threads at 24 px, in images/s, quiet and beside a process that takes a core: 173 and 58 by
     default, 166 and 97 with 1,000 spins, 157 and 103 with OMP_WAIT_POLICY=PASSIVE; with one thread 123 and 97.
     """

@@ -161,9 +161,8 @@ def main(arguments: list[str] | None = None) -> int:
         if not low <= (value := getattr(args, name.replace("-", "_"))) <= high:
             parser.error(f"--{name} {value}: must be between {low} and {high}")
     try:
-        count = write_set(
-            args.folder, {"train": args.per_class, "val": args.val_per_class}, args.size, args.seed
-        )
+        per_class = {"train": args.per_class, "val": args.val_per_class}
+        count = write_set(args.folder, per_class, args.size, args.seed)
     except OSError as error:
         say(f"quickstart_images: {error}", file=sys.stderr)
         return 1

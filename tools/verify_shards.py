@@ -42,9 +42,9 @@ def main(argv: list[str] | None = None) -> int:
         return _say(str(error), 2)
     except KeyboardInterrupt:
         return _say("interrupted", 130)
-    samples, problems, strangers, indexes = found
-    if strangers:
-        _say(f"note: not part of the data set, so that nothing reads it: {shown(strangers)}")
+    samples, problems, unlisted, indexes = found
+    if unlisted:
+        _say(f"note: not part of the data set, so that nothing reads it: {shown(unlisted)}")
     for problem in problems[: args.limit]:
         say(problem, file=sys.stderr)
     if problems:

@@ -56,7 +56,7 @@ class BatchNorm(nn.BatchNorm2d):
             shortcut: of the same shape.
             shortcut_norm: the shortcut's own batch norm.
             relu: whether ReLU follows.
-            pool: what follows last. On CUDA an activation before max-pool is never written to memory.
+            pool: a module to apply last. On CUDA an activation before max-pool is never written to memory.
         """
         norms = [self] if shortcut_norm is None else [self, shortcut_norm]
         if not is_fused(input) or not all(norm.training and norm.momentum is not None for norm in norms):

@@ -1,4 +1,4 @@
-"""Batch norm + shortcut + ReLU in Triton, forward and backward: what norm.py defines, at the speed of the memory.
+"""Batch norm + shortcut + ReLU in Triton, forward and backward, as norm.py defines it, at the speed of the memory.
 
 A batch (N, C, H, W) in channels_last, or (N, C), is a matrix of rows by channels. Its views, equal parts of the rows,
 have statistics of their own. They are computed in float32 (in float64 for float64), whatever the batch's dtype:
@@ -37,7 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from byolt.model.distributed import all_reduce_sum_, gather_stacked
 
-_TILE = 4096  # elements that a program has in registers at a time
+_TILE = 4096  # elements that a program has in registers at once
 _PROGRAMS = 132 * 8  # programs that reduce: 8 for each multiprocessor of an H100, on any card
 _WARPS = 8
 
@@ -530,7 +530,7 @@ def normalize(
     relu: bool,
     pool: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `BatchNorm.forward` in norm.py defines, in train mode.
+    """Computes `BatchNorm.forward` of norm.py in train mode.
 
     Args:
         x: (N, C, H, W) in channels_last or (N, C).

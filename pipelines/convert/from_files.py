@@ -25,10 +25,10 @@ from byolt.files.console import shown
 from byolt.files.paths import copy_first, expand_pattern, is_url, searched, without_secrets
 from byolt.pipelines.convert.from_shards import InputTar, are_samples, is_image, list_samples
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
-from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.encoded import MAX_BYTES
 from byolt.pipelines.formats.folder import is_hidden, label_names, list_folder
 from byolt.pipelines.formats.labels import class_names, label_number, listed_labels, numbers_of
+from byolt.pipelines.formats.tar import Tar
 
 _MAX_ZIPPED = 256 << 20  # bytes of one member of a zip: a few kilobytes may claim to unpack to more
 _EMPTY_ZIP = b"PK\5\6" + bytes(18)
@@ -130,9 +130,9 @@ def list_files(
     if folders and not tars and not any(map(is_image, places)):
         raise ValueError(f"SRC {where} has its tars in folders ({shown(folders)}): name one with --inside")
     if listed:
-        labels, classes, more, strangers = _listed(listed, sorted(places))
+        labels, classes, more, unmatched = _listed(listed, sorted(places))
         refused += more
-        notes += strangers
+        notes += unmatched
     else:
         try:
             names, numbers, classes, stray = label_names(sorted(places))
@@ -157,7 +157,7 @@ def _listed(
     path: Path, names: list[str]
 ) -> tuple[dict[str, int], list[str] | None, list[RefusedFile], list[str]]:
     """The label of each file by a list, the class names, the files without a label, and a note about the list."""
-    texts, strangers = listed_labels(path, names)
+    texts, unmatched = listed_labels(path, names)
     classes = class_names(texts.values())
     numbers = numbers_of(classes)
     labels, refused = {}, []
@@ -168,8 +168,8 @@ def _listed(
             labels[name] = label_number(texts[name], numbers)
         except ValueError as error:
             refused.append(RefusedFile(name, str(error)))
-    note = f"{path} has {len(strangers)} names that are not of a file: {shown(strangers)}"
-    return labels, classes, refused, [note] if strangers else []
+    note = f"{path} has {len(unmatched)} names that are not of a file: {shown(unmatched)}"
+    return labels, classes, refused, [note] if unmatched else []
 
 
 def _samples(source: Path, path: Path, tars: list[InputTar], inside: str, listed: Path | None) -> Inputs:
@@ -208,12 +208,14 @@ def _class_tars(
     places: dict[str, _Place] = {}
     refused: list[RefusedFile] = []
     for part in tars:
-        inner, odd = _walk_archive(_tar_members(path, source, part), part.modified, "", hidden, part.archive)
+        inner, unusable = _walk_archive(
+            _tar_members(path, source, part), part.modified, "", hidden, part.archive
+        )
         folder = f"{part.name[: -len('.tar')]}/"
         if len(tars) == 1 or all(name.startswith(folder) for name in inner):
             folder = ""
         places |= {folder + name: place for name, place in inner.items()}
-        refused += [RefusedFile(folder + name, reason) for name, reason in odd]
+        refused += [RefusedFile(folder + name, reason) for name, reason in unusable]
     return places, refused
 
 
@@ -267,8 +269,8 @@ def _walk_archive(
 
 def _tar_members(path: Path, source: Path, part: InputTar) -> Iterator[_Member]:
     """The members of a tar at `path`; errors name it as a part of `source`."""
-    with tar.opened(path / part.archive) as descriptor:
-        for member in tar.walk(source / part.name, descriptor, part.start, part.end):
+    with Tar(path / part.archive, source / part.name) as file:
+        for member in file.walk(part.start, part.end):
             yield member.name, member.kind, member.offset, member.length, member.link
 
 
@@ -342,8 +344,8 @@ class FileReader:
         """The file's bytes. Raises ValueError with the reason where they cannot be read."""
         try:
             if image.archive:
-                with tar.opened(self._path / image.archive) as descriptor:
-                    data = os.pread(descriptor, image.length, cast(int, image.place))
+                with Tar(self._path / image.archive) as file:
+                    data = file.read(image.length, cast(int, image.place))
             elif self._archive is None:
                 data = (self._path / image.name).read_bytes()
             elif isinstance(image.place, int):

@@ -16,10 +16,10 @@ import numpy as np
 
 from byolt.files.console import shown
 from byolt.pipelines.convert.inputs import InputImage, Inputs, RefusedFile
-from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.index import ALL_IMAGES, DOTTED, TarSample, tar_samples
 from byolt.pipelines.formats.labels import UNLABELED, class_names, label_number, numbers_of
+from byolt.pipelines.formats.tar import Tar
 from byolt.pipelines.manifest import MANIFEST, Manifest
 from byolt.pipelines.sources import TarSource, open_source
 
@@ -118,10 +118,10 @@ def _tar_notes(folder: Path) -> tuple[list[Note], list[str]]:
         offsets = records["offset"].tolist()
         path = folder / shard.name
         found: dict[int, Note] = {}
-        with tar.opened(path) as descriptor:
-            for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+        with Tar(path) as file:
+            for sample in tar_samples(file):
                 if sample.image:
-                    found[sample.image.offset] = tar_note(path, descriptor, sample)
+                    found[sample.image.offset] = tar_note(file, sample)
                     extensions.update(sample.others)
         if not found.keys() >= set(offsets):
             raise ValueError(
@@ -131,10 +131,10 @@ def _tar_notes(folder: Path) -> tuple[list[Note], list[str]]:
     return notes, [f"members .{extension}" for extension in sorted(extensions)]
 
 
-def tar_note(path: Path, descriptor: int, sample: TarSample) -> Note:
+def tar_note(file: Tar, sample: TarSample) -> Note:
     """The note of a sample of a tar."""
     note = sample.note
-    return parse_note(tar.read_at(path, descriptor, note.length, note.offset) if note else b"", sample.key)
+    return parse_note(file.read(note.length, note.offset) if note else b"", sample.key)
 
 
 class DataSetReader:
@@ -210,10 +210,8 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
     others: set[str] = set()
     prefix = f"{inside}/" if inside else ""
     for part in tars:
-        file = path / part.archive
-        with tar.opened(file) as descriptor:
-            members = tar.walk(source / part.name, descriptor, part.start, part.end)
-            for sample in tar_samples(file, descriptor, members):
+        with Tar(path / part.archive, source / part.name) as file:
+            for sample in tar_samples(file, part.start, part.end):
                 if not sample.key.startswith(prefix):
                     continue
                 name = f"{part.name}/{sample.key}" if part.name else sample.key
@@ -222,7 +220,7 @@ def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) ->
                 elif sample.image is None:
                     imageless += 1
                 else:
-                    key, info = tar_note(file, descriptor, sample)
+                    key, info = tar_note(file, sample)
                     notes.append((key[len(prefix) :], info))
                     others.update(sample.others)
                     dotted += sample.has_dot

@@ -1,4 +1,4 @@
-"""What a conversion reads: the images, whatever they were listed from, and the files that are left out."""
+"""The inputs of a conversion: images, from any kind of SRC, and the files that are left out."""
 
 import hashlib
 import zipfile

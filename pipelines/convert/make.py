@@ -278,7 +278,7 @@ def index_url(url: RemotePath, workers: int, strict: bool, out: Path | None = No
 def _index_of(
     names: list[str], scans: list[tuple[int, str, Scan]], folder: str, strict: bool
 ) -> tuple[Manifest, list[RefusedFile], str]:
-    """The manifest of scanned tars, what is refused, and a summary."""
+    """The manifest of scanned tars, the refused samples, and a summary."""
     classes = class_names(text for _, _, scan in scans for text in scan.labels)
     found = [scan.numbered(numbers_of(classes)) for _, _, scan in scans]
     shards = [

@@ -108,7 +108,7 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about palettes with alpha, odd metadata
+            warnings.simplefilter("ignore")  # about palettes with alpha, unusual metadata
             with Image.open(io.BytesIO(for_pil(data)), formats=FORMATS) as image:
                 yield image
     except MemoryError:

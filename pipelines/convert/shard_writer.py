@@ -3,8 +3,8 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -139,12 +139,9 @@ def strict_error(refused: list[RefusedFile]) -> UnusableInputError:
 
 def _convert(task: ShardTask, image: InputImage, raw: bool) -> bytes:
     data, options = _reader(*task.source).read(image), task.options
-    max_size, max_pixels = options.max_size, options.max_pixels
-    if options.format == "beton" and (raw or data[:3] == b"P6\n"):
-        return to_raw(data, max_size=max_size, max_pixels=max_pixels, decode=task.decode)
-    return to_jpeg(
-        data, max_size=max_size, quality=options.quality, max_pixels=max_pixels, decode=task.decode
-    )
+    as_pixels = options.format == "beton" and (raw or data[:3] == b"P6\n")
+    convert: Callable[..., bytes] = to_raw if as_pixels else partial(to_jpeg, quality=options.quality)
+    return convert(data, max_size=options.max_size, max_pixels=options.max_pixels, decode=task.decode)
 
 
 def _write(task: ShardTask, file: BinaryIO, samples: _Samples, page_size: int) -> int:

@@ -33,11 +33,11 @@ Result = TypeVar("Result")
 
 
 class Verified(NamedTuple):
-    """What `verify` found: samples in all, problems in their order, shards that the manifest does not name, indexes."""
+    """The result of `verify`: samples in all, problems in their order, shards that no manifest names, indexes."""
 
     samples: int
     problems: list[str]
-    strangers: Sequence[Path] = ()
+    unlisted: Sequence[Path] = ()
     indexes: Sequence[Path] = ()
 
 
@@ -93,8 +93,8 @@ def _verify_folder(folder: Path, names: set[str] | None, decode: bool, workers: 
     check = partial(_check_local, folder)
     verified = _verify_shards(manifest, str(folder), check, names, decode, workers, index)
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
-    strangers = present - {folder / shard.name for shard in manifest.shards}
-    return verified._replace(strangers=sorted(strangers))
+    unlisted = present - {folder / shard.name for shard in manifest.shards}
+    return verified._replace(unlisted=sorted(unlisted))
 
 
 def _verify_shards(

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from byolt.files.console import shown
-from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.encoded import MAX_BYTES, inspect
 from byolt.pipelines.formats.labels import UNLABELED, label_number, numbers_of
+from byolt.pipelines.formats.tar import Member, Tar
 
 IMAGE_EXTENSIONS = frozenset(("jpg", "jpeg", "png"))
 # Kinds that training does not read, and that make_shards converts; see `convert.rules`.
@@ -42,7 +42,7 @@ ALL_IMAGES = IMAGE_EXTENSIONS | CONVERTIBLE_EXTENSIONS
 _MAX_LABEL = 256  # bytes of a .cls
 
 
-_Part = tuple[str, tar.Member]  # lower-case extension, and the member
+_Part = tuple[str, Member]  # lower-case extension, and the member
 
 
 class TarSample(NamedTuple):
@@ -62,10 +62,10 @@ class TarSample(NamedTuple):
 
     key: str
     at: int
-    image: tar.Member | None = None
+    image: Member | None = None
     extension: str = ""
     label: str | None = None
-    note: tar.Member | None = None
+    note: Member | None = None
     others: tuple[str, ...] = ()
     reason: str = ""
     has_dot: bool = False
@@ -138,8 +138,8 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
     records, labels, places, refused = [], [], [], []
     imageless = dotted = 0
     kinds: Counter[str] = Counter()
-    with tar.opened(path) as descriptor:
-        for sample in tar_samples(path, descriptor, tar.walk(path, descriptor)):
+    with Tar(path) as file:
+        for sample in tar_samples(file):
             try:
                 if sample.reason:
                     raise ValueError(sample.reason)
@@ -149,7 +149,7 @@ def scan_tar(path: str | os.PathLike[str]) -> Scan:
                 if sample.extension in CONVERTIBLE_EXTENSIONS:
                     kinds[sample.extension] += 1
                     raise ValueError(f"is a .{sample.extension}: convert it with tools/make_shards.py")
-                records.append(_record(path, descriptor, sample.image))
+                records.append(_record(file, sample.image))
                 labels.append(sample.label)
                 dotted += sample.has_dot
                 places.append((sample.key, sample.at))
@@ -172,24 +172,24 @@ def index_beton(path: str | os.PathLike[str]) -> np.ndarray:
     return records
 
 
-def tar_samples(path: Path, descriptor: int, members: Iterable[tar.Member]) -> Iterator[TarSample]:
-    """Decides which member of an open tar, in its order, belongs to which sample; reads the labels."""
+def tar_samples(file: Tar, start: int = 0, end: int | None = None) -> Iterator[TarSample]:
+    """Decides which member of a tar, or of one within it, belongs to which sample; reads the labels."""
     seen: set[str] = set()
-    for first_key, group in groupby(_keyed(members), lambda item: item[0]):
+    for first_key, group in groupby(_keyed(file.walk(start, end)), lambda item: item[0]):
         whole = [(extension, member) for _, extension, member in group]
         for key, parts in _samples(first_key, whole):
             at = parts[0][1].header
             try:
                 if key in seen:
                     raise ValueError("its key occurs twice (a key ends at the first dot of a name)")
-                sample = _sample(path, descriptor, key, parts)
+                sample = _sample(file, key, parts)
                 yield sample._replace(has_dot=sample.image is not None and key != first_key)
             except ValueError as error:
                 yield TarSample(key, at, reason=str(error))
             seen.add(key)
 
 
-def _keyed(members: Iterable[tar.Member]) -> Iterator[tuple[str, str, tar.Member]]:
+def _keyed(members: Iterable[Member]) -> Iterator[tuple[str, str, Member]]:
     """The members that can belong to a sample: key with its folder, lower-case extension, member."""
     for member in members:
         folder, _, base = member.name.rpartition("/")
@@ -217,7 +217,7 @@ def _samples(key: str, parts: list[_Part]) -> list[tuple[str, list[_Part]]]:
     return list(samples.items()) if numbered and key not in samples else [(key, parts)]
 
 
-def _sample(path: Path, descriptor: int, key: str, parts: list[_Part]) -> TarSample:
+def _sample(file: Tar, key: str, parts: list[_Part]) -> TarSample:
     """The sample of these members; raises ValueError if it cannot be used."""
     images = [part for part in parts if part[0] in IMAGE_EXTENSIONS]
     images = images or [part for part in parts if part[0] in CONVERTIBLE_EXTENSIONS]
@@ -246,7 +246,7 @@ def _sample(path: Path, descriptor: int, key: str, parts: list[_Part]) -> TarSam
         member = labels[0][1]
         if member.length > _MAX_LABEL:
             raise ValueError(f"its label has {member.length:,} bytes, more than {_MAX_LABEL}")
-        text = tar.read_at(path, descriptor, member.length, member.offset)
+        text = file.read(member.length, member.offset)
         label = text.strip().decode("utf-8", "backslashreplace")
     others = tuple(part[0] for part in parts if part not in images + labels + notes)
     note = notes[0][1] if notes else None
@@ -254,8 +254,8 @@ def _sample(path: Path, descriptor: int, key: str, parts: list[_Part]) -> TarSam
     return TarSample(key, parts[0][1].header, image, extension, label, note, others)
 
 
-def _record(path: Path, descriptor: int, image: tar.Member) -> tuple[int, ...]:
+def _record(file: Tar, image: Member) -> tuple[int, ...]:
     """The SAMPLE record, without its label."""
-    data = tar.read_at(path, descriptor, image.length, image.offset)
+    data = file.read(image.length, image.offset)
     header = inspect(data)
     return 0, UNLABELED, image.offset, image.length, header.height, header.width, zlib.crc32(data)

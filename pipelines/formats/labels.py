@@ -74,7 +74,7 @@ def listed_labels(path: Path, names: Sequence[str]) -> tuple[dict[str, str], lis
 
     separator = max((",", "\t", None), key=fit)
     labels: dict[str, str] = {}
-    strangers = []
+    unmatched = []
     for place, (number, line) in enumerate(rows.items()):
         entry, label = _fields(line, separator)
         if not label:
@@ -82,7 +82,7 @@ def listed_labels(path: Path, names: Sequence[str]) -> tuple[dict[str, str], lis
         if box := _BOX.fullmatch(label):
             label = box[1]
         if entry not in known:
-            strangers += [entry] if place else []  # the first may be a heading
+            unmatched += [entry] if place else []  # the first may be a heading
         elif not known[entry]:
             raise ValueError(
                 f"--labels {path}, line {number}: several files are named {entry!r}: add their folders"
@@ -91,7 +91,7 @@ def listed_labels(path: Path, names: Sequence[str]) -> tuple[dict[str, str], lis
             raise ValueError(f"--labels {path}, line {number}: {entry!r} has another label above")
     if not labels:
         raise ValueError(f"--labels {path} names none of the {len(names)} files, for example {names[0]}")
-    return labels, strangers
+    return labels, unmatched
 
 
 def _fields(line: str, separator: str | None) -> tuple[str, str]:

@@ -62,10 +62,6 @@ class RemoteSource(DescribedSource):
             check_unchanged(data, int(record["length"]) << 32 | int(record["crc32"]))
         return self._with_header(i, data)
 
-    def describe(self, i: int) -> str:
-        record = self._samples[i]
-        return f"{self._shards[record['shard']].name} offset {record['offset']} (sample {i})"
-
     def plan(self, ids: npt.NDArray[np.int64]) -> None:
         """Begins to fetch the extents of these samples, in the order in which they are first needed."""
         needed, first = np.unique(self._extent_of(ids), return_index=True)

@@ -24,6 +24,7 @@ def _both_views(*settings: str) -> tuple[str, ...]:
     return tuple(f"augment.{view}.{setting}" for view in ("view1", "view2") for setting in settings)
 
 
+_CONSTANT = "optimizer.tau_schedule=constant"
 _NO_COLOR = ("jitter=0", "gray=0")
 _NO_BLUR = ("blur=0", "solarize=0")
 ABLATIONS = {
@@ -32,16 +33,11 @@ ABLATIONS = {
     "tau_0.999": Ablation(("optimizer.base_tau=0.999",), 69.8, "table 5a"),
     "tau_0.99": Ablation(("optimizer.base_tau=0.99",), 72.5, "table 5a"),
     "tau_0.9": Ablation(("optimizer.base_tau=0.9",), 68.4, "table 5a"),
-    "tau_0": Ablation(("optimizer.base_tau=0", "optimizer.tau_schedule=constant"), 0.3, "table 5a"),
-    "tau_0.999_constant": Ablation(
-        ("optimizer.base_tau=0.999", "optimizer.tau_schedule=constant"), None, "not in the paper"
-    ),
-    "tau_0.99_constant": Ablation(
-        ("optimizer.base_tau=0.99", "optimizer.tau_schedule=constant"), None, "not in the paper"
-    ),
-    "tau_0.9_constant": Ablation(
-        ("optimizer.base_tau=0.9", "optimizer.tau_schedule=constant"), None, "not in the paper"
-    ),
+    "tau_0": Ablation(("optimizer.base_tau=0", _CONSTANT), 0.3, "table 5a"),
+    **{
+        f"tau_{tau}_constant": Ablation((f"optimizer.base_tau={tau}", _CONSTANT), None, "not in the paper")
+        for tau in (0.999, 0.99, 0.9)
+    },
     "no_predictor": Ablation(("model.predictor=false",), 0.2, "table 19"),
     "no_flip": Ablation(_both_views("flip=0"), 71.9, "table 17"),
     "no_blur": Ablation(_both_views("blur=0"), 71.2, "table 17"),

@@ -47,14 +47,10 @@ def finished_runs(request: Request) -> tuple[dict[tuple[str, int], Path], list[s
         except ValueError:
             others.append(folder.name)
             continue
-        free = {"run": ("out",), "data": ("threads",)}  # these do not change a run's numbers
-        same_place = {
-            section: getattr(recipe, section).model_copy(
-                update={key: getattr(getattr(made, section), key) for key in keys}
-            )
-            for section, keys in free.items()
-        }
-        if made == recipe.model_copy(update=same_place):
+        # These do not change a run's numbers.
+        run = recipe.run.model_copy(update={"out": made.run.out})
+        data = recipe.data.model_copy(update={"threads": made.data.threads})
+        if made == recipe.model_copy(update={"run": run, "data": data}):
             same[name, int(seed)] = folder
         else:
             others.append(folder.name)

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What the command line asks of every part, and this part's limit in seconds."""
+    """The command line's request to every part, and this part's limit in seconds."""
 
     device: str  # "cuda" or "cpu"
     quick: bool  # TINY
@@ -57,7 +57,7 @@ class Job(NamedTuple):
 
 
 class Part(NamedTuple):
-    """`run` takes a job and the arguments; a part may take so many seconds."""
+    """`run` takes a job and the arguments, for `seconds` at most."""
 
     name: str
     run: Callable[..., Iterator[Row]]
@@ -102,7 +102,7 @@ def step(job: Job, settings: str, fused: str = "fused") -> Iterator[Row]:
         yield Row(torch.cuda.max_memory_allocated() / 2**30, "GiB at most", "memory of tensors")
     moved, share = sum(sizes), 100 * sum(sizes) / bandwidth / seconds
     yield Row(moved / 1e9, "GB moved a step", "tensors of all operations and Triton kernels")
-    yield Row(share, "% of the step", f"to copy so many bytes, at {bandwidth / 1e9:,.0f} GB/s")
+    yield Row(share, "% of the step", f"to copy as many bytes, at {bandwidth / 1e9:,.0f} GB/s")
 
 
 def fed(job: Job, settings: str = "") -> Iterator[Row]:

@@ -72,10 +72,8 @@ def run(
     threads = args.threads or cores_per_rank()
     torch.set_num_threads(threads)
     # Every protocol leaves out and counts images that do not decode: the run's own limit does not apply.
-    data = trained.config.data.model_copy(
-        update={"threads": min(threads, 256), "path": args.train, "max_corrupt": len(train)}
-    )
-    config = trained.config.model_copy(update={"data": data})
+    changed = {"threads": min(threads, 256), "path": args.train, "max_corrupt": len(train)}
+    config = trained.config.model_copy(update={"data": trained.config.data.model_copy(update=changed)})
     started = time.monotonic()
     with Progress(console=Console(stderr=True), disable=not world.is_main) as progress:
         encoder = trained.encoder.to(world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
