@@ -38,17 +38,6 @@ class StepResult(NamedTuple):
     features1: list[Tensor]
 
 
-class _Outputs(NamedTuple):
-    """Tensors that a step leaves on the device."""
-
-    loss: Tensor
-    finite: Tensor
-    gradient_norm: Tensor
-    prediction1: Tensor
-    projection1: Tensor
-    features1: list[Tensor]
-
-
 class TrainStep:
     """Updates online network, momentum and target from the views of one global batch.
 
@@ -128,17 +117,21 @@ class TrainStep:
         own_time.start(self.device)
         self.update.set_rates(lr, tau)
         views = [self._lay_out(view) for pair in micro_batches for view in pair]
-        done = self.graph(views) if self.graph else self._run(views)
-        signs = None
-        if gauges:
-            signs = Gauges(*collapse_gauges(done.prediction1), *collapse_gauges(done.projection1))
-        loss, finite, norm = done.loss, done.finite, done.gradient_norm
+        result, prediction1, projection1 = self.graph(views) if self.graph else self._run(views)
         if self.graph:  # the next replay overwrites its results
-            loss, finite, norm = loss.clone(), finite.clone(), norm.clone()
-        return StepResult(loss, finite, norm, signs, done.features1)
+            loss, finite, norm = (x.clone() for x in (result.loss, result.finite, result.gradient_norm))
+            result = StepResult(loss, finite, norm, None, result.features1)
+        if gauges:
+            signs = Gauges(*collapse_gauges(prediction1), *collapse_gauges(projection1))
+            result = result._replace(gauges=signs)
+        return result
 
-    def _run(self, views: list[Tensor]) -> _Outputs:
-        """All of a step's work on the device; the rates are set before. A CUDA graph can capture it."""
+    def _run(self, views: list[Tensor]) -> tuple[StepResult, Tensor, Tensor]:
+        """All of a step's work on the device; the rates are set before. A CUDA graph can capture it.
+
+        Returns:
+            The result without gauges, and the last micro-batch's predictions and target's projections of view 1.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         self.update.keep_buffers()
         losses, features1 = [], []
@@ -157,7 +150,8 @@ class TrainStep:
         finite, gradient_norm = self.update()  # the same on every rank: the gradients are averages over ranks
         self.scaler.update()
         loss = torch.stack(losses).mean()
-        return _Outputs(loss, finite, gradient_norm, online.prediction1.detach(), projection1, features1)
+        result = StepResult(loss, finite, gradient_norm, None, features1)
+        return result, online.prediction1.detach(), projection1
 
     def _lay_out(self, view: Tensor) -> Tensor:
         return view.contiguous(memory_format=self.layout) if view.ndim == 4 else view

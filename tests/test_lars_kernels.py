@@ -235,21 +235,6 @@ def test_target_is_exact_at_both_ends(tau: float) -> None:
         )
 
 
-def test_inverse_scale_is_that_of_the_gradient_scaler() -> None:
-    scaled, plain = Model("triton", slice(5)), Model("triton", slice(5))
-    for model, factor in ((scaled, 1024.0), (plain, 1.0)):
-        set_gradients(model.online, seed=1)
-        for p in model.online:
-            p.grad.mul_(factor)
-        model.update.set_rates(0.3, 0.9)
-        finite, norm = model.update(inverse_scale=torch.tensor(1 / factor, device=DEVICE))
-        assert bool(finite)
-        assert norm.item() == pytest.approx(
-            torch.cat([p.grad.flatten() for p in model.online]).norm().item() / factor
-        )
-    assert all(torch.equal(a, b) for a, b in zip(scaled.tensors(), plain.tensors(), strict=True))
-
-
 @pytest.mark.slow
 def test_several_hundred_tensors_in_one_table() -> None:
     """Most of one block, one of many; gradients in one bucket at odd offsets, as DDP's, and no two of one size."""

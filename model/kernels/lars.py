@@ -55,7 +55,6 @@ class FusedUpdate:
         self.copies: list[Tensor] = []
         self.captured: tuple[int | bool, ...] | None = None
         self.pace = torch.zeros((), device=device)  # 1 - tau, because float32 rounds tau itself too coarsely
-        self.one = torch.ones((), device=device)
         self.always = torch.ones((), dtype=torch.bool, device=device)
 
     def keep_buffers(self) -> None:
@@ -128,16 +127,13 @@ class FusedUpdate:
             self.constants = constants
             _upload(np.array(constants, np.float32), self.settings[..., 1:])
 
-    def __call__(
-        self, finite: Tensor | None = None, inverse_scale: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One update at the rates that `set_rates` wrote.
 
         While a CUDA graph is captured, addresses are not refreshed: call `refresh` between capture and replay.
 
         Args:
             finite: 0-dim bool on the device: if False, nothing changes. None: whether the gradients' norm is finite.
-            inverse_scale: 0-dim float32 on the device that multiplies the gradients; None: 1.
 
         Returns:
             The gate, and the norm of all gradients, 0-dim float32, in new tensors.
@@ -147,20 +143,19 @@ class FusedUpdate:
         else:
             self.refresh()
         table, count = self.weights, self.weights.count
-        scale = self.one if inverse_scale is None else inverse_scale
         sums = torch.empty(3, count, device=self.device)
         factors = torch.empty(table.length, device=self.device)
         norm = torch.empty((), device=self.device)
         gate = torch.empty_like(self.always)
         kernels.norms[(count,)](
-            table.rows, table.blocks, self.settings, scale, sums, count, table.aligned, num_warps=8
+            table.rows, table.blocks, self.settings, sums, count, table.aligned, num_warps=8
         )
         kernels.ratios[(table.length + 1,)](
             table.rows, self.settings, sums, factors, norm, gate, table.length, count, num_warps=8
         )
         gate = gate if finite is None else finite
         kernels.update[(count + self.kept.count,)](
-            table.rows, table.blocks, self.settings, scale, self.pace, factors, gate, count,
+            table.rows, table.blocks, self.settings, self.pace, factors, gate, count,
             self.kept.rows, self.kept.blocks, table.aligned, num_warps=8,
         )  # fmt: skip
         return gate, norm

@@ -62,14 +62,14 @@ def _inside(row, offset, aligned: tl.constexpr):
 
 
 @triton.jit
-def norms(table, blocks, settings, inverse_scale, sums, count, aligned: tl.constexpr):
+def norms(table, blocks, settings, sums, count, aligned: tl.constexpr):
     """sums (3, count): of p^2, u^2 and g^2 over each block."""
     block = tl.program_id(0)
     row, _, offset = _place(table, blocks, block)
     inside = _inside(row, offset, aligned)
     decay = tl.load(settings + tl.load(row + SETTINGS) * WIDTH + DECAY)
     p = tl.load(_pointer(row, P, tl.float32, aligned) + offset, inside, 0.0)
-    g = tl.load(_pointer(row, G, tl.float32, aligned) + offset, inside, 0.0) * tl.load(inverse_scale)
+    g = tl.load(_pointer(row, G, tl.float32, aligned) + offset, inside, 0.0)
     u = g + decay * p
     tl.store(sums + block, tl.sum(p * p, 0))
     tl.store(sums + count + block, tl.sum(u * u, 0))
@@ -115,7 +115,7 @@ def ratios(table, settings, sums, factors, norm, finite, rows, count):
 
 @triton.jit
 def update(
-    table, blocks, settings, inverse_scale, pace, factors, finite, count, buffers, buffer_blocks, aligned: tl.constexpr
+    table, blocks, settings, pace, factors, finite, count, buffers, buffer_blocks, aligned: tl.constexpr
 ):  # fmt: skip
     """Updates one of `count` blocks of weights, or restores a block of the buffers after them; pace is 1 - tau."""
     block = tl.program_id(0)
@@ -127,7 +127,7 @@ def update(
             weight = _pointer(row, P, tl.float32, aligned) + offset
             velocity = _pointer(row, M, tl.float32, aligned) + offset
             p = tl.load(weight, inside)
-            g = tl.load(_pointer(row, G, tl.float32, aligned) + offset, inside) * tl.load(inverse_scale)
+            g = tl.load(_pointer(row, G, tl.float32, aligned) + offset, inside)
             u = (g + tl.load(setting + DECAY) * p) * tl.load(factors + number)
             m = tl.load(setting + MOMENTUM) * tl.load(velocity, inside) + u
             p -= tl.load(setting + LR) * m

@@ -7,13 +7,14 @@ import numpy as np
 from PIL import Image
 
 _POOL = 64  # distinct images
+_CLASSES = 10
 
 
 class SyntheticSource:
-    """A small pool of JPEGs of smooth noise, repeated; label = i mod classes; see `sources.Source`."""
+    """A small pool of JPEGs of smooth noise, repeated; label = i mod 10; see `sources.Source`."""
 
-    def __init__(self, num_samples: int, height: int, width: int, classes: int = 10) -> None:
-        for name, value in (("NUM", num_samples), ("H", height), ("W", width), ("classes", classes)):
+    def __init__(self, num_samples: int, height: int, width: int) -> None:
+        for name, value in (("NUM", num_samples), ("H", height), ("W", width)):
             if not 0 < value < 1 << 31:
                 raise ValueError(f"synthetic:NUM:HxW: {name}={value} must be 1 to {(1 << 31) - 1:,}")
         if max(height, width) > 65500:
@@ -22,11 +23,11 @@ class SyntheticSource:
             )
         self._length = num_samples
         self._pool = [_noise_jpeg(seed, height, width) for seed in range(min(_POOL, num_samples))]
-        self.labels = np.arange(num_samples, dtype=np.int64) % classes
+        self.labels = np.arange(num_samples, dtype=np.int64) % _CLASSES
         self.heights = np.full(num_samples, height, np.int64)
         self.widths = np.full(num_samples, width, np.int64)
-        self.classes: list[str] | None = [f"class{label}" for label in range(classes)]
-        identity = f"synthetic:{num_samples}:{height}x{width}:{classes}"
+        self.classes: list[str] | None = [f"class{label}" for label in range(_CLASSES)]
+        identity = f"synthetic:{num_samples}:{height}x{width}:{_CLASSES}"
         self.checksums, self.proven = None, True  # nothing can change them
         self.former_fingerprints: list[str] = []
         self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
