@@ -25,12 +25,12 @@ from byolt.configs.schema import DataConfig
 from byolt.files.paths import MissingDataError, expand_home, nearest, searched
 from byolt.files.regular import open_regular
 from byolt.files.storage.retry import RemoteError
-from byolt.pipelines.formats import tar
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, are_others, check, check_unchanged, spots
 from byolt.pipelines.formats.folder import FolderSource
 from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
+from byolt.pipelines.formats.tar import Tar
 from byolt.pipelines.manifest import MANIFEST, DescribedSource, Manifest, Shard, checksums
 from byolt.pipelines.remote.dataset import RemoteData
 from byolt.pipelines.remote.source import RemoteSource
@@ -366,8 +366,8 @@ def _check_images(path: Path, described: tuple[Shard, int, np.ndarray]) -> None:
     """Refuses a tar with other images than its records; usually reads one."""
     records = described[2][spots(0, len(described[2]))]
     try:
-        with tar.opened(path) as descriptor:
-            images = (tar.read_at(path, descriptor, int(r["length"]), int(r["offset"])) for r in records)
+        with Tar(path) as file:
+            images = (file.read(int(r["length"]), int(r["offset"])) for r in records)
             if are_others(images, checksums(records).tolist()):
                 raise _other_images(path)
     except OSError as error:

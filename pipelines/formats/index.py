@@ -125,7 +125,7 @@ def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) ->
         classes: The class names that its .cls files hold; None if they hold integers.
 
     Raises:
-        ValueError: Not a regular file, or a damaged or cut tar (see `tar.walk`); names the tar and the offset.
+        ValueError: Not a regular file, or a damaged or cut tar (see `Tar.walk`); names the tar and the offset.
     """
     return scan_tar(path).numbered(numbers_of(classes))
 
