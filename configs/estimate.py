@@ -199,7 +199,9 @@ def time_line(config: Config, device: Device, ranks: int, steps: int) -> str:
     takes = f"about {duration(images / speed)}"
     if rate.device not in place:
         return f"{unknown}; {takes} on one {rate.device} for each rank"
-    return f"{takes} at {_two_digits(speed * ranks)} images/s ({how} on {rate.source})"
+    speed *= ranks
+    figure = f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
+    return f"{takes} at {figure} images/s ({how} on {rate.source})"
 
 
 def _data_seconds(size: int) -> float:
@@ -215,10 +217,6 @@ def _asked_flops(config: Config) -> float:
     heads = 2 * model.projector_hidden * (features + model.projector_size)
     heads += 4 * model.predictor_hidden * model.projector_size * model.predictor
     return encoder + (heads if heads > encoder / 10 else 0)
-
-
-def _two_digits(speed: float) -> str:
-    return f"{speed:,.0f}" if speed >= 10 else f"{speed:.2g}"
 
 
 def _flops(backbone: str, stem: str, size: int) -> float:

@@ -116,7 +116,8 @@ class TrainStep:
             )
         own_time.start(self.device)
         self.update.set_rates(lr, tau)
-        views = [self._lay_out(view) for pair in micro_batches for view in pair]
+        views = [view for pair in micro_batches for view in pair]
+        views = [x.contiguous(memory_format=self.layout) if x.ndim == 4 else x for x in views]
         result, prediction1, projection1 = self.graph(views) if self.graph else self._run(views)
         if self.graph:  # the next replay overwrites its results
             loss, finite, norm = (x.clone() for x in (result.loss, result.finite, result.gradient_norm))
@@ -152,9 +153,6 @@ class TrainStep:
         loss = torch.stack(losses).mean()
         result = StepResult(loss, finite, gradient_norm, None, features1)
         return result, online.prediction1.detach(), projection1
-
-    def _lay_out(self, view: Tensor) -> Tensor:
-        return view.contiguous(memory_format=self.layout) if view.ndim == 4 else view
 
     def state_dict(self) -> dict[str, Any]:
         """Returns {"scaler": the gradient scaler's state}, empty unless precision is fp16."""
