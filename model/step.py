@@ -118,20 +118,21 @@ class TrainStep:
         self.update.set_rates(lr, tau)
         views = [view for pair in micro_batches for view in pair]
         views = [x.contiguous(memory_format=self.layout) if x.ndim == 4 else x for x in views]
-        result, prediction1, projection1 = self.graph(views) if self.graph else self._run(views)
-        if self.graph:  # the next replay overwrites its results
-            loss, finite, norm = (x.clone() for x in (result.loss, result.finite, result.gradient_norm))
-            result = StepResult(loss, finite, norm, None, result.features1)
+        done = self.graph(views) if self.graph else self._run(views)
+        loss, finite, norm, features1, prediction1, projection1 = done
+        signs = None
         if gauges:
             signs = Gauges(*collapse_gauges(prediction1), *collapse_gauges(projection1))
-            result = result._replace(gauges=signs)
-        return result
+        if self.graph:  # the next replay overwrites its results
+            loss, finite, norm = loss.clone(), finite.clone(), norm.clone()
+        return StepResult(loss, finite, norm, signs, features1)
 
-    def _run(self, views: list[Tensor]) -> tuple[StepResult, Tensor, Tensor]:
+    def _run(self, views: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor, Tensor]:
         """All of a step's work on the device; the rates are set before. A CUDA graph can capture it.
 
         Returns:
-            The result without gauges, and the last micro-batch's predictions and target's projections of view 1.
+            loss, finite, gradient_norm and features1 of StepResult; of the last micro-batch's view 1 the predictions
+            and the target's projections.
         """
         self.optimizer.zero_grad(set_to_none=True)
         self.update.keep_buffers()
@@ -151,8 +152,7 @@ class TrainStep:
         finite, gradient_norm = self.update()  # the same on every rank: the gradients are averages over ranks
         self.scaler.update()
         loss = torch.stack(losses).mean()
-        result = StepResult(loss, finite, gradient_norm, None, features1)
-        return result, online.prediction1.detach(), projection1
+        return loss, finite, gradient_norm, features1, online.prediction1.detach(), projection1
 
     def state_dict(self) -> dict[str, Any]:
         """Returns {"scaler": the gradient scaler's state}, empty unless precision is fp16."""

@@ -26,12 +26,12 @@ from byolt.pipelines.convert.from_files import expand_source
 from byolt.pipelines.convert.make import index, index_url, make
 from byolt.pipelines.convert.plan import SUFFIXES, ConversionOptions, parse_split
 from byolt.pipelines.convert.shard_writer import UnusableInputError
-from byolt.pipelines.formats.encoded import MAX_PIXELS
+from byolt.pipelines.formats.encoded import MAX_PIXELS, MAX_SIDE
 from byolt.pipelines.remote.urls import is_remote
 from byolt.pipelines.remote.urls import parse as parse_url
 
 _BOUNDS = {
-    "raw_fraction": (0, 1), "max_size": (0, 65500), "quality": (1, 100), "max_pixels": (1, 2**32),
+    "raw_fraction": (0, 1), "max_size": (0, MAX_SIDE), "quality": (1, 100), "max_pixels": (1, 2**32),
     "seed": (0, 2**63), "shard_size": (1, 100_000), "workers": (1, 1024),
 }  # fmt: skip
 

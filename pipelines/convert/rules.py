@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, features
 
 from byolt.pipelines.formats.beton import LARGEST_SIDE
-from byolt.pipelines.formats.encoded import MAX_PIXELS, ImageHeader, for_pil, inspect, ppm_header
+from byolt.pipelines.formats.encoded import MAX_PIXELS, MAX_SIDE, ImageHeader, for_pil, inspect, ppm_header
 from byolt.pipelines.formats.proof import prove_jpeg
 
 # PIL may have been built without the last two.
@@ -31,7 +31,6 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"),
     *(name for name, feature in _OPTIONAL.items() if features.check(feature)),
 )
-MAX_SIDE = 65500  # pixels of a re-encoded image, JPEG or raw: JPEG_MAX_DIMENSION of libjpeg
 _MAX_COMMENT = 65533  # bytes in a JPEG: a GIF may have more
 _GRAY = frozenset(("1", "L", "LA"))
 _SIXTEEN_BITS = frozenset(("I;16", "I;16L", "I;16B", "I;16N"))

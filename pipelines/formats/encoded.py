@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 MAX_BYTES = 1 << 30  # of one encoded image
 MAX_PIXELS = 178_956_970  # where PIL raises DecompressionBombError by default: 2 * (1 GiB / 4 / 3)
+MAX_SIDE = 65500  # pixels of an image that is encoded: JPEG_MAX_DIMENSION of libjpeg
 
 _JPEG = b"\xff\xd8"
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -6,6 +6,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from byolt.pipelines.formats.encoded import MAX_SIDE
+
 _POOL = 64  # distinct images
 _CLASSES = 10
 
@@ -17,9 +19,9 @@ class SyntheticSource:
         for name, value in (("NUM", num_samples), ("H", height), ("W", width)):
             if not 0 < value < 1 << 31:
                 raise ValueError(f"synthetic:NUM:HxW: {name}={value} must be 1 to {(1 << 31) - 1:,}")
-        if max(height, width) > 65500:
+        if max(height, width) > MAX_SIDE:
             raise ValueError(
-                f"synthetic:NUM:HxW: {height}x{width} must be at most 65500x65500, the largest JPEG"
+                f"synthetic:NUM:HxW: {height}x{width} must be at most {MAX_SIDE}x{MAX_SIDE}, the largest JPEG"
             )
         self._length = num_samples
         self._pool = [_noise_jpeg(seed, height, width) for seed in range(min(_POOL, num_samples))]

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from byolt.pipelines.kernels.inputs import NEGLIGIBLE, Floats
+from byolt.pipelines.views import GRAY_WEIGHTS
 
 ZERO, HALF, ONE, TWO, THREE, FOUR, SIX = (np.float32(x) for x in (0, 0.5, 1, 2, 3, 4, 6))
-RED, GREEN, BLUE = np.float32(0.2989), np.float32(0.5870), np.float32(0.1140)  # views.GRAY_WEIGHTS
+RED, GREEN, BLUE = (np.float32(x) for x in GRAY_WEIGHTS)
 TINY = np.float32(1e-30)  # in place of a zero divisor whose dividend is zero
 
 # Each function needs a unique name, also those that a function makes: a process that loads two of one name, compiled by
