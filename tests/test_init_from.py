@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,8 @@ def test_a_flipped_byte_is_refused(files: dict[str, Path], tmp_path: Path) -> No
         ({"conv1.weight": None}, "conv1.weight is missing"),
         ({"conv1.weight": torch.zeros(32, 3, 7, 7)}, "conv1.weight is (32, 3, 7, 7) instead of"),
         ({"bn1.bias": torch.full((32,), torch.nan)}, "bn1.bias is not finite"),
+        ({"bn1.running_var": torch.full((32,), -1.0)}, "bn1.running_var is negative"),
+        ({"bn1.bias": torch.ones(32, dtype=torch.int8)}, "bn1.bias is int8 instead of floating point"),
         ({"layer1.1.conv1.weight": torch.zeros(1)}, "layer1.1.conv1.weight is unexpected"),
         (
             {f"layer{i}.7.weight": torch.zeros(1) for i in (1, 2, 3)} | {"bn1.a\nb" * 99: torch.zeros(1)},
@@ -172,6 +175,15 @@ def test_what_does_not_fit_is_listed(
     )
     message = refused(tmp_path / "weights.pth", fresh())
     assert part in message and len(message) < 900
+
+
+def test_other_names_are_shown(source: nn.Module, tmp_path: Path) -> None:
+    """Of a DataParallel or a method's state_dict, whose prefix has to be removed."""
+    save_file({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "w")
+    assert re.search(
+        r"running_var is missing, and 40 more; its names: module\.[\w.]+, module",
+        refused(tmp_path / "w", fresh()),
+    )
 
 
 class Payload:

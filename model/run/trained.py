@@ -140,21 +140,28 @@ def initialize(encoder: nn.Module, path: str) -> tuple[dict[str, str], str]:
         raise checkpoint.CheckpointError(f"model.init_from={problem}") from None
     expected = encoder.state_dict()
     found = fit_positions(encoder, found)
-    heads = {name for name in found.keys() ^ expected.keys() if name.split(".")[0] in _HEADS}
+    heads = {name for name in found.keys() - expected.keys() if name.split(".")[0] in _HEADS}
     modules = {name.split(".")[0] for name in expected}
     counters = {name for name in expected if name.endswith(".num_batches_tracked")}  # old files have none
-    wrong = [f"{name} is missing" for name in expected if name not in found.keys() | heads | counters]
+    wrong = [f"{name} is missing" for name in expected if name not in found.keys() | counters]
     others = [name for name in found if name not in expected.keys() | heads]
     wrong += [f"{name} is unexpected" for name in others if name.split(".")[0] in modules]
     both = {name: value.to(expected[name].dtype) for name, value in found.items() if name in expected}
     for name, value in both.items():
         if value.shape != expected[name].shape:
             wrong.append(f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}")
+        elif expected[name].is_floating_point() and not found[name].is_floating_point():
+            wrong.append(
+                f"{name} is {str(found[name].dtype).removeprefix('torch.')} instead of floating point"
+            )
+        elif name.endswith(".running_var") and (value < 0).any():
+            wrong.append(f"{name} is negative")
         elif not value.isfinite().all():
             wrong.append(f"{name} is not finite")
     if wrong:
+        named = "" if both else f"; its names: {shown(list(found)[:2]) or 'none'}"  # perhaps with a prefix
         raise checkpoint.CheckpointError(
-            f"model.init_from={path}{of} does not fit model.backbone and model.stem: {shown(wrong)}"
+            f"model.init_from={path}{of} does not fit model.backbone and model.stem: {shown(wrong)}{named}"
         )
     for name, value in both.items():
         expected[name].copy_(value)  # shares the encoder's memory
