@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 FAULTS = ("503", "403", "404", "truncate", "reset", "stall", "loris")
 
@@ -188,3 +191,28 @@ def s3_bucket(secret: str) -> Iterator[dict[str, str]]:
         }
     finally:
         server.stop()
+
+
+@contextmanager
+def gcs_bucket(token: str) -> Iterator[dict[str, str]]:
+    """The same for Google's XML interface, which is S3's but for the token and the names of some headers."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication
+
+    serve = DomainDispatcherApplication.__call__
+
+    def translate(self: Any, environ: dict[str, Any], respond: Any) -> Any:
+        if environ.get("HTTP_AUTHORIZATION") != f"Bearer {token}":
+            respond("401 Unauthorized", [("Content-Length", "0")])
+            return [b""]
+        environ = {key.replace("HTTP_X_GOOG_", "HTTP_X_AMZ_"): value for key, value in environ.items()}
+        environ["HTTP_AUTHORIZATION"] = "AWS4-HMAC-SHA256 Credential=A/20260101/us-east-1/s3/aws4_request"
+
+        def answer(status: str, headers: list[tuple[str, str]], *others: Any) -> Any:
+            renamed = [(name.lower().replace("x-amz-", "x-goog-"), value) for name, value in headers]
+            return respond(status, [*renamed, ("x-goog-generation", "1")], *others)
+
+        return serve(self, environ, answer)
+
+    with s3_bucket(token) as environment, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DomainDispatcherApplication, "__call__", translate)
+        yield {"GOOGLE_BASE_URL": environment["AWS_ENDPOINT_URL"], "GOOGLE_BEARER_TOKEN": token}

@@ -1,24 +1,33 @@
-"""The commands on a bucket: moto's server speaks S3 on loopback."""
+"""The commands on a bucket: moto's server speaks S3 and Google's interface on loopback, Azurite Azure's."""
 
+import base64
+import hmac
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication
 from PIL import Image
-from range_server import s3_bucket
+from range_server import gcs_bucket, s3_bucket
 from whole_runs import ROOT
 
 from byolt.configs.schema import DataConfig
+from byolt.files.atomic import sha256_of
 from byolt.files.storage import retry
-from byolt.files.storage.retry import RemoteError
+from byolt.files.storage.retry import MissingError, RemoteError
 from byolt.files.storage.store import Store
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.sources import TarSource, open_source
@@ -36,6 +45,95 @@ def bucket() -> Iterator[str]:
         for key, value in environment.items():
             patch.setenv(key, value)
         yield "s3://bucket"
+
+
+@contextmanager
+def azure_container(secret: str) -> Iterator[dict[str, str]]:
+    """Starts Azurite with an empty container named "bucket"."""
+    if not (program := shutil.which("azurite-blob")):
+        pytest.skip("azurite-blob is not installed (npm install azurite)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    key, url = base64.b64encode(secret.encode()).decode(), f"http://127.0.0.1:{port}/account"
+    command = [
+        program,
+        "--inMemoryPersistence",
+        "--skipApiVersionCheck",
+        "--disableTelemetry",
+        "--blobPort",
+        str(port),
+    ]
+    with subprocess.Popen(command, env={**os.environ, "AZURITE_ACCOUNTS": f"account:{key}"}) as server:
+        try:
+            _make_container(url, secret)
+            yield {
+                "AZURE_STORAGE_ENDPOINT": url,
+                "AZURE_STORAGE_ACCOUNT_NAME": "account",
+                "AZURE_STORAGE_ACCOUNT_KEY": key,
+            }
+        finally:
+            server.terminate()
+
+
+def _make_container(url: str, secret: str) -> None:
+    """A signed request, because obstore makes no containers; repeated until the server has started."""
+    headers = {"x-ms-date": formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = "PUT" + "\n" * 12 + "".join(f"{key}:{value}\n" for key, value in headers.items())
+    signed += "/account/account/bucket\nrestype:container"
+    signature = base64.b64encode(hmac.digest(secret.encode(), signed.encode(), "sha256")).decode()
+    headers |= {"Authorization": f"SharedKey account:{signature}", "Content-Length": "0"}
+    request = urllib.request.Request(f"{url}/bucket?restype=container", method="PUT", headers=headers)
+    for _ in range(100):
+        with suppress(URLError):
+            urllib.request.urlopen(request)
+            return
+        time.sleep(0.1)
+    raise AssertionError("Azurite does not answer")
+
+
+@pytest.mark.parametrize(
+    ("server", "url", "key", "refusal"),
+    [
+        (s3_bucket, "s3://bucket/s3/folder", "", ""),
+        (gcs_bucket, "gs://bucket/gs/folder", "GOOGLE_BEARER_TOKEN", "not accepted \\(HTTP 401\\)"),
+        (azure_container, "az://bucket/az/folder", "AZURE_STORAGE_ACCOUNT_KEY", "denied \\(HTTP 403\\)"),
+    ],
+    ids=["s3", "gs", "az"],
+)
+def test_objects_of_each_kind_of_store(
+    server: Any, url: str, key: str, refusal: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(np.random.default_rng(0).bytes(11_000_000))  # is sent in parts
+    with server(SECRET) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        store = Store(url, 0.1)
+        assert store.list() == {}
+        assert store.put("small", b"hello world") and store.put("large", large) and store.put("none", b"")
+        there = store.list() or {}
+        assert {name: entry.size for name, entry in there.items()} == {
+            "large": 11_000_000,
+            "none": 0,
+            "small": 11,
+        }
+        assert store.sha256("large") == sha256_of(large)
+        assert not store.put("large", large, there) and store.put("small", b"HELLO WORLD", there)
+        with pytest.raises(RemoteError, match=r"folder/small: changed while .* \(HTTP 412\)"):
+            store.range("small", 0, 5)
+        store.list()
+        assert bytes(store.range("small", 6, 5)) == b"WORLD" and store.get("none") == b""
+        parts = store.ranges("large", [0, 6_000_000], [100, 5_000_000])
+        assert [bytes(part) for part in parts] == [large.read_bytes()[:100], large.read_bytes()[6_000_000:]]
+        store.delete("none")
+        with pytest.raises(MissingError, match=r"folder/none: does not exist \(HTTP 404\): check the URL"):
+            store.get("none")
+        if key:
+            monkeypatch.setenv(key, base64.b64encode(b"another-secret").decode())
+            with pytest.raises(RemoteError, match=refusal) as caught:
+                Store(url, 0.1).list()
+            assert "secret" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,12 @@ import re
 
 from byolt.files.paths import without_secrets
 
+CHANGED = ("changed while the run was reading it", "restore the object, or start again with the new data set")
 _FINAL = {
     401: ("the credentials are not accepted", "check them"),
     403: ("access is denied", "check the credentials and the permissions on the bucket"),
     404: ("does not exist", "check the URL"),
-    412: ("changed while the run was reading it", "restore the object, or start again with the new data set"),
+    412: CHANGED,
 }
 _FINAL_TEXTS = (
     ("TooManyRedirects", "the server redirects in a circle", "check the URL"),
@@ -62,7 +63,7 @@ def final_cause(error: BaseException) -> tuple[str, str] | None:
     if re.search("169\\.254\\.169\\.254|metadata\\.google|MetadataRequest|CredentialsNotLoaded", text):
         return (
             "no credentials were found",
-            "set them (docs/remote.md); AWS_SKIP_SIGNATURE=true for public data",
+            "set them, or AWS_SKIP_SIGNATURE=true (GOOGLE_, AZURE_) for public data: docs/remote.md",
         )
     if "Range request not supported" in text:
         return "the server does not answer range requests", "use another server, or copy the data"

@@ -25,6 +25,11 @@ from byolt.files.console import say
 from byolt.files.storage import retry
 from byolt.files.storage.retry import MissingError, OutageError, RemoteError
 
+_ENDPOINTS = {  # by scheme: environment variables that lead to another server
+    "s3": ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
+    "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
+    "gs": ("GOOGLE_BASE_URL",),
+}
 _SHA256 = "sha256"  # key of the metadata
 _STALL = "3s"  # without a byte: a stalled connection
 _CONNECT = "5s"
@@ -228,7 +233,8 @@ class Store:
                 f"{self.url}/{name} has {result.meta['size']:,} bytes, and bytes {span[0]:,} to {span[1]:,} are asked "
                 "for: it is not the object that the manifest describes: upload it again"
             )
-        self._etags.setdefault(name, _strong(result.meta["e_tag"]))
+        if self._etags.setdefault(name, found := _strong(result.meta["e_tag"])) not in (None, found):
+            raise RemoteError(f"{self.url}/{name}: {': '.join(retry.CHANGED)}")  # If-Match was ignored
         return data
 
     def _call(self, work: Coroutine[Any, Any, Result], answers: bool = True) -> Result:
@@ -348,8 +354,8 @@ async def _gather(jobs: list[Coroutine[Any, Any, Result]]) -> list[Result]:
 
 
 def _strong(etag: str | None) -> str | None:
-    """The ETag if If-Match can be used with it."""
-    return None if etag is None or etag.startswith("W/") else etag
+    """The ETag, in quotes, if If-Match can be used with it; Azure's lists leave the quotes out."""
+    return None if etag is None or etag.startswith("W/") else f'"{etag.strip(chr(34))}"'
 
 
 def _client(url: str, writing: bool = False) -> Any:
@@ -359,10 +365,10 @@ def _client(url: str, writing: bool = False) -> Any:
     """
     from obstore import store
 
-    endpoint = next((os.environ[k] for k in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT") if k in os.environ), "")
-    plain = url.startswith("http://") or (url.startswith("s3://") and endpoint.startswith("http://"))
+    variables = _ENDPOINTS.get(url.split(":")[0], ())
+    endpoint = next((os.environ[name] for name in variables if name in os.environ), url)
     options: dict[str, Any] = {
-        "client_options": {"connect_timeout": _CONNECT, "allow_http": plain},
+        "client_options": {"connect_timeout": _CONNECT, "allow_http": endpoint.startswith("http://")},
         "retry_config": {"max_retries": 0},
     }
     options["client_options"]["read_timeout"] = "60s" if writing else _STALL
