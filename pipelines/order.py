@@ -79,7 +79,7 @@ def global_batch(
     Raises:
         ValueError: step or batch size out of range.
     """
-    return _batch_part(seed, epoch, step, num_samples, batch_size, mode, 0, batch_size)
+    return RankOrder(seed, num_samples, batch_size, mode).part(epoch, step, 0, batch_size)
 
 
 @dataclass(frozen=True)
@@ -112,12 +112,34 @@ class RankOrder:
     def batches(self, step: int) -> tuple[int, _Ids]:
         """The epoch of the run's step k, and this rank's ids, int64 (accumulation, images), a row per micro-batch."""
         epoch, place = position(step, self.num_samples, self.batch_size)
-        of_step = self.seed, epoch, place, self.num_samples, self.batch_size, self.mode
         if self.mode == "lanes":  # the rank's lanes; each micro-batch takes evenly from all of them
             share = self.batch_size // self.world_size
-            ids = _batch_part(*of_step, self.rank * share, (self.rank + 1) * share)
+            ids = self.part(epoch, place, self.rank * share, (self.rank + 1) * share)
             return epoch, np.ascontiguousarray(ids.reshape(-1, self.accumulation).T)
-        return epoch, global_batch(*of_step).reshape(self.accumulation, self.world_size, -1)[:, self.rank]
+        ids = self.part(epoch, place, 0, self.batch_size)
+        return epoch, ids.reshape(self.accumulation, self.world_size, -1)[:, self.rank]
+
+    def part(self, epoch: int, step: int, start: int, stop: int) -> _Ids:
+        """Places `start` to `stop` of a global batch, of any ranks; see `global_batch`."""
+        steps = self.num_samples // self.batch_size
+        if not 0 <= step < steps:
+            raise ValueError(f"step {step} is outside the epoch's {steps} steps")
+        of_epoch = self.seed, epoch, self.num_samples
+        first = step * self.batch_size
+        if self.mode == "full":
+            return _full_order(*of_epoch)[first + start : first + stop]
+        if self.mode == "block":
+            return _in_windows(*of_epoch, first + start, first + stop, _block_window)
+        if self.mode != "lanes":
+            raise ValueError(f'order mode {self.mode!r} is none of "full", "block" and "lanes"')
+        count = lanes(self.batch_size)
+        each = self.batch_size // count  # samples of a lane in a step
+        parts = []
+        for lane in range(start // each, -(-stop // each)):
+            begin = lane * (self.num_samples // count) + step * each
+            inside = begin + max(start - lane * each, 0), begin + min(stop - lane * each, each)
+            parts.append(_in_windows(*of_epoch, *inside, partial(_lane_window, *of_epoch, count, lane)))
+        return np.concatenate(parts)
 
 
 def window(mode: Mode, batch_size: int) -> int:
@@ -128,31 +150,6 @@ def window(mode: Mode, batch_size: int) -> int:
 def lanes(batch_size: int) -> int:
     """Number of lanes: it does not depend on the number of ranks, and divides the batch."""
     return math.gcd(batch_size, LANES)
-
-
-def _batch_part(
-    seed: int, epoch: int, step: int, num_samples: int, batch_size: int, mode: Mode, start: int, stop: int
-) -> _Ids:
-    """Places `start` to `stop` of a global batch."""
-    steps = steps_per_epoch(num_samples, batch_size)
-    if not 0 <= step < steps:
-        raise ValueError(f"step {step} is outside the epoch's {steps} steps")
-    of_epoch = seed, epoch, num_samples
-    first = step * batch_size
-    if mode == "full":
-        return _full_order(*of_epoch)[first + start : first + stop]
-    if mode == "block":
-        return _in_windows(*of_epoch, first + start, first + stop, _block_window)
-    if mode != "lanes":
-        raise ValueError(f'order mode {mode!r} is none of "full", "block" and "lanes"')
-    count = lanes(batch_size)
-    each = batch_size // count  # samples of a lane in a step
-    parts = []
-    for lane in range(start // each, -(-stop // each)):
-        begin = lane * (num_samples // count) + step * each
-        inside = begin + max(start - lane * each, 0), begin + min(stop - lane * each, each)
-        parts.append(_in_windows(*of_epoch, *inside, partial(_lane_window, *of_epoch, count, lane)))
-    return np.concatenate(parts)
 
 
 @lru_cache(maxsize=2)

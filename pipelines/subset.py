@@ -53,7 +53,7 @@ def spaced(total: int, count: int) -> npt.NDArray[np.int64]:
     return np.linspace(0, total, min(count, total), endpoint=False).astype(np.int64)
 
 
-def drawn(total: int, count: int) -> npt.NDArray[np.int64]:
+def random_ids(total: int, count: int) -> npt.NDArray[np.int64]:
     """At most `count` ids, sampled from 0 to total - 1, always the same ones, sorted.
 
     Evenly spaced ids can miss classes: at a stride that is a multiple of the labels' period, all have one label.

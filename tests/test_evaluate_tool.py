@@ -494,7 +494,7 @@ def fourth(run: Path, tmp_path: Path) -> list[str]:
 def test_a_class_that_has_a_name_and_no_image_is_drawn(
     run: Path, fourth: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inputs, "drawn", lambda total, count: np.arange(0, total - 1, 2))  # no white
+    monkeypatch.setattr(inputs, "random_ids", lambda total, count: np.arange(0, total - 1, 2))  # no white
     options = ["--protocol", "knn", "--k", "5", "--max-images", "20"]
     document = _measure(run, tmp_path / "out", *options, *fourth)
     assert document["classes"] == 4 and document["results"][0]["top1"] == 100.0

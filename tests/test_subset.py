@@ -12,7 +12,7 @@ from PIL import Image
 from test_make_shards import write_tar
 
 from byolt.pipelines.sources import open_source
-from byolt.pipelines.subset import Subset, _original, balanced_ids, drawn, file_names, listed_ids, spaced
+from byolt.pipelines.subset import Subset, _original, balanced_ids, file_names, listed_ids, random_ids, spaced
 from byolt.tools import make_shards
 
 
@@ -88,14 +88,14 @@ def test_spaced_numbers(total: int, count: int) -> None:
 
 @pytest.mark.parametrize(("total", "count"), [(10, 10), (10, 99), (1000, 7), (7, 5)])
 def test_drawn_numbers(total: int, count: int) -> None:
-    numbers = drawn(total, count)
+    numbers = random_ids(total, count)
     assert len(numbers) == min(count, total) and (np.diff(numbers) > 0).all()
-    assert numbers[0] >= 0 and numbers[-1] < total and (numbers == drawn(total, count)).all()
+    assert numbers[0] >= 0 and numbers[-1] < total and (numbers == random_ids(total, count)).all()
 
 
 def test_drawn_numbers_have_no_period() -> None:
     """Evenly spaced, all 100 would be of one residue."""
-    counts = np.bincount(drawn(1000, 100) % 10, minlength=10)
+    counts = np.bincount(random_ids(1000, 100) % 10, minlength=10)
     assert ((counts - 10) ** 2 / 10).sum() < 21.7  # chi squared of 9 degrees of freedom: 99 %
 
 

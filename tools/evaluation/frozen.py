@@ -18,7 +18,7 @@ from byolt.model.distributed import World
 from byolt.model.quality import features, scores
 from byolt.pipelines.plain import plain_images
 from byolt.pipelines.sources import Source
-from byolt.pipelines.subset import drawn
+from byolt.pipelines.subset import random_ids
 
 T = TypeVar("T")
 CHUNK = 64  # images of one forward pass: a fixed number, so that rounding does not depend on the ranks
@@ -63,7 +63,7 @@ def calibrate(setup: Setup) -> None:
     same images, so the statistics do not depend on the number of ranks.
     """
     count = min(CALIBRATION, len(setup.train))
-    ids = drawn(len(setup.train), count // BATCH * BATCH or count)
+    ids = random_ids(len(setup.train), count // BATCH * BATCH or count)
     with setup.autocast():
         features.calibrate_batch_norm(setup.encoder, plain_images(setup.train, ids, setup.config, BATCH))
 

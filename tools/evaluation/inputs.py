@@ -9,7 +9,7 @@ from byolt.model.quality import scores
 from byolt.model.resnet import make_encoder
 from byolt.model.run.trained import Trained
 from byolt.pipelines.sources import Source, open_split
-from byolt.pipelines.subset import Subset, drawn
+from byolt.pipelines.subset import Subset, random_ids
 
 
 def open_labeled(
@@ -22,7 +22,7 @@ def open_labeled(
     if (source.labels < 0).any():
         raise ValueError(f"{option} {path} holds unlabeled images: give a data set with classes")
     if limit and limit < len(source):
-        return Subset(source, drawn(len(source), limit))
+        return Subset(source, random_ids(len(source), limit))
     return source
 
 
