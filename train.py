@@ -10,15 +10,13 @@ import argparse
 import os
 import signal
 import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 import byolt.tools.environment  # noqa: F401
 from byolt.configs import command_line, derived, fixed, schema
-from byolt.files import failpoint
+from byolt.files import failpoint, stop
 from byolt.files.console import say
 from byolt.files.lock import Lock
 from byolt.files.machine import cores_per_rank, find_device, ranks_here
@@ -30,24 +28,6 @@ if TYPE_CHECKING:  # torch takes seconds to import: settings are checked and sig
     from byolt.pipelines.loader import Loader
 
 # ── settings ───────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Stop:
-    """Remembers the signal that asks the run to stop.
-
-    The loop looks after each step (`Run.save_or_stop_if_due`); `finish` saves; `report` returns 128 + the signal.
-    """
-
-    def __init__(self) -> None:
-        self.signal = 0
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            raise KeyboardInterrupt
-        self.signal = number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -84,8 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return fail(error)
     try:
-        with Lock(Path(config.run.out, "run.lock"), f"run.out={config.run.out}") as lock:
-            return train(config, args, Stop(), lock)
+        with Lock(Path(config.run.out, "run.lock"), f"run.out={config.run.out}") as lock, stop.listening():
+            return train(config, args, lock)
     except KeyboardInterrupt:
         return 130
 
@@ -100,14 +80,11 @@ def fail(error: Exception) -> int:
 # ── the run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Lock) -> int:
+def train(config: schema.Config, args: argparse.Namespace, lock: Lock) -> int:
     """Runs or continues a whole run; returns the exit code."""
     failpoint.reach("import")
-    from byolt.files.limits import limit_behind
-    from byolt.files.storage.store import serve_run
     from byolt.model import distributed
-    from byolt.model.run import failure, guard, trace
-    from byolt.model.run.checkpoint import CheckpointError
+    from byolt.model.run import failure, trace
     from byolt.pipelines.loader import CorruptBudgetError
 
     settings, run = config.train, None
@@ -116,30 +93,23 @@ def train(config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Loc
     except ValueError as error:
         return fail(error)
     try:
-        serve_run(lambda: stop.signal)
-        run, loader = prepare(config, args, stop, lock, world)
+        run, loader = prepare(config, args, lock, world)
         tracing = trace.Trace(args.trace if args.trace and world.is_main else 0, run.out, run.meter.say)
         with run.meter, run.mirror or nullcontext(), loader, run.metrics or nullcontext(), tracing:
+            run.begin()
             with run.stopped_by_outage():
                 loop(run, loader, tracing)
             finish(run)
         code = report(run)
     except Exception as error:
-        mistake = run is None and isinstance(error, (ValueError, OSError, CheckpointError))
-        mistake = mistake or failure.is_out_of_memory(error)
-        foreseen = (guard.CollapseError, CorruptBudgetError, FloatingPointError, OSError)
-        foreseen_here = mistake or isinstance(error, foreseen) or limit_behind(error)
-        if not foreseen_here and not distributed.is_lost_peer(error):
-            traceback.print_exc()
-        reason = failure.explain(error, run.step if run else None, world, run.config if run else config)
-        say(f"error: {reason}", file=sys.stderr)
-        return 128 + stop.signal if isinstance(error, InterruptedError) else 2 if mistake else 1
+        step, known = (run.step, run.config) if run else (None, config)
+        return failure.report(error, step, world, known, CorruptBudgetError)
     distributed.shutdown(world)
     return code
 
 
 def prepare(
-    config: schema.Config, args: argparse.Namespace, stop: Stop, lock: Lock, world: "World"
+    config: schema.Config, args: argparse.Namespace, lock: Lock, world: "World"
 ) -> tuple["Run", "Loader"]:
     """Everything before the first step; a ValueError, OSError or CheckpointError in it is a user's mistake."""
     import torch
@@ -197,22 +167,9 @@ def prepare(
     )  # fmt: skip
     run = Run(
         config, world, train_step, probe, knn, num_images=len(source), fingerprint=source.fingerprint,
-        rounding=rounding, start=start, last_step=last_step, signal=lambda: stop.signal, mirror=mirror,
+        rounding=rounding, start=start, last_step=last_step, mirror=mirror,
     )  # fmt: skip
-    if world.is_main:
-        facts = {
-            "ranks": world.size, "precision": precision, "backend": reason,
-            "rounding": rounding, "changed": start.changed, "init_from": start.init_from,
-            "config": config.model_dump(mode="json"),
-        }  # fmt: skip
-        provenance.record_start(out, start.step, device, facts)
-    changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
-    for note in filter(None, (reason, train_step.note, changed if start.changed else "")):
-        run.meter.say(note)
-    run.meter.say(
-        f"{start.origin}: steps {start.step} to {max(start.step, last_step)} of {total_steps}, {len(source)} images, "
-        f"{world.size} x {device.type}, {precision}"
-    )
+    run.introduce(start, precision, reason)
     return run, loader
 
 
@@ -223,18 +180,17 @@ def loop(run: "Run", loader: "Loader", tracing: "Trace") -> None:
     """Trains to the last step, or until a rank gets a signal."""
     import torch
 
-    run.begin()
     batches = iter(loader)
     while run.step < run.last_step and not run.stopping:
         with tracing.range("wait for data"):
             batch = next(batches)
-        if run.step == 0:
-            run.draw_views(batch[0].view1, batch[0].view2)
         lr, tau = run.lr_and_tau()
         logged = run.is_logged(run.step + 1)
         failpoint.reach("step", run.step)
         with tracing.range("training step"):
             result = run.train_step([(b.view1, b.view2) for b in batch], lr, tau, gauges=logged)
+        if run.step == 0:
+            run.draw_views(batch[0].view1, batch[0].view2)
         right = None
         if run.probe:
             labels = torch.cat([b.label for b in batch])
@@ -280,7 +236,7 @@ def report(run: "Run") -> int:
 
     code = 0
     if run.stopping:
-        number = signal.Signals(run.signal() or signal.SIGTERM)  # another rank got it: torchrun sends SIGTERM
+        number = signal.Signals(stop.asked() or signal.SIGTERM)  # another rank got it: torchrun sends SIGTERM
         code = 128 + number
         run.meter.say(f"stopped by {number.name} at step {run.step}; continue with --resume auto")
     elif run.world.is_main and run.knn_trained is not None:

@@ -5,6 +5,7 @@ updates and the finite gate; "apex" uses the kernels of NVIDIA's amp_C. The host
 """
 
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, get_args
@@ -113,8 +114,13 @@ class LARS(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's."""
-        super().add_param_group(param_group)
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
         self._fused = None
+
+    # torch wraps these methods to keep its compiler out; the first call of a wrapper imports the compiler, 1.2 CPU s.
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]

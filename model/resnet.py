@@ -1,14 +1,15 @@
-"""The encoders: torchvision's ResNets and the small resnet8 and resnet8_half, with the reference's initialization.
+"""The encoders: ResNets and the small resnet8 and resnet8_half, with the reference's initialization.
 
-Those of timm come from timm_networks.py.
+The ResNets have the attributes and, from a seed, the weights of subclasses of torchvision's, which are not imported:
+torchvision imports torch's compiler, in 1.2 CPU s. Those of timm come from timm_networks.py.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet
 
 from byolt.configs.schema import TIMM, Backbone, Stem
 from byolt.model.kernels.norm import BatchNorm
@@ -18,16 +19,61 @@ BACKBONES: tuple[str, ...] = get_args(Backbone)
 STEMS: tuple[str, ...] = get_args(Stem)
 
 
-class BasicBlock(resnet.BasicBlock):
-    """torchvision's, with each batch norm fused with the operations after it."""
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, each batch norm fused with the operations after it.
+
+    Args:
+        channels_in: channels of the input.
+        channels: channels of the output, divided by `expansion`.
+        stride: of the first 3x3 convolution.
+        downsample: 1x1 convolution and batch norm of the shortcut; None adds the input itself.
+        width: of a bottleneck relative to ResNet-50's 64; a basic block has none.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        stride: int = 1,
+        downsample: nn.Sequential | None = None,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        self.conv1 = _convolution(channels_in, channels, 3, stride)
+        self.bn1 = BatchNorm(channels)
+        self.conv2 = _convolution(channels, channels, 3)
+        self.bn2 = BatchNorm(channels)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
         return self.bn2(self.conv2(out), *_shortcut(self, x), relu=True)
 
 
-class Bottleneck(resnet.Bottleneck):
-    """torchvision's, with each batch norm fused with the operations after it."""
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions; the 3x3 one strides (v1.5). Otherwise as `BasicBlock`."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        stride: int = 1,
+        downsample: nn.Sequential | None = None,
+        width: int = 64,
+    ) -> None:
+        super().__init__()
+        inner = channels * width // 64
+        self.conv1 = _convolution(channels_in, inner, 1)
+        self.bn1 = BatchNorm(inner)
+        self.conv2 = _convolution(inner, inner, 3, stride)
+        self.bn2 = BatchNorm(inner)
+        self.conv3 = _convolution(inner, 4 * channels, 1)
+        self.bn3 = BatchNorm(4 * channels)
+        self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn1(self.conv1(x), relu=True)
@@ -35,16 +81,61 @@ class Bottleneck(resnet.Bottleneck):
         return self.bn3(self.conv3(out), *_shortcut(self, x), relu=True)
 
 
+def _convolution(channels_in: int, channels_out: int, side: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(channels_in, channels_out, side, stride, padding=side // 2, bias=False)
+
+
+def _stage(
+    block: type[BasicBlock | Bottleneck],
+    channels_in: int,
+    channels: int,
+    count: int,
+    stride: int,
+    width: int = 64,
+) -> nn.Sequential:
+    """`count` blocks; the first strides, and its shortcut is a 1x1 convolution if the shape changes (option B)."""
+    channels_out, downsample = channels * block.expansion, None
+    if stride > 1 or channels_in != channels_out:
+        downsample = nn.Sequential(
+            _convolution(channels_in, channels_out, 1, stride), BatchNorm(channels_out)
+        )
+    first = block(channels_in, channels, stride, downsample, width)
+    return nn.Sequential(first, *(block(channels_out, channels, width=width) for _ in range(count - 1)))
+
+
 def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> tuple[Tensor, BatchNorm | None]:
     """The tensor that a block adds to its output, and the batch norm to apply to it, if there is one."""
     if block.downsample is None:
         return x, None
     convolution, norm = block.downsample
-    return convolution(x), norm
+    return convolution(x), norm  # type: ignore[return-value]
 
 
-class ResNet(resnet.ResNet):
-    """torchvision's, with each batch norm fused with the operations after it."""
+class ResNet(nn.Module):
+    """The ResNet of He et al. (arXiv 1512.03385) for ImageNet.
+
+    Args:
+        block: of all stages.
+        blocks: number of blocks of each of the four stages.
+        width: of a bottleneck relative to ResNet-50's 64.
+    """
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], blocks: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.conv1 = _convolution(3, 64, 7, stride=2)
+        self.bn1 = BatchNorm(64)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.layer1 = _stage(block, 64, 64, blocks[0], 1, width)
+        self.layer2 = _stage(block, 64 * block.expansion, 128, blocks[1], 2, width)
+        self.layer3 = _stage(block, 128 * block.expansion, 256, blocks[2], 2, width)
+        self.layer4 = _stage(block, 256 * block.expansion, 512, blocks[3], 2, width)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc: nn.Module = nn.Linear(512 * block.expansion, 1000)
+        for (
+            layer
+        ) in self.modules():  # `initialize_` replaces the values, but a seed's next numbers depend on them
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W) -> (N, 512) from basic blocks, (N, 2048) from bottlenecks."""
@@ -65,12 +156,12 @@ class ResNet8(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+        self.conv1 = _convolution(3, width, 7, stride=2)
         self.bn1 = BatchNorm(width)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        self.layer1 = nn.Sequential(BasicBlock(width, width, norm_layer=BatchNorm))
-        self.layer2 = nn.Sequential(_halving_block(width, 2 * width))
-        self.layer3 = nn.Sequential(_halving_block(2 * width, 4 * width))
+        self.layer1 = _stage(BasicBlock, width, width, 1, 1)
+        self.layer2 = _stage(BasicBlock, width, 2 * width, 1, 2)
+        self.layer3 = _stage(BasicBlock, 2 * width, 4 * width, 1, 2)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module = nn.Linear(4 * width, 10)
 
@@ -81,17 +172,11 @@ class ResNet8(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _halving_block(channels_in: int, channels_out: int) -> BasicBlock:
-    convolution = nn.Conv2d(channels_in, channels_out, kernel_size=1, stride=2, bias=False)
-    shortcut = nn.Sequential(convolution, BatchNorm(channels_out))
-    return BasicBlock(channels_in, channels_out, stride=2, downsample=shortcut, norm_layer=BatchNorm)
-
-
 # Channels of the first stage.
 RESNET8_WIDTHS = {"resnet8": 32, "resnet8_half": 16}
 
 # Block, blocks of each stage, width of a bottleneck relative to ResNet-50's 64, as in torchvision.
-_RESNETS = {
+_RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, ...], int]] = {
     "resnet18": (BasicBlock, (2, 2, 2, 2), 64),
     "resnet34": (BasicBlock, (3, 4, 6, 3), 64),
     "resnet50": (Bottleneck, (3, 4, 6, 3), 64),
@@ -128,12 +213,11 @@ def make_encoder(backbone: str, stem: str, size: int = 224) -> nn.Module:
         encoder: Any = ResNet8(RESNET8_WIDTHS[backbone])
     else:
         block, blocks, width = _RESNETS[backbone]
-        encoder = ResNet(block, list(blocks), width_per_group=width, norm_layer=BatchNorm)
+        encoder = ResNet(block, blocks, width)
     encoder.num_features = encoder.fc.in_features
     encoder.fc = nn.Identity()
     if stem == "cifar":
-        width = encoder.conv1.out_channels
-        encoder.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+        encoder.conv1 = _convolution(3, encoder.conv1.out_channels, 3)
         encoder.maxpool = nn.Identity()
     return initialize_(encoder)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import Config
+from byolt.files import stop
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.resident import Resident
@@ -54,6 +55,7 @@ def plain_images(
         parts = [ids[first : first + batch_size] for first in range(0, len(ids), batch_size)]
         ahead = start(parts[0]) if parts else ()
         for part, following in itertools.zip_longest(parts, parts[1:]):
+            stop.check()
             loaded = list(ahead)
             ahead = () if following is None else start(following)
             images = [image for image in loaded if image is not None]

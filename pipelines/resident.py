@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from byolt.configs.schema import AugmentConfig, DataConfig
+from byolt.files import stop
 from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.formats.encoded import MAX_PIXELS
 from byolt.pipelines.kernels.inputs import Pixels
@@ -99,6 +100,7 @@ class Resident:
     def _load(self, source: Source, numbers: Iterable[int]) -> None:
         pixels = self._pixels.numpy()
         for number in numbers:
+            stop.check()
             try:
                 image = decode(read_sound(source, number, self._max_pixels), not source.proven).numpy()
             except ValueError as error:

@@ -14,8 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as V
 
 from byolt.configs.schema import AugmentConfig, Profile
 from byolt.pipelines.formats.decode import UndecodableError, decode
@@ -74,7 +72,7 @@ def apply(image: Tensor, view: ViewParams, size: int, taps: int, profile: Profil
 
     `view` are the parameters of one sample; the blur kernel has `taps` taps.
     """
-    operations = _OPERATIONS[profile]
+    operations = _operations(profile)
     window = (int(side[0]) for side in (view.top, view.left, view.height, view.width))
     x = operations.resize(image, *window, size)[None]
     if view.flip[0]:
@@ -234,27 +232,31 @@ def _channels_first(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda image, *values: function(image.permute(0, 3, 1, 2), *values).permute(0, 2, 3, 1)
 
 
-def _resize_antialias(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
-    window = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float() / 255
-    resized = V.resize(window, [size, size], InterpolationMode.BICUBIC, antialias=True)
-    return resized[0].clamp(0, 1).permute(1, 2, 0)
-
-
 def _jitter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return _channels_first(lambda image, value: function(image, float(value)))
 
 
-_OPERATIONS = {
-    "byol": _Operations(
-        resize_bicubic,
-        (brightness, contrast, saturation, hue),
-        grayscale,
-        gaussian_blur,
-    ),
-    "torchvision": _Operations(
-        _resize_antialias,
+@functools.cache
+def _operations(profile: Profile) -> _Operations:
+    """Imports torchvision for its profile only: that takes 1.2 CPU s, as it imports torch's compiler."""
+    if profile == "byol":
+        return _Operations(
+            resize_bicubic,
+            (brightness, contrast, saturation, hue),
+            grayscale,
+            gaussian_blur,
+        )
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as V
+
+    def resize(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
+        window = image[top : top + height, left : left + width].permute(2, 0, 1)[None].float() / 255
+        resized = V.resize(window, [size, size], InterpolationMode.BICUBIC, antialias=True)
+        return resized[0].clamp(0, 1).permute(1, 2, 0)
+
+    return _Operations(
+        resize,
         tuple(map(_jitter, (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation, V.adjust_hue))),
         _channels_first(lambda image: V.rgb_to_grayscale(image, num_output_channels=3)),
         _channels_first(lambda image, sigma, taps: V.gaussian_blur(image, [taps, taps], [float(sigma)])),
-    ),
-}
+    )

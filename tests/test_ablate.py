@@ -16,6 +16,7 @@ from test_train import TINY, images  # noqa: F401 (a fixture)
 
 from byolt import train
 from byolt.configs import schema
+from byolt.files import stop
 from byolt.model.run import pictures
 from byolt.tools import ablate
 from byolt.tools.ablation import recipes, results
@@ -101,10 +102,10 @@ def test_ctrl_c_ends_the_command_after_the_run_has_saved(
     started: list[str] = []
 
     def run(arguments: list[str]) -> int:
-        stop = train.Stop()
         started.append(arguments[-1])
-        signal.raise_signal(signal.SIGINT)
-        return 128 + stop.signal
+        with stop.listening():
+            signal.raise_signal(signal.SIGINT)
+            return 128 + (stop.asked() or 0)
 
     monkeypatch.setattr(train, "main", run)
     before = signal.getsignal(signal.SIGINT)
@@ -119,10 +120,10 @@ def test_a_time_limit_stops_the_run_and_the_next_is_not_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     def run(arguments: list[str]) -> int:
-        stop = train.Stop()
-        while not stop.signal:
-            time.sleep(0.01)
-        return 128 + stop.signal
+        with stop.listening():
+            while not stop.asked():
+                time.sleep(0.01)
+            return 128 + (stop.asked() or 0)
 
     monkeypatch.setattr(train, "main", run)
     command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--minutes", "0.002"]

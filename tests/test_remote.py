@@ -23,6 +23,7 @@ from range_server import RangeServer
 
 from byolt.configs import derived, schema
 from byolt.configs.schema import DataConfig
+from byolt.files import stop
 from byolt.files.machine import find_device
 from byolt.files.storage import retry, store
 from byolt.files.storage.retry import RemoteError
@@ -407,7 +408,8 @@ def test_an_outage_is_waited_for_once(server: RangeServer) -> None:
 
 def test_a_signal_ends_the_waiting_for_a_server(server: RangeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_STUCK", 0.1)
-    monkeypatch.setattr(store, "_signal", lambda: 15)
+    monkeypatch.setattr(stop, "_signal", 15)
+    monkeypatch.setattr(stop, "_training", True)
     client = store.Store(f"{server.url}/train")
     assert len(client.range("manifest.json", 0, 10)) == 10  # which answers
     server.down = True
@@ -420,7 +422,7 @@ def test_a_server_that_was_never_reached_is_soon_an_error(
     monkeypatch: pytest.MonkeyPatch, in_run: bool
 ) -> None:
     monkeypatch.setattr(store, "_FIRST", 0.02)
-    monkeypatch.setattr(store, "_signal", (lambda: 0) if in_run else None)
+    monkeypatch.setattr(stop, "_signal", 0 if in_run else None)
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # does not listen
         url = f"http://127.0.0.1:{held.getsockname()[1]}/train"

@@ -9,6 +9,7 @@ from pathlib import Path
 from byolt.files.atomic import replacing, writing
 from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
+from byolt.files.stop import Stopped
 
 SERIES = "checkpoint-*.pt"  # names sort by age; the newest are kept
 _SMALL = ("*.jsonl", "*.json", "*.png")  # may grow while they are sent
@@ -86,8 +87,8 @@ class Mirror:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits until all files are there, at most `minutes`; not after a second Ctrl-C."""
-        if kind is KeyboardInterrupt:
+        """Waits until all files are there, at most `minutes`; not after a second Ctrl-C, or if nothing was trained."""
+        if kind in (KeyboardInterrupt, Stopped):
             return
         self._closing = True
         self.update()

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from byolt.files.atomic import sha256_of
+from byolt.files import stop
 from byolt.files.console import say
 from byolt.files.storage import retry
 from byolt.files.storage.retry import MissingError, OutageError, RemoteError
@@ -41,18 +42,6 @@ _FIRST = 15.0  # seconds until an unreachable server is taken for a mistyped one
 _STUCK = 6.0  # seconds without an answer after which a signal ends the waiting
 Result = TypeVar("Result")
 
-_signal: Callable[[], int] | None = None  # of the run in this process; None outside a run
-
-
-def serve_run(signal: Callable[[], int]) -> None:
-    """Makes every store of this process wait for a server as a run does, and stop waiting at a signal.
-
-    Args:
-        signal: The signal that asked the run to stop, or 0.
-    """
-    global _signal
-    _signal = signal
-
 
 class Entry(NamedTuple):
     """An object: its size in bytes, and its ETag if it has a strong one."""
@@ -67,7 +56,7 @@ class Store:
     Args:
         url: Of the folder: s3://bucket/folder, gs://..., az://..., http(s)://host/folder.
         minutes: How long a failing request is repeated, and for how long all may fail.
-        reached: Whether the server has answered before. If not, and outside a run (`serve_run`), a host that does not
+        reached: Whether the server has answered before. If not, and outside a run (`stop.asked`), a host that does not
             exist or refuses connections is an error after 15 s.
     """
 
@@ -245,7 +234,7 @@ class Store:
             answers: Whether the server should answer within seconds; it does not while a large object is sent.
 
         Raises:
-            InterruptedError: The run got a signal, and the server does not answer.
+            InterruptedError: The run got a signal, and the server does not answer, or training has not begun.
         """
         if self._interrupted:
             work.close()
@@ -262,16 +251,20 @@ class Store:
 
         began, future = time.monotonic(), asyncio.run_coroutine_threadsafe(tracked(), _event_loop())
         try:
+            stop.check()
             while not wait([future], timeout=0.5).done:
                 if self._interrupted:  # before the task was among the running ones
                     future.cancel()
+                stop.check()
                 since = self._failing_since or (max(began, self._answered) if answers else math.inf)
-                if _signal and _signal() and time.monotonic() - since > _STUCK:
-                    future.cancel()
+                if stop.asked() and time.monotonic() - since > _STUCK:
                     raise InterruptedError(
                         f"{self.url} does not answer: the run stops without waiting for it"
                     )
             return future.result()
+        except InterruptedError:
+            future.cancel()
+            raise
         except CancelledError:
             raise RemoteError(f"{self.url}: interrupted") from None
 
@@ -304,7 +297,7 @@ class Store:
                     f"{place}: {words}, for {self._minutes:g} minutes ({failures} times): check the network and the "
                     "server, or raise data.remote_minutes"
                 )
-            if seconds > _FIRST and words in retry.UNREACHABLE and not (self._reached or _signal):
+            if seconds > _FIRST and words in retry.UNREACHABLE and not self._reached and stop.asked() is None:
                 raise OutageError(
                     f"{place}: {words}, for {seconds:.0f} s: check the URL, the network and the server"
                 )

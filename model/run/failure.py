@@ -5,8 +5,11 @@ its reason to the store that all ranks share, and a rank that lost a peer reads 
 reports nothing was killed or stopped, or cannot be reached.
 """
 
+import signal
+import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from datetime import timedelta
 
@@ -14,11 +17,14 @@ import torch
 
 from byolt.configs import estimate
 from byolt.configs.schema import Config
-from byolt.files.console import count, shown
+from byolt.files import stop
+from byolt.files.console import count, say, shown
 from byolt.files.limits import limit_behind
 from byolt.model import distributed
 from byolt.model.distributed import World
 from byolt.model.run import provenance
+from byolt.model.run.checkpoint import CheckpointError
+from byolt.model.run.guard import CollapseError
 
 REASON_TIMEOUT = timedelta(seconds=5)  # a rank that lost a peer waits this long for a reason
 REPORT_TIMEOUT = timedelta(seconds=2)  # rank 0, whose process is the store, waits this long for the others
@@ -51,6 +57,35 @@ def _memory_reason(config: Config, step: int | None, world: World) -> str:
     each = f"{count(images, 'image')} per rank and micro-batch"
     amount = f"about {need.total(images) / 2**30:.1f} GiB" if need else "more than there is"
     return f"{line}\n  {each} need {amount}: set {remedies}"
+
+
+def report(
+    error: Exception, step: int | None, world: World, config: Config, *foreseen: type[Exception]
+) -> int:
+    """Prints why a run of train.py ended on this rank, with a traceback where the error itself does not say it.
+
+    Args:
+        error: a ValueError, OSError or CheckpointError before the loop is a user's mistake.
+        step: steps done; None before the loop.
+        world: the ranks; see `explain`.
+        config: of the run.
+        foreseen: further errors that need no traceback.
+
+    Returns:
+        The exit code: 2 for a user's mistake, 128 + N after signal N, otherwise 1.
+    """
+    mistake = step is None and isinstance(error, (ValueError, OSError, CheckpointError))
+    mistake = mistake or is_out_of_memory(error)
+    known = mistake or isinstance(error, (CollapseError, FloatingPointError, OSError, *foreseen))
+    lost_peer = distributed.is_lost_peer(error)
+    if not (known or lost_peer or limit_behind(error)):
+        traceback.print_exc()
+    stopped = isinstance(error, InterruptedError) or (lost_peer and stop.asked())  # as were the others
+    reason = explain(error, None if isinstance(error, stop.Stopped) else step, world, config)
+    say(reason if stopped else f"error: {reason}", file=sys.stderr)
+    if stopped:
+        return 128 + (stop.asked() or signal.SIGTERM)
+    return 2 if mistake else 1
 
 
 def explain(error: Exception, step: int | None, world: World, config: Config | None = None) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from byolt.configs import estimate
 from byolt.configs.schema import Config
-from byolt.files import failpoint
+from byolt.files import failpoint, stop
 from byolt.files.console import duration
 from byolt.files.progress import Meter
 from byolt.files.storage.mirror import Mirror
@@ -22,7 +22,6 @@ from byolt.model.quality.monitor import KnnMonitor
 from byolt.model.quality.probe import OnlineProbe
 from byolt.model.run import checkpoint, guard, provenance
 from byolt.model.run.log import MetricLog, Window
-from byolt.model.run.pictures import save_view_pairs
 from byolt.model.run.resume import Start
 from byolt.model.run.wandb_log import WandbLog
 from byolt.model.step import StepResult, TrainStep
@@ -44,7 +43,6 @@ class Run:
     rounding: dict[str, str | int | bool]  # `provenance.rounding_of`
     start: InitVar[Start]
     last_step: int  # of this start
-    signal: Callable[[], int]  # the signal that asked this rank to stop, or 0
     mirror: Mirror | None = None  # on rank 0, if run.mirror is set
 
     def __post_init__(self, start: Start) -> None:
@@ -67,8 +65,30 @@ class Run:
 
     # ── before the loop ─────────────────────────────────────────────────────────────────────────────────────
 
+    def introduce(self, start: Start, precision: str, reason: str) -> None:
+        """Records this start, and says how it runs: its back end (`reason`), its steps and what rounds otherwise."""
+        if self.world.is_main:
+            facts = {
+                "ranks": self.world.size, "precision": precision, "backend": reason,
+                "rounding": self.rounding, "changed": start.changed, "init_from": start.init_from,
+                "config": self.config.model_dump(mode="json"),
+            }  # fmt: skip
+            provenance.record_start(self.out, start.step, self.world.device, facts)
+        changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
+        for note in filter(None, (reason, self.train_step.note, changed if start.changed else "")):
+            self.meter.say(note)
+        total_steps = self.config.total_steps(self.num_images)
+        self.meter.say(
+            f"{start.origin}: steps {start.step} to {max(start.step, self.last_step)} of {total_steps}, "
+            f"{self.num_images} images, {self.world.size} x {self.world.device.type}, {precision}"
+        )
+
     def begin(self) -> None:
-        """Evaluates the encoder of a new run before training; starts to measure the speed."""
+        """Evaluates the encoder of a new run before training; starts to measure the speed.
+
+        Raises:
+            Stopped: a rank got a signal.
+        """
         expected, path = self.config.data.expected_images, self.config.data.path
         if self.step >= self.last_step:
             key = "stop_at_step" if self.config.train.stop_at_step else "epochs"
@@ -84,14 +104,18 @@ class Run:
             device, steps = provenance.device_of(self.world.device), self.last_step - self.step
             for line in estimate.expect(self.config, device, self.world.size, steps):
                 self.meter.say(line)
-        self._vote_on_stopping()
-        if self.step == 0 and not self.stopping:
+        if self.step == 0:
             self.knn_untrained = self.evaluate(before_training=True)
+        if distributed.any_rank(bool(stop.asked()), self.world):
+            stop.end()
+        stop.training_begins()
         self._window.begin(self.step, 0.0)
 
     def draw_views(self, view1: Tensor, view2: Tensor) -> None:
         """Writes views.png: the first pairs of views, (n, 3, size, size) each, normalized."""
         if self.world.is_main:
+            from byolt.model.run.pictures import save_view_pairs  # matplotlib
+
             with self.writing("views.png"):
                 save_view_pairs(self.out / "views.png", view1, view2, self.config.augment)
 
@@ -230,7 +254,7 @@ class Run:
         self._vote_on_stopping()
 
     def _vote_on_stopping(self) -> None:
-        self.stopping = distributed.any_rank(bool(self.signal()), self.world)
+        self.stopping = distributed.any_rank(bool(stop.asked()), self.world)
 
     @contextmanager
     def stopped_by_outage(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from byolt.files import stop
 from byolt.files.console import shown
 from byolt.files.paths import MissingDataError, expand_pattern, searched
 from byolt.files.regular import open_regular
@@ -189,6 +190,7 @@ class BetonSource:
 
     def _read_checksums(self, ids: Sequence[int]) -> npt.NDArray[np.uint64]:
         def read(part: Sequence[int]) -> npt.NDArray[np.uint64]:
+            stop.check()
             return np.fromiter((checksum(self._stored(i)) for i in part), np.uint64, len(part))
 
         with ThreadPoolExecutor(_READERS) as pool:
@@ -387,6 +389,7 @@ def _members(
 def _pieces(layout: _Layout, dtype: np.dtype, offset: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yields `count` records from byte `offset` on in pieces, each with the number of its first record."""
     for first in range(0, count, _PIECE):
+        stop.check()
         length = min(_PIECE, count - first) * dtype.itemsize
         data = os.pread(layout.descriptor, length, offset + first * dtype.itemsize)
         if len(data) < length:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from byolt.files import stop
 from byolt.files.console import count, shown
 from byolt.files.regular import read_regular
 from byolt.pipelines.formats.encoded import check_unchanged, checksum, inspect
@@ -29,6 +30,7 @@ class FolderSource:
         sizes, checksums = [], []
         digest, former = hashlib.sha256(), hashlib.sha256()
         for name, label in zip(self._names, labels, strict=True):
+            stop.check()
             try:
                 if not (self.folder / name).is_file():
                     raise ValueError("not a regular file")

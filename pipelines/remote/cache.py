@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from byolt.files.atomic import TEMPORARY
+from byolt.files.stop import check
 
 EVICTABLE = "extents"  # the part of a set that may be deleted while it is in use
 _PIN = ".pin"
@@ -245,6 +246,7 @@ def _wait_for_lock(descriptor: int, stop: threading.Event) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
+            check()
             if stop.wait(_POLL):
                 raise InterruptedError(
                     errno.EINTR, "interrupted while another process fetched the file"
