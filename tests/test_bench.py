@@ -20,6 +20,7 @@ from byolt.pipelines.loader import CorruptBudgetError, Loader
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.views import draw
 from byolt.tools import bench
+from byolt.tools.benchmarks import startup
 from byolt.tools.benchmarks import together as bench_together
 from byolt.tools.benchmarks.peers import CONFIG, ROOT, check_harness, compare, loader, run_harness
 from byolt.tools.benchmarks.stages import OPERATIONS, PARTS, STAGES, Clock, Cost, differences, only
@@ -186,6 +187,24 @@ def test_peers_are_compared_with_ours() -> None:
     assert compare([slow, broken, ours]) == [ours | {"ratio": 1.0}, slow | {"ratio": 8.0}, broken]
     with pytest.raises(ValueError, match="could not run our loader: out of luck"):
         compare([{"peer": "byolt", "error": "out of luck"}])
+
+
+@pytest.mark.slow
+def test_startup_and_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "RUNS", 1)
+    words = ["synthetic:64:32x32", "eval.path=synthetic:32:32x32", "train.batch_size=8", "train.device=cpu"]
+    words += ["--startup", "--check", "--config", str(ROOT / "configs" / "r8_cifar10.yaml")]
+    assert bench.main([*words, "--json", str(tmp_path / "b.json")]) == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert {*startup.PARTS} < report["startup"].keys()
+    assert all(wall >= 0 <= cpu for wall, cpu in report["startup"].values())
+    assert report["startup"]["kNN before training"][1] > 0 and report["startup"]["first step"][1] > 0
+    assert report["check"]["check"]["cpu_ms"] > 0.5 * report["check"]["network"]["cpu_ms"] > 0
+    assert "command to first step" in capsys.readouterr().out
+    assert bench.main(["--startup", *words[1:4], str(tmp_path / "nothing")]) == 2
+    assert "train.py ended before its first step: error: " in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
+from whole_runs import ROOT, STEPS, Process, Run, digest_of, slow, write_images
 
 from byolt.files.rows import read_rows
 from byolt.model.byol import Online
@@ -161,6 +161,33 @@ def test_signal_during_import_ends_before_any_work(run: Run, whole: Process) -> 
     assert done.stderr.startswith("stopped by SIGTERM before the first step: nothing was trained")
     assert done.stdout == "" and not run.out.exists()
     assert finish(run).digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "settings"),
+    [
+        (signal.SIGTERM, "byolt.pipelines.formats.folder.inspect", []),  # opening: 16 s
+        (
+            signal.SIGUSR1,
+            "byolt.pipelines.resident.decode",
+            ["data.backend=auto", "data.resident=always"],
+        ),  # 16 s
+        (signal.SIGINT, "byolt.pipelines.plain._stack", ["eval.path=IMAGES"]),  # kNN: three batches
+    ],
+    ids=["opening", "decoding", "kNN"],
+)
+def test_signal_before_the_first_step(
+    number: int, place: str, settings: list[str], run: Run, images: Path
+) -> None:
+    settings = [text.replace("IMAGES", str(images)) for text in settings]
+    process = run.start(*settings, before=functools.partial(slow, place))
+    process.wait_for("^slow$")
+    process.signal(number)
+    assert process.wait(8) == 128 + number
+    name = signal.Signals(number).name
+    assert f"stopped by {name} before the first step: nothing was trained; the same command" in process.text
+    assert "error" not in process.text and "digest" not in process.text
+    assert not list(run.out.glob("checkpoint-*")) and not list(run.folder.rglob("*.byolt-tmp"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

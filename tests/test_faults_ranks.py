@@ -1,5 +1,6 @@
 """Faults that a run of several ranks survives, on gloo: signals, a killed, a stopped and a failing rank, other numbers of ranks."""
 
+import functools
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from whole_runs import ROOT, STEPS, Process, Run, digest_of, write_images
+from whole_runs import ROOT, STEPS, Process, Run, digest_of, slow, write_images
 
 from byolt.model.byol import Online
 from byolt.model.quality import probe
@@ -103,6 +104,22 @@ def test_signal_saves_one_checkpoint_on_all_ranks(
     assert saved == [4, state["step"]] and path.name.endswith(f"{state['step']}.pt")
     assert ranks[0].digest == digest_of(state)  # which both ranks have compared
     assert finish(halved) == whole
+
+
+@pytest.mark.parametrize("targets", [[0, 1], [1]], ids=["all ranks", "one rank"])
+def test_signal_before_the_first_step_ends_all_ranks(targets: list[int], run: Run) -> None:
+    before = functools.partial(slow, "byolt.pipelines.resident.decode")  # 16 s, or 4 s of 8 images
+    images = write_images(run.folder / "images", 32 if len(targets) == 2 else 8)
+    settings = ["data.backend=auto", "data.resident=always", f"data.path={images}"]
+    ranks = run.start_ranks(2, *settings, before=before)
+    for rank in ranks:
+        rank.wait_for("^slow$")
+    for target in targets:
+        ranks[target].signal(signal.SIGTERM)
+    assert [rank.wait(12) for rank in ranks] == [143 if rank in targets else 1 for rank in range(2)]
+    said = "rank 1: stopped by SIGTERM before the first step: nothing was trained"
+    assert all(said in rank.text for rank in ranks[len(targets) - 1 :]), ranks[0].text + ranks[1].text
+    assert not list(run.out.glob("checkpoint-*"))
 
 
 def _children(pid: int) -> list[int]:

@@ -43,6 +43,14 @@ def new_run(folder: Path, data: str | Path, order: str = "block", cache_gb: floa
     return run
 
 
+def wait_until_idle(process: Process) -> None:
+    """Waits until a run has printed no step for a second: no batch is left that was made ahead."""
+    before = ""
+    while process.text != before:
+        before = process.text
+        time.sleep(1)
+
+
 def small_pieces() -> None:
     dataset.PIECE = 1 << 10
 
@@ -130,7 +138,7 @@ def test_second_ctrl_c_ends_the_waiting_for_a_server(server: RangeServer, tmp_pa
     process = run.start(before=small_pieces)
     process.wait_for("^step 2/")
     server.down = True
-    time.sleep(1)
+    wait_until_idle(process)
     for _ in range(2):
         process.signal(signal.SIGINT)
         time.sleep(0.3)
@@ -142,7 +150,7 @@ def test_sigterm_during_an_outage_saves_and_ends(server: RangeServer, whole: Pro
     process = run.start(before=small_pieces)
     process.wait_for("^step 2/")
     server.down = True
-    time.sleep(1)
+    wait_until_idle(process)
     process.signal(signal.SIGTERM)
     assert process.wait(12) == 143, process.text
     assert re.search(r"does not answer.*\n.*stopped by SIGTERM at step \d+; continue", process.text)
@@ -159,11 +167,25 @@ def test_sigterm_during_an_outage_ends_two_ranks(server: RangeServer, tmp_path: 
     ranks = run.start_ranks(2, before=small_pieces)
     ranks[0].wait_for("^step 2/")
     server.down = True
-    time.sleep(1)
+    wait_until_idle(ranks[0])
     for rank in ranks:
         rank.signal(signal.SIGTERM)
     assert 143 in [rank.wait(20) for rank in ranks], ranks[0].text + ranks[1].text
     assert "does not answer: the run stops" in ranks[0].text + ranks[1].text
+
+
+def test_sigterm_while_the_data_is_copied(server: RangeServer, tmp_path: Path) -> None:
+    run = new_run(tmp_path, f"{server.url}/train", order="full", cache_gb=1)
+    server.latency = 1.0
+    process = run.start(before=small_pieces)  # 8 pieces in a second, 5 s in all
+    while server.counts["GET"] < 6:
+        time.sleep(0.05)
+    process.signal(signal.SIGTERM)
+    assert process.wait(8) == 143
+    assert process.text.endswith(
+        "stopped by SIGTERM before the first step: nothing was trained; the same command starts it again\n"
+    )
+    assert not list(tmp_path.rglob("*.byolt-tmp")) and not list(tmp_path.rglob("shard-*"))
 
 
 def test_killed_at_random_moments(server: RangeServer, whole: Process, tmp_path: Path) -> None:

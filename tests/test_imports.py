@@ -30,7 +30,7 @@ ALLOWED = {
     "wandb": {"model/run/wandb_log.py"},
     "timm": {"model/timm_networks.py", "tools/exporting/libraries.py"},
     "transformers": {"tools/exporting/libraries.py"},
-    "byolt.train": {"tools/ablate.py"},
+    "byolt.train": {"tools/ablate.py", "tools/benchmarks/startup.py"},
     "obstore": {"files/storage/store.py"},
     "boto3": {"files/storage/store.py"},
     "ffcv": {"pipelines/convert/ffcv_engine.py", "tools/benchmarks/beton.py"},
@@ -82,6 +82,24 @@ def test_everything_is_imported_without_ffcv() -> None:
     ]
     check = f"import sys; sys.modules['ffcv'] = None\nfor name in {names}: __import__(name)\n"
     check += "assert 'byolt.pipelines.convert.ffcv_engine' in sys.modules and sys.modules['ffcv'] is None"
+    result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_run_imports_neither_torchs_compiler_nor_torchvision(tmp_path: Path) -> None:
+    """They take 1.2 CPU s; torchvision's models, torch.optim and several functions of torch import the compiler."""
+    settings = ["synthetic:16:16x16", "train.batch_size=8", "train.stop_at_step=1", "train.device=cpu"]
+    settings += [
+        "augment.size=16",
+        "eval.path=null",
+        "data.expected_images=null",
+        f"run.out={tmp_path / 'run'}",
+    ]
+    settings[0] = f"data.path={settings[0]}"
+    check = "import sys; from byolt.train import main; "
+    check += f"assert main(['--config', 'configs/r8_cifar10.yaml', *{settings}]) == 0; "
+    check += "assert not sys.modules.keys() & {'torch._dynamo', 'torch._inductor', 'torchvision', 'sympy'}"
     result = subprocess.run([sys.executable, "-c", check], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

@@ -3,10 +3,13 @@
     python tools/bench.py SHARDS --threads 1 2 --torchvision
     python tools/bench.py --config configs/r50_100ep.yaml data.path=SHARDS --json runs/b.json --picture runs/b.png
     python tools/bench.py FOLDER_OF_JPEGS --peers mocov3 lightly
+    python tools/bench.py --startup --config configs/r18_cifar10.yaml
+    python tools/bench.py --check --config configs/r8_cifar10.yaml
 
 Numbers are per image, which means both its views. CPU ms are summed over threads and hardly change when other programs
 use the machine; images/s do. GPU µs are the time between two events on the step's stream, including waits for the host.
-tools/benchmarks/ defines the stages (stages.py), loader, step and both (together.py), and peers (peers.py).
+tools/benchmarks/ defines the stages (stages.py), loader, step and both (together.py), peers (peers.py), --startup
+(startup.py) and --check (checks.py), which measure the settings as they are.
 
 The stall is 1 - both / slower of the two alone, in images/s. Without a GPU, loader and step share the cores: the stall
 then shows how much they compete, not how long the step waits, and the step uses a small encoder (SMALL_STEP) unless the
@@ -37,6 +40,8 @@ from byolt.pipelines.backends import make_backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.loader import CorruptBudgetError
 from byolt.pipelines.sources import open_source
+from byolt.tools.benchmarks import startup
+from byolt.tools.benchmarks.checks import measure_check
 from byolt.tools.benchmarks.peers import check_harness, run_harness
 from byolt.tools.benchmarks.picture import save_picture
 from byolt.tools.benchmarks.stages import table
@@ -74,10 +79,39 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
     return config, world
 
 
+def measure_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measures a run's start or kNN check (--startup, --check) and prints; returns the document for --json."""
+    config = schema.load(args.config, args.overrides)
+    world = distributed.init(config.train.device, deterministic=config.train.deterministic)
+    found: dict[str, Any] = {}
+    if args.startup:
+        found["startup"] = startup.measure(["--config", str(args.config), *args.overrides])
+        say(startup.table(found["startup"]))
+    if args.check:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(len(os.sched_getaffinity(0)))  # as in train.py
+        costs, found["accuracy"] = measure_check(config, world)
+        say(f"{table(costs)}\nkNN top-1 {found['accuracy']:.1f} %")
+        found["check"] = {name: asdict(cost) for name, cost in costs.items()}
+        found["ratio"] = costs["check"].wall_ms / costs["network"].wall_ms
+        say(f"the check takes {found['ratio']:.2f} times as long as the network alone")
+    return document(args, world, config) | found
+
+
+def document(args: argparse.Namespace, world: distributed.World, config: schema.Config) -> dict[str, Any]:
+    """The conditions of a measurement."""
+    return {
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "hardware": provenance.hardware(world.device),
+        "versions": provenance.versions(),
+        "command": " ".join(["bench.py", *args.command]),
+        "config": config.model_dump(mode="json"),
+    }
+
+
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measures and prints; returns the document for --json."""
-    overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
-    config, world = settings(args.config, overrides)
+    config, world = settings(args.config, args.overrides)
     source, hardware = open_source(config.data.path, config.data), provenance.hardware(world.device)
     source.proven = True  # as after the first epoch, in which images of a folder are proven
     on_gpu, cores = world.device.type == "cuda", len(os.sched_getaffinity(0))
@@ -121,12 +155,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             comparisons["Peers, each in a process of its own"] = compared
         title = f"{hardware}, {count(threads, 'thread')}, {config.augment.size} px"
         save_picture(args.picture, title, costs, stalled, comparisons, on_gpu)
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M"),
-        "hardware": hardware,
-        "versions": provenance.versions(),
-        "command": " ".join(["bench.py", *args.command]),
-        "config": config.model_dump(mode="json"),
+    return document(args, world, config) | {
         "images": len(source),
         "batches": args.batches,
         "results": results,
@@ -164,10 +193,19 @@ def main(argv: list[str] | None = None) -> int:
         metavar="NAME",
         help="other pipelines on the same JPEGs (benchmarks/peers), by name; default: all that are installed",
     )
+    parser.add_argument(
+        "--startup",
+        action="store_true",
+        help="only: a run's time from the command to its first step, by parts",
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="only: a kNN check of eval.path beside the network alone"
+    )
     parser.add_argument("--json", type=home_path, metavar="FILE", help="also write the numbers to FILE")
     parser.add_argument("--picture", type=home_path, metavar="FILE.png", help="also draw a bar chart")
     args = parser.parse_intermixed_args(argv)
     args.command = sys.argv[1:] if argv is None else argv
+    args.overrides = [word if "=" in word else f"data.path={word}" for word in args.words]
     try:
         if min(args.batches, *(args.threads or [1])) < 1:
             raise ValueError("--batches and --threads must be at least 1")
@@ -175,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
             check_harness()
         for path in filter(None, (args.json, args.picture)):
             path.parent.mkdir(parents=True, exist_ok=True)
-        report = run(args)
+        report = measure_run(args) if args.startup or args.check else run(args)
         if args.json:
             args.json.write_text(json.dumps(report, indent=2) + "\n")
     except (OSError, ValueError, UndecodableError, CorruptBudgetError) as error:

@@ -7,9 +7,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from byolt.files.atomic import replacing, writing
+from byolt.files.stop import Stopped
 from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
-from byolt.files.stop import Stopped
 
 SERIES = "checkpoint-*.pt"  # names sort by age; the newest are kept
 _SMALL = ("*.jsonl", "*.json", "*.png")  # may grow while they are sent

@@ -20,8 +20,8 @@ from statistics import median
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
-from byolt.files.atomic import sha256_of
 from byolt.files import stop
+from byolt.files.atomic import sha256_of
 from byolt.files.console import say
 from byolt.files.storage import retry
 from byolt.files.storage.retry import MissingError, OutageError, RemoteError
