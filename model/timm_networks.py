@@ -55,6 +55,13 @@ def make_timm_encoder(backbone: str, size: int) -> nn.Module:
         raise ValueError(
             f"model.backbone={backbone} cannot be built for augment.size={size}: {reason[:300]}"
         ) from None
+    for layer in encoder.modules():
+        cut = isinstance(layer, timm.layers.PatchEmbed) and layer.img_size and not layer.dynamic_img_pad
+        if cut and any(side % patch for side, patch in zip(layer.img_size, layer.patch_size, strict=True)):
+            raise ValueError(
+                f"model.backbone={backbone} sees patches of {layer.patch_size[0]} pixels, and would not see the right "
+                f"and lower edges at augment.size={size}: set a multiple"
+            )
     if len(shape) != 2:
         raise ValueError(
             f"model.backbone={backbone} gives features of shape {shape}, not one vector for an image: choose a model "
