@@ -20,12 +20,9 @@ def save_picture(
     comparisons: Mapping[str, Mapping[str, float]],
     on_gpu: bool,
 ) -> None:
-    """Draws horizontal bars, one panel below another, into a PNG file.
+    """Draws the costs of STAGES, "loader", "step" and "both" as bars, one panel below another, into a PNG file.
 
     Args:
-        path: of the file.
-        title: of the figure.
-        costs: of STAGES, "loader", "step" and "both".
         stalled: result of `together.stall`.
         comparisons: by heading, the CPU ms per image of pipelines by name, ours first.
         on_gpu: shows the elapsed time of stages instead of their CPU time.

@@ -28,13 +28,9 @@ def public(config: schema.Config) -> schema.Config:
 
 
 def model_card(trained: Trained, library: str, loading: str, resizing: str) -> str:
-    """The text of the card.
+    """The text of the card, for a library by its name on the Hugging Face hub.
 
-    Args:
-        trained: the encoder.
-        library: name of the library on the Hugging Face hub.
-        loading: lines of Python that load the encoder.
-        resizing: a sentence about the library's preprocessing, or "".
+    `loading` are lines of Python that load the encoder, `resizing` is a sentence about the library's preprocessing, or "".
     """
     config = public(trained.config)
     measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
