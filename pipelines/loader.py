@@ -190,9 +190,8 @@ class Loader:
         window = order.window(self._config.data.order, self._config.train.batch_size)
         if self._ahead is None:
             machines = self._world_size / ranks_here()  # each has a cache
-            self._ahead = self._source.share_ahead(
-                window / machines if self._config.data.order == "lanes" else window
-            )
+            own = window / machines if self._config.data.order == "lanes" else window
+            self._ahead = self._source.share_ahead(own)
         end = self._next_step + 1 + int(self._ahead * window / self._config.train.batch_size)
         for later in range(step, end):
             self._source.plan(self._order.batches(later)[1].ravel())

@@ -129,21 +129,20 @@ class Resident:
         """Makes both views of the samples `ids` (N,); otherwise as `backends.Backend`."""
         make = self._on_gpu if self._device.type == "cuda" else self._on_cpu
         pixels = Pixels(self._pixels.data_ptr() + self._starts[ids], self._boxes[ids])
-        first, second = make(
-            pixels, (params1, params2), (len(ids), self._augment.size, self._augment.size, 3)
-        )
+        shape = len(ids), self._augment.size, self._augment.size, 3
+        first, second = make(pixels, (params1, params2), shape)
         return first.permute(0, 3, 1, 2), second.permute(0, 3, 1, 2)
 
-    def _on_gpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
+    def _on_gpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: tuple[int, ...]) -> list[Tensor]:
         from byolt.pipelines.kernels.gpu import make_views  # triton comes with torch for CUDA only
 
         views = [torch.empty(shape, dtype=self._dtype, device=self._device) for _ in params]
         make_views(pixels, params, self._augment, views)
         return views
 
-    def _on_cpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: Sequence[int]) -> list[Tensor]:
+    def _on_cpu(self, pixels: Pixels, params: Sequence[ViewParams], shape: tuple[int, ...]) -> list[Tensor]:
         from byolt.pipelines.kernels.cpu import make_views
 
-        views = [self._memory.take(tuple(shape)) for _ in params]
+        views = [self._memory.take(shape) for _ in params]
         make_views(pixels, params, self._augment, views, self._pool)
         return [torch.from_numpy(view).to(self._dtype) for view in views]

@@ -32,14 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=home_path, help="run.out of a run of train.py")
-    parser.add_argument("--data", help="images for the features (default: the run's eval.path)")
-    parser.add_argument(
-        "--images", type=int, default=2000, help="number of images at most, evenly spaced (default 2000)"
-    )
-    parser.add_argument(
-        "--out", type=home_path, help="HTML file (default: report.html, or comparison.html, in the first RUN)"
-    )
+    add = parser.add_argument
+    add("runs", metavar="RUN", nargs="+", type=home_path, help="run.out of a run of train.py")
+    add("--data", help="images for the features (default: the run's eval.path)")
+    add("--images", type=int, default=2000, help="number of images at most, evenly spaced (default 2000)")
+    add("--out", type=home_path, help="HTML file (default: report.html or comparison.html in the first RUN)")
     args = parser.parse_args(argv)
     several = len(args.runs) > 1
     out = args.out or args.runs[0] / ("comparison.html" if several else "report.html")

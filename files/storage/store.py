@@ -290,9 +290,8 @@ class Store:
             now = time.monotonic()
             self._failing_since = self._failing_since or now
             seconds = now - began
-            if (
-                now - min(began, self._failing_since) > 60 * self._minutes
-            ):  # not again from 0 for the next request
+            lasted = now - min(began, self._failing_since)  # not again from 0 for the next request
+            if lasted > 60 * self._minutes:
                 raise OutageError(
                     f"{place}: {words}, for {self._minutes:g} minutes ({failures} times): check the network and the "
                     "server, or raise data.remote_minutes"

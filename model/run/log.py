@@ -75,9 +75,8 @@ class MetricLog:
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
         """Prints no traceback if TensorBoard's thread cannot write: `add` or `close` raises that error."""
-        if not (
-            isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")
-        ):
+        of_board = type(args.thread).__module__.startswith("tensorboard.")
+        if not (of_board and isinstance(args.exc_value, OSError)):
             self._hook(args)
 
 

@@ -33,9 +33,8 @@ def save_view_pairs(path: Path, view1: Tensor, view2: Tensor, augment: AugmentCo
     """
     pairs = min(8, len(view1))
     figure = Figure(figsize=(max(1.6 * pairs, 4.8), 4.2), layout="constrained")
-    figure.suptitle(
-        f"What the network sees: {pairs} images of the first batch, each as two views", fontsize=10
-    )
+    title = f"What the network sees: {pairs} images of the first batch, each as two views"
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots(2, pairs, squeeze=False)
     for row, views in enumerate((view1, view2)):
         for column in range(pairs):
@@ -66,9 +65,8 @@ def save_loss_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     if accuracies:
         other = axis.twinx()
         other.set_ylabel("kNN top-1 (%)", color=ACCURACY)
-        drawn += other.plot(
-            *zip(*accuracies, strict=True), color=ACCURACY, marker="s", linestyle="--", label="kNN top-1"
-        )
+        style: dict[str, Any] = {"color": ACCURACY, "marker": "s", "linestyle": "--", "label": "kNN top-1"}
+        drawn += other.plot(*zip(*accuracies, strict=True), **style)
     axis.set_title("Loss and kNN accuracy" if accuracies else "Loss")
     figure.legend(handles=drawn, loc="outside lower center", ncols=2)
     save_png(figure, path)

@@ -188,14 +188,13 @@ def settle(config: Config, resume: str | None, num_images: int, world: World) ->
         ValueError: the settings do not fit together, or the run would have no step.
         CheckpointError: the checkpoint named by `resume` cannot be used.
     """
-
     device = provenance.device_of(world.device)
 
     def decide() -> dict[str, Any]:
-        path, state = (
-            (None, {}) if resume in (None, "auto") else (Path(str(resume)), _load(Path(str(resume))))
-        )
-        if resume == "auto":
+        path, state = None if resume in (None, "auto") else Path(resume), {}
+        if path:
+            state = _load(path)
+        elif resume == "auto":
             path, state, _ = checkpoint.load_newest(Path(config.run.out))
             if path:
                 _check_state(path, state)
@@ -272,11 +271,8 @@ def _check_state(path: Path, state: dict[str, Any]) -> None:
     if not wrong and not all(isinstance(x, str | int) for item in state["rounding"].items() for x in item):
         wrong = ["rounding"]
     origin = state["init_from"]
-    if (
-        not wrong
-        and origin
-        and (origin.keys() != {"path", "sha256"} or {*map(type, origin.values())} != {str})
-    ):
+    sound = not origin or (origin.keys() == {"path", "sha256"} and {*map(type, origin.values())} == {str})
+    if not wrong and not sound:
         wrong = ["init_from"]
     if wrong:
         names = shown(sorted(map(str, wrong)))

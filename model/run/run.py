@@ -176,14 +176,13 @@ class Run:
             CollapseError: the projections have collapsed and train.on_collapse=stop; a checkpoint is saved.
         """
         assert result.gauges
+        gauges, probed = result.gauges._asdict(), self.probe is not None
         row = {
             "epoch": self.step * self.config.train.batch_size / self.num_images,
             "lr": lr,
             "tau": tau,
             "gradient_norm": result.gradient_norm.item(),
-            **self._window.row(
-                self.step, waited, corrupt, result.gauges._asdict(), probed=self.probe is not None
-            ),
+            **self._window.row(self.step, waited, corrupt, gauges, probed),
         }
         self.meter.update(
             self.step,
@@ -228,14 +227,12 @@ class Run:
         if self.knn is None:
             return None
         with self._window.paused():
-            accuracy = self.knn(
-                self.train_step.model.online.encoder, calibrate=before_training and not self.init_from
-            )
+            encoder = self.train_step.model.online.encoder
+            accuracy = self.knn(encoder, calibrate=before_training and not self.init_from)
             if not math.isfinite(accuracy):
                 raise FloatingPointError("the encoder's features are not finite; the encoder is not exported")
-            self.meter.say(
-                f"step {self.step}  kNN top-1 {accuracy:.1f} %{' (before training)' if before_training else ''}"
-            )
+            when = " (before training)" * before_training
+            self.meter.say(f"step {self.step}  kNN top-1 {accuracy:.1f} %{when}")
             self._write({"knn_top1": accuracy})
         return accuracy
 
@@ -282,9 +279,6 @@ class Run:
 
     def state(self) -> dict[str, Any]:
         """The content of a checkpoint (`resume.STATE`); the same on every rank."""
-        init_from = (
-            {"init_from": self.init_from} if self.init_from else {}
-        )  # earlier releases know no such key
         return {
             "step": self.step,
             "model": self.train_step.model.state_dict(),
@@ -295,7 +289,7 @@ class Run:
             "data": self.fingerprint,
             "knn_untrained": self.knn_untrained,
             "rounding": self.rounding,
-            **init_from,
+            **({"init_from": self.init_from} if self.init_from else {}),  # unknown to earlier releases
         }
 
     @contextmanager

@@ -116,9 +116,8 @@ class RemoteData:
     def _stage_shard(self, name: str, progress: Callable[[int], None]) -> None:
         sha256 = {shard.name: shard.sha256 for shard in self.manifest.shards}[name] if self.manifest else None
 
-        def write(
-            descriptor: int,
-        ) -> None:  # a file under its final name was checked by the process that fetched it
+        # A file under its final name was checked by the process that fetched it.
+        def write(descriptor: int) -> None:
             for last in (False, True):
                 hashed = hashlib.sha256() if sha256 else None
                 copy(self.store, name, self.sizes[name], self.connections, descriptor, progress, hashed)

@@ -30,7 +30,7 @@ def public(config: schema.Config) -> schema.Config:
 def model_card(trained: Trained, library: str, loading: str, resizing: str) -> str:
     """The text of the card, for a library by its name on the Hugging Face hub.
 
-    `loading` are lines of Python that load the encoder, `resizing` is a sentence about the library's preprocessing, or "".
+    `loading` are lines of Python that load the encoder; `resizing` is a sentence about the preprocessing, or "".
     """
     config = public(trained.config)
     measured = "\n".join([*_evaluated(trained), *_during_training(trained)]) or "Not measured."
