@@ -275,10 +275,14 @@ def on_main(action: Callable[[], T], world: World) -> T:
 
 
 def broadcast_module(module: nn.Module, world: World) -> None:
-    """Overwrites parameters and buffers by those of rank 0."""
-    if world.size > 1:
-        for tensor in module.state_dict().values():
-            dist.broadcast(tensor, src=0)
+    """Overwrites parameters and buffers by those of rank 0, in one broadcast per dtype."""
+    tensors = list(module.state_dict().values()) if world.size > 1 else []
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        group = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.reshape(-1) for tensor in group])
+        dist.broadcast(flat, src=0)
+        for tensor, part in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
 
 def gather_rows(tensor: Tensor, world: World) -> Tensor:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed import run as torchrun
 from whole_runs import ROOT, STEPS, Process, Run, digest_of, slow, write_images
 
 from byolt.model.byol import Online
@@ -68,6 +70,23 @@ def half(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
 def halved(run: Run, half: Path) -> Run:
     shutil.copytree(half, run.out)
     return run
+
+
+def become_torchrun(options: list[str], before: Callable[[], None] | None = None) -> None:
+    """Runs torchrun instead of train.py in a process of `Run.start`, which calls it first.
+
+    torchrun forks its ranks from this process, which has imported torch: eight imports take 40 s of a core.
+
+    Args:
+        options: of torchrun.
+        before: called before, to change what the ranks do.
+    """
+    multiprocessing.current_process().daemon = False  # a daemon may not have children
+    os.setsid()
+    if before:
+        before()
+    torchrun.main([*options, "--run-path", "--start-method=fork", *sys.argv])
+    raise SystemExit
 
 
 def finish(run: Run) -> str:
@@ -210,18 +229,11 @@ def test_first_error_is_the_last_line_of_every_rank(halved: Run, whole: str) -> 
 
 
 def test_torchrun_prints_the_first_error_last(run: Run) -> None:
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *start, *run.arguments()],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "BYOLT_FAIL": "step:2:raise:1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    end = done.stderr[done.stderr.rindex("Root Cause") :]
-    assert "rank      : 1 " in end and "RuntimeError: fail-point step at 2" in end, done.stderr
+    options = ["--standalone", "--nproc-per-node=2"]
+    agent = run.start(before=functools.partial(become_torchrun, options), BYOLT_FAIL="step:2:raise:1")
+    assert agent.wait() == 1
+    end = agent.text[agent.text.rindex("Root Cause") :]
+    assert "rank      : 1 " in end and "RuntimeError: fail-point step at 2" in end, agent.text
     assert run.leftovers() == []
 
 
@@ -362,11 +374,11 @@ def test_nan_on_one_rank_stops_all_before_the_update(run: Run) -> None:
 
 
 def _list_ids() -> None:
-    """Appends the sample ids of each micro-batch of this rank to ids-RANK.jsonl."""
-    path = Path(os.environ["IDS"]) / f"ids-{os.environ.get('RANK', '0')}.jsonl"
+    """Appends the sample ids of each micro-batch of this rank to a file of its own."""
 
     def take(self: Loader, plain: Callable = Loader._take) -> object:
         batch = plain(self)
+        path = Path("{IDS}/ids-{RANK}-of-{WORLD_SIZE}.jsonl".format_map(os.environ))
         with path.open("a") as file:
             file.write(json.dumps(batch.id.tolist()) + "\n")
         return batch
@@ -419,7 +431,7 @@ def test_other_numbers_of_ranks_see_the_same_samples_and_the_same_loss(tmp_path:
             options = ("--resume", "auto", *SMOOTH, f"train.stop_at_step={stop}")
             processes = run.start_ranks(ranks, *options, before=_list_ids, IDS=str(ids))
             assert all_end(processes) == [0] * ranks, processes[0].text
-            files = [ids / f"ids-{rank}.jsonl" for rank in range(ranks)]
+            files = [ids / f"ids-{rank}-of-{ranks}.jsonl" for rank in range(ranks)]
             parts = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
             seen += [list(chain.from_iterable(step)) for step in zip(*parts, strict=True)]
         assert seen == [global_batch(0, *position(step, 64, 16), 64, 16).tolist() for step in range(20)]
