@@ -189,18 +189,23 @@ def test_sigterm_while_the_data_is_copied(server: RangeServer, tmp_path: Path) -
 
 
 def test_killed_at_random_moments(server: RangeServer, whole: Process, tmp_path: Path) -> None:
+    """BYOLT_KILLS=50 kills as often; a run that ends between two kills is compared, and the next one begins."""
     server.latency = 0.01
-    run = new_run(tmp_path, f"{server.url}/train")
-    killed = 0
-    for moment in range(8):
+    generator, runs, killed = random.Random(0), [new_run(tmp_path / "0", f"{server.url}/train")], 0
+    while killed < int(os.environ.get("BYOLT_KILLS", "8")):
+        run = runs[-1]
         process = run.start("--resume", "auto", before=small_pieces)
-        time.sleep(0.2 + random.Random(moment).random())
-        with contextlib.suppress(ProcessLookupError):  # a fast machine ends the run before some moments
+        time.sleep(0.2 + generator.random())
+        with contextlib.suppress(ProcessLookupError):
             process.signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-        assert size_of(tmp_path / "cache") <= 10_000
-    assert killed >= 2
-    assert_equal(run("--resume", "auto", before=small_pieces), whole, run)
+        if process.wait() == -signal.SIGKILL:
+            killed += 1
+        else:
+            assert_equal(process, whole, run)
+            runs.append(new_run(tmp_path / str(len(runs)), f"{server.url}/train"))
+        assert size_of(run.folder / "cache") <= 10_000
+    assert_equal(runs[-1]("--resume", "auto", before=small_pieces), whole, runs[-1])
+    print(f"{killed} kills, {len(runs)} runs")
 
 
 def test_runs_share_a_cache(server: RangeServer, whole: Process, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ class Mirror:
     Args:
         folder: The local folder.
         url: The remote one: s3://bucket/folder, gs://..., az://...
-        minutes: How long a failing request is repeated, and how long `close` waits at most.
+        minutes: How long a failing request is repeated, and how long leaving the block waits at most.
         keep: Number of checkpoints there.
         say: Prints a line.
     """
@@ -107,9 +107,12 @@ class Mirror:
             last = self._closing
             try:
                 self._copy()
-            except OSError as error:
-                later = "lacks the latest files" if last else "is tried again after the next checkpoint"
-                self._say(f"warning: run.mirror={self.url}: {error}; the run continues, the mirror {later}")
+            except Exception as error:  # whatever it is, the run continues
+                later = (
+                    "the mirror lacks the latest files" if last else "tried again after the next checkpoint"
+                )
+                if last or not isinstance(error, InterruptedError):  # by a signal: `last` is next
+                    self._say(f"warning: run.mirror={self.url}: {error}; {later}")
 
     def _copy(self) -> None:
         if self._there is None:

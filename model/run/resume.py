@@ -165,7 +165,10 @@ def _fetch(mirror: Mirror, out: Path, resume: str | None) -> None:
                 f"run.mirror={mirror.url} may hold checkpoints of this run, and run.out={out} has none: {error}; "
                 "without run.mirror a new run begins"
             ) from None
-        say(f"warning: run.mirror={mirror.url}: {error}; the run begins without it", file=sys.stderr)
+        say(
+            f"warning: run.mirror={mirror.url}: {error}; tried again after the next checkpoint",
+            file=sys.stderr,
+        )
         return
     except RemoteError as error:
         raise ValueError(f"run.mirror={mirror.url}: {error}") from None
