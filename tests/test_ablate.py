@@ -139,7 +139,9 @@ def test_a_list_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
     assert recipes.overrides_of("low", 64, ablations) == ["optimizer.base_lr=.5", "train.epochs=20"]
     assert recipes.fitting(64, ablations) == ["high", "low"]
     one = {"knn_top1": 40.0, "loss": 1.0, "prediction_std": 0.01, "projection_std": 0.1}
-    lines = results.table_of({"high": [one]}, ablations)[1].splitlines()
+    table, markdown = results.table_of({"high": [one]}, ablations)
+    assert table.columns[-1].header == "projection std"
+    lines = markdown.splitlines()
     assert [line.split(" | ")[-1] for line in lines] == ["settings |", lines[1], "optimizer.base_lr=2.0 |"]
     command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--list", str(path), "--only", "lw"]
     assert ablate.main(command) == 2

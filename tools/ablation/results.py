@@ -68,11 +68,14 @@ def last_values(rows: Rows) -> dict[str, float | None]:
 def table_of(
     results: Mapping[str, list[dict[str, float | None]]], ablations: Mapping[str, Ablation] = ABLATIONS
 ) -> tuple[Table, str]:
-    """The table for a terminal, and the same in Markdown, from the `last_values` of each seed, by ablation."""
+    """The table for a terminal, and the same in Markdown, from the `last_values` of each seed, by ablation.
+
+    The terminal's has no settings, which are wide and were printed above each run.
+    """
     of_paper = any(ablation.source for ablation in ablations.values())
     columns = ["ablation", *(name for name, _ in _COLUMNS.values())]
     columns += ["paper top-1 %", "source"] if of_paper else ["settings"]
-    table = Table(*columns)
+    table = Table(*(name for name in columns if name != "settings"))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for name, seeds in results.items():
         ablation = ablations[name]
@@ -81,7 +84,7 @@ def table_of(
             cells += ["-" if ablation.paper is None else f"{ablation.paper:.1f}", ablation.source]
         else:
             cells.append(", ".join(ablation.overrides) or "the recipe's")
-        table.add_row(*cells)
+        table.add_row(*cells[: len(table.columns)])
         lines.append("| " + " | ".join(cells) + " |")
     return table, "\n".join(lines) + "\n"
 
