@@ -121,6 +121,13 @@ def locate(path: str | os.PathLike[str], settings: DataConfig | None = None) -> 
     if any(file.endswith(".beton") for file in files):
         return partial(BetonSource, files, **fields)
     folder = Path(text if files == [text.strip()] else _folder_of(text, files))
+    try:
+        return _locate_folder(folder, text)
+    except OSError as error:
+        raise ValueError(f"data path {text!r} cannot be read: {error.strerror}: {error.filename}") from None
+
+
+def _locate_folder(folder: Path, text: str) -> Callable[[], Source]:
     if not folder.exists():
         near = nearest(folder)
         remedy = f"did you mean {near}? Otherwise make it" if near else "make it"

@@ -1,11 +1,13 @@
 """Sources: reading returns the stored bytes, and damage is an error that names the place."""
 
+import errno
 import io
 import os
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -310,3 +312,23 @@ def test_reads_wait_together() -> None:
     reader = ParallelReader(Slow(40, 20, 30), 2)
     assert list(reader([4, 9])) == [SyntheticSource(40, 20, 30).read(i) for i in (4, 9)]
     reader.close()
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    long = str(tmp_path / ("x" * 300))
+    with pytest.raises(ValueError, match=f"^data path '{long}' cannot be read: File name too long: {long}"):
+        open_source(long)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/gone.jpg").symlink_to("nowhere")
+    (tmp_path / "a/b").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/b/1.png")
+    with pytest.raises(
+        ValueError, match=r"a: 1 unusable file \(gone\.jpg: a broken link, or a folder that cannot"
+    ):
+        open_source(tmp_path / "a")
+    refused = PermissionError(errno.EACCES, "Permission denied")
+    with (
+        patch("os.scandir", side_effect=refused),
+        pytest.raises(ValueError, match="a cannot be read: Permission"),
+    ):
+        open_source(tmp_path / "a")

@@ -22,11 +22,17 @@ class FolderSource:
         self.folder = Path(folder)
         try:
             self._names, labels, self.classes, stray = label_names(list_folder(self.folder))
+        except OSError as error:
+            raise ValueError(f"data path {self.folder} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"data path {self.folder}: {error}") from None
         if not self._names:
             raise ValueError(f"data path {self.folder} holds no images")
-        problems = [f"{name}: is beside the class folders" for name in stray]
+        closed = "a broken link, or a folder that cannot be read"
+        problems = [
+            f"{name}: {'is beside the class folders' if (self.folder / name).is_file() else closed}"
+            for name in stray
+        ]
         sizes, checksums = [], []
         digest, former = hashlib.sha256(), hashlib.sha256()
         for name, label in zip(self._names, labels, strict=True):
