@@ -112,6 +112,11 @@ ROWS = [
      "prediction_cosine": 0.5, "projection_std": 0.3, "projection_cosine": 0.4},
     {"step": 8, "knn_top1": 62.5},
 ]  # fmt: skip
+FEW = [
+    ROWS[0],
+    {"step": 2, "epoch": 1.0, "loss": 3.5, "corrupt_images": 0.0},
+    ROWS[2],
+]  # a figure a column takes time
 
 
 def _rows(folder: Path, rows: list[dict]) -> None:
@@ -404,7 +409,7 @@ def test_odd_checkpoints_are_passed_over(change: dict, sentence: str, folder: Pa
 )  # fmt: skip
 def test_hostile_lines_do_not_stop_the_report(file: str, line: str, folder: Path, tmp_path: Path) -> None:
     _save(folder, _config(folder, tmp_path / "gone"), 3)
-    _rows(folder, ROWS)
+    _rows(folder, FEW)
     with (folder / file).open("a") as lines:
         lines.write(f"\n{line}\n")
     text, _ = _report(folder)
@@ -414,7 +419,7 @@ def test_hostile_lines_do_not_stop_the_report(file: str, line: str, folder: Path
 def test_only_an_earlier_report_is_replaced(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    _rows(folder, ROWS)
+    _rows(folder, FEW)
     _report(folder)
     _report(folder)
     (tmp_path / "mine.html").write_text("<!DOCTYPE html>precious")
@@ -564,7 +569,7 @@ def test_wrong_neighbors_are_marked() -> None:
 @pytest.mark.slow
 def test_report_of_what_train_leaves(tmp_path: Path, images: Path) -> None:  # noqa: F811
     run = TrainRun(tmp_path, images)
-    assert run("train.stop_at_step=4").returncode == 0
+    assert run("train.stop_at_step=4", drawn=True).returncode == 0
     text, _ = _report(run.out)
     assert "step 4 of 8, stopped there by train.stop_at_step" in text
     assert run("--resume", "auto").returncode == 0
