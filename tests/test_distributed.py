@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_runs import on_two_ranks
 
 from byolt.configs import command_line
 from byolt.model import distributed
@@ -73,10 +74,9 @@ def _state(model: BYOL) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def _worker(rank: int, port: int, folder: str, fused: bool) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, folder: str, fused: bool) -> None:
+    if fused and not torch.cuda.is_available():
+        import interpreter  # noqa: F401
     world = distributed.init("cpu", timeout=30)
     row = torch.tensor([[float(rank), 1.0]])
     norm = nn.BatchNorm2d(3).eval()
@@ -142,20 +142,9 @@ NORMS = {
 }
 
 
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def _spawn(folder: Path, fused: bool = False) -> list[dict[str, Any]]:
-    """Results of two ranks, which import torch once, in a forkserver."""
-    torch.multiprocessing.set_forkserver_preload(
-        ["torch.nn.parallel", "byolt.model.byol", "byolt.model.step"]
-    )
-    torch.multiprocessing.start_processes(
-        _worker, (_free_port(), str(folder), fused), nprocs=2, start_method="forkserver"
-    )
+    """Results of two ranks."""
+    on_two_ranks(_worker, str(folder), fused)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.progress import Progress
+from whole_runs import SERVER, free_port, on_two_ranks, rank_environment
 
 from byolt.configs import schema
 from byolt.model import distributed
@@ -387,10 +387,7 @@ def _features(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _worker(rank: int, ports: list[int], run: str, out: str) -> None:
-    torch.set_num_threads(1)
     frozen.BATCH = 8  # so that there are batches for both
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
     for (protocol, options), port in zip(FAST.items(), ports, strict=False):
         os.environ["MASTER_PORT"] = str(port)
         assert _main(Path(run), Path(out) / protocol, "--protocol", protocol, *_undecided(options)) == 0
@@ -408,12 +405,7 @@ def _undecided(options: list[str]) -> list[str]:
 def test_two_ranks_measure_what_one_measures(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ports = []
-    for _ in range(len(FAST) + 1):
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            ports.append(server.getsockname()[1])
-    torch.multiprocessing.spawn(_worker, (ports, str(run), str(tmp_path / "two")), nprocs=2)
+    on_two_ranks(_worker, [free_port() for _ in range(len(FAST) + 1)], str(run), str(tmp_path / "two"))
     monkeypatch.setattr(frozen, "BATCH", 8)
     whole, labels = _features(run)
     assert whole.shape == (72, 128) and labels.tolist() == [0] * 24 + [1] * 24 + [2] * 24
@@ -634,8 +626,7 @@ def test_a_lost_rank_is_told_in_one_line(
 
 
 def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_PORT": str(port)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= rank_environment(rank, 2, port)
     whole = program.measure
 
     def measure(args: Any, setup: Setup) -> Any:
@@ -652,11 +643,8 @@ def _failing_worker(rank: int, port: int, run: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_every_rank_tells_what_failed_first(run: Path, tmp_path: Path) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    start = torch.multiprocessing.get_context("spawn").Process
-    processes = [start(target=_failing_worker, args=(r, port, str(run), str(tmp_path))) for r in range(2)]
+    arguments = free_port(), str(run), str(tmp_path)
+    processes = [SERVER.Process(target=_failing_worker, args=(rank, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -199,6 +199,7 @@ def test_signal_saves_once_and_ends(number: int, halved: Run, whole: Process) ->
     path, state = halved.newest()
     assert state["step"] >= HALF + 2
     assert process.digest == digest_of(state)
+    assert f"stopped by {signal.Signals(number).name} at step {state['step']}" in process.text
     assert len(list(halved.out.glob("checkpoint-*.pt"))) == 2  # the one it began with, and one more
     assert path.name == f"checkpoint-{state['step']:09d}.pt"
     assert finish(halved).digest == whole.digest

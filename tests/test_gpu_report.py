@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from whole_runs import SERVER
 
 from byolt.tools import gpu_report
 from byolt.tools.benchmarks.gpu_parts import PARTS, Job, Part, Row, fed, step, trained
@@ -47,7 +48,11 @@ def report(out: Path, parts: tuple[Part, ...], *words: str) -> tuple[int, dict[s
 
 
 @pytest.mark.slow
-def test_broken_parts_cost_only_their_own_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_parts_cost_only_their_own_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In forked processes, which need not import torch; those of the test below are spawned."""
+    monkeypatch.setattr(gpu_report.multiprocessing, "get_context", lambda _: SERVER)
     parts = (*BROKEN, Part("step", step, ("optimizer.backend=foreach",), 100), Part("graph", *PARTS[3][1:]))
     code, table = report(tmp_path, parts)
     assert code == 1 and list(table) == ["fails", "hangs", "crashes", "step", "graph"]
@@ -78,7 +83,7 @@ def test_loader_whole_runs_and_tests(tmp_path: Path) -> None:
         Part("run", trained, ("r18_cifar10", ""), 150),
         Part("tests", marked, (), 150),
     )
-    code, table = report(tmp_path, parts, "--seconds", "500")
+    code, table = report(tmp_path, parts, "--seconds", "500", "--data", "synthetic:64:40x50")
     assert code == 0
     assert [row.split(" | ")[1] for row in table["both"]] == [*["images/s"] * 3, "% stall"]
     assert [row.split(" | ")[1] for row in table["run"]] == ["images/s", "% waiting for data"]

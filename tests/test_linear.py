@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from whole_runs import on_two_ranks
 
 from byolt.configs import schema
 from byolt.model import distributed
@@ -177,10 +176,7 @@ def test_probe_goes_on_from_its_state() -> None:
     assert torch.equal(resumed.head.weight, whole.head.weight)
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, folder: str) -> None:
     world = distributed.init("cpu", timeout=30)
     state: dict[str, Any] = _probe(world).head.state_dict()
     torch.save(state, Path(folder) / f"{rank}.pt")
@@ -189,10 +185,7 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_probe_on_two_ranks_equals_one(tmp_path: Path) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    on_two_ranks(_worker, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     whole = _probe(ALONE).head.state_dict()
     for name, value in whole.items():

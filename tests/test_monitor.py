@@ -1,7 +1,5 @@
 """The kNN monitor: images for calibration, ranks without images."""
 
-import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from whole_runs import on_two_ranks
 
 from byolt.configs import schema
 from byolt.model import distributed
@@ -91,9 +90,7 @@ class _Labels:
         return len(self.labels)
 
 
-def _worker(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _worker(rank: int, folder: str) -> None:
     world = distributed.init("cpu", timeout=20)
     encoder: Any = nn.Flatten()
     encoder.weight, encoder.num_features = nn.Parameter(torch.ones(1)), 3
@@ -114,9 +111,6 @@ def _worker(rank: int, port: int, folder: str) -> None:
 
 @pytest.mark.slow
 def test_one_image_on_two_ranks_is_no_deadlock(tmp_path: Path) -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    torch.multiprocessing.spawn(_worker, (port, str(tmp_path)), nprocs=2)
+    on_two_ranks(_worker, str(tmp_path))
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["100.0", "100.0"]
     assert [(tmp_path / f"nan{rank}").read_text() for rank in range(2)] == ["nan", "nan"]

@@ -2,12 +2,12 @@
 
 import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from whole_runs import SERVER
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks" / "remote"
 
@@ -27,19 +27,33 @@ def test_computed_connections_follow_littles_law(speed: Any) -> None:
     assert speed.connections(1, 1, 0.03, 70e6) == 1
 
 
-@pytest.mark.slow  # four processes, 20 to 40 s
-def test_local_and_remote_cases(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_local_and_remote_cases(
+    speed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server and the cases in forked processes, which need not import torch."""
     out = tmp_path / "out.json"
-    command = [sys.executable, str(FOLDER / "measure.py"), "--json", str(out), "--folder", str(tmp_path)]
-    command += ["--pixels", "32", "--rate", "100", "--seconds", "2", "--settle", "1", "--local-seconds", "1"]
-    command += ["--orders", "lanes"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(out.read_text())
+    words = [
+        "--json",
+        str(out),
+        "--folder",
+        str(tmp_path),
+        "--pixels",
+        "32",
+        "--rate",
+        "100",
+        "--orders",
+        "lanes",
+    ]
+    words += ["--seconds", "2", "--settle", "1", "--local-seconds", "1"]
+    monkeypatch.setattr(speed, "SPAWN", SERVER)
+    monkeypatch.setattr(sys, "argv", ["measure.py", *words])
+    assert speed.main() == 0
+    report, shown = json.loads(out.read_text()), capsys.readouterr().out
     local, once, twice = report["results"]
     assert report["computed_connections"] == once["connections"] == 1 and twice["connections"] == 2
     assert "requests" not in local and once["requests"] > 0 and once["sent_mb"] > 0
     for row in report["results"]:
         assert 0 < row["settled"]["images_per_s"] <= 101 and 0 <= row["settled"]["wait"] <= 1
-        assert row["images"] > 0 and row["settled"]["cpu_ms"] > 0 and row["case"] in done.stdout
+        assert row["images"] > 0 and row["settled"]["cpu_ms"] > 0 and row["case"] in shown
     assert list(tmp_path.iterdir()) == [out]

@@ -1,5 +1,6 @@
 """train.py as its users run it: whole runs on a few tiny images."""
 
+import contextlib
 import errno
 import gc
 import io
@@ -8,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -22,6 +22,7 @@ from unittest.mock import call, patch
 import numpy as np
 import pytest
 import torch
+import whole_runs
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -78,17 +79,10 @@ class Run:
         text = TINY.replace("OUT", str(self.out)).replace("DATA", str(images)).replace("BACKEND", backend)
         self.config.write_text(text)
 
-    def command(self, *arguments: str, ranks: int = 1) -> list[str]:
-        start = [sys.executable]
-        if ranks > 1:
-            start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        return [*start, str(ROOT / "train.py"), "--config", str(self.config), *arguments]
+    def arguments(self, *arguments: str) -> list[str]:
+        return [str(ROOT / "train.py"), "--config", str(self.config), *arguments]
 
-    def in_processes(self, *arguments: str, ranks: int = 1) -> subprocess.CompletedProcess:
-        command = self.command(*arguments, ranks=ranks)
-        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
-
-    def __call__(self, *arguments: str) -> SimpleNamespace:
+    def __call__(self, *arguments: str, drawn: bool = False) -> SimpleNamespace:
         """train.main() within this process: it spares the seconds that importing torch takes."""
         handlers = {
             number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -98,7 +92,8 @@ class Run:
             with (
                 redirect_stdout(stdout),
                 redirect_stderr(stderr),
-                patch.object(sys, "argv", self.command(*arguments)[1:]),
+                patch.object(sys, "argv", self.arguments(*arguments)),
+                contextlib.nullcontext() if drawn else whole_runs.not_drawn(),
             ):
                 code = train.main()
         finally:
@@ -114,10 +109,6 @@ class Run:
         return checkpoint.load_newest(self.out)[1]["model"]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
 @pytest.fixture
 def run(tmp_path: Path, images: Path) -> Run:
     return Run(tmp_path, images)
@@ -127,7 +118,7 @@ def run(tmp_path: Path, images: Path) -> Run:
 def finished(tmp_path_factory: pytest.TempPathFactory, images: Path) -> tuple[Run, SimpleNamespace]:
     """One whole run of 8 steps, on DALI if it is installed."""
     run = Run(tmp_path_factory.mktemp("finished"), images, backend="auto")
-    return run, run()
+    return run, run(drawn=True)
 
 
 def test_whole_run_leaves_what_it_promises(finished: tuple[Run, SimpleNamespace]) -> None:
@@ -482,37 +473,20 @@ def test_finished_run_is_not_run_again(finished: tuple[Run, SimpleNamespace]) ->
     assert again.stdout == done.stdout
 
 
-@pytest.mark.faults
-def test_signal_saves_and_exits(run: Run) -> None:
-    process = subprocess.Popen(
-        run.command("train.epochs=10000"), env=environment(), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr
-    for line in process.stderr:
-        if line.startswith("step 2/"):
-            process.send_signal(signal.SIGINT)
-            break
-    rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, rest
-    assert "stopped by SIGINT at step" in rest
-    path, state, _ = checkpoint.load_newest(run.out)
-    assert path is not None and state["step"] >= 2
-
-
 @pytest.mark.slow
-def test_two_ranks_train_like_one(run: Run, images: Path, tmp_path: Path) -> None:
+def test_two_ranks_train_like_one(images: Path, tmp_path: Path) -> None:
     """Same ids, same views, synchronised statistics: the losses agree to rounding, also across a resume."""
-    options = ("model.projector_hidden=8", "train.stop_at_step=3")
-    two = run.in_processes(*options, ranks=2)
-    assert two.returncode == 0, two.stderr
-    on = run.in_processes(*options[:1], "--resume", "auto", ranks=2)
-    assert on.returncode == 0 and "2 x cpu" in on.stderr, on.stderr
-    (tmp_path / "b").mkdir()
-    one = Run(tmp_path / "b", images)
-    assert one(options[0]).returncode == 0
-    losses = [{r["step"]: r["loss"] for r in x.rows() if "loss" in r} for x in (run, one)]
-    for step in (2, 6, 8):
-        assert losses[0][step] == pytest.approx(losses[1][step], rel=1e-4)
+    losses = []
+    for size, stops in ((2, (3, 8)), (1, (8,))):
+        (tmp_path / str(size)).mkdir()
+        run = whole_runs.Run(tmp_path / str(size), images / "train")
+        for stop in stops:
+            options = f"train.stop_at_step={stop}", f"eval.path={images / 'val'}", "eval.k=5"
+            ranks = run.start_ranks(size, "--resume", "auto", *options)
+            assert [rank.wait() for rank in ranks] == [0] * size, ranks[0].text
+        assert ("2 x cpu" in ranks[0].text) == (size == 2)
+        losses.append([row["loss"] for row in run.rows() if "loss" in row])
+    assert len(losses[0]) == 8 and losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,14 @@ import time
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
+import torch
 from PIL import Image
 
+from byolt.files.atomic import replacing
 from byolt.model.run import checkpoint
 from byolt.model.run.digest import digest
 
@@ -41,7 +45,9 @@ SERVER.set_forkserver_preload(
     [
         "whole_runs",
         "train",
+        "torch.nn.parallel",
         "byolt.model.run.run",
+        "byolt.model.run.pictures",
         "byolt.pipelines.loader",
     ]
 )
@@ -55,6 +61,46 @@ def write_images(folder: Path, count: int = 32) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(path)
     return folder
+
+
+@contextlib.contextmanager
+def not_drawn() -> Iterator[None]:
+    """A run's pictures have one pixel: drawing them takes longer than the other work of a tiny run."""
+
+    def save(path: Path, *_: object) -> None:
+        with replacing(path) as temporary:
+            Image.new("RGB", (1, 1)).save(temporary, "png")
+
+    with patch.multiple("byolt.model.run.pictures", save_view_pairs=save, save_loss_curve=save):
+        yield
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    return {name: str(value) for name, value in ranks.items()} | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def on_two_ranks(function: Callable, *arguments: Any) -> None:
+    """Calls function(rank, *arguments) in two processes, each with the environment of a rank."""
+    torch.multiprocessing.start_processes(
+        _on_a_rank, (function, free_port(), arguments), nprocs=2, start_method="forkserver"
+    )
+
+
+def _on_a_rank(rank: int, function: Callable, port: int, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ |= rank_environment(rank, 2, port)
+    function(rank, *arguments)
 
 
 class Run:
@@ -85,20 +131,9 @@ class Run:
         self, size: int, *arguments: str, before: Callable[[], None] | None = None, **environment: str
     ) -> list["Process"]:
         """Starts the ranks of one run, without torchrun."""
-        with socket.socket() as server:
-            server.bind(("127.0.0.1", 0))
-            port = server.getsockname()[1]
-        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        port = free_port()
         return [
-            self.start(
-                *arguments,
-                before=before,
-                **common,
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                LOCAL_WORLD_SIZE=str(size),
-                **environment,
-            )
+            self.start(*arguments, before=before, **rank_environment(rank, size, port), **environment)
             for rank in range(size)
         ]
 
@@ -199,7 +234,7 @@ def _train(
     if before:
         before()
     code = 1
-    with contextlib.suppress(SystemExit):
+    with contextlib.suppress(SystemExit), not_drawn():
         code = train.main()
     sys.stdout.flush()
     os._exit(code)
