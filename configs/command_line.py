@@ -138,7 +138,7 @@ def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
         raise ValueError(
             f"in the environment, WORLD_SIZE={size} is not a valid number of ranks: use torchrun"
         )
-    if missing := [name for name in _TORCHRUN if name not in present]:
+    if missing := [name for name in _TORCHRUN if not environment.get(name)]:
         raise ValueError(
             f"environment variables {', '.join(missing)} are not set though {present[0]} is; start with torchrun"
         )
@@ -147,6 +147,11 @@ def torchrun_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
             raise ValueError(
                 f"in the environment, {name}={text} is not a number below WORLD_SIZE={size}: use torchrun"
             )
+    port = environment["MASTER_PORT"]
+    if not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 2**16:
+        raise ValueError(
+            f"in the environment, MASTER_PORT={port} is not a port from 1 to 65535: use torchrun"
+        )
     here = environment.get("LOCAL_WORLD_SIZE", size)
     if not re.fullmatch("[0-9]{1,9}", here) or int(local_rank) >= int(here):
         raise ValueError(

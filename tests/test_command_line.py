@@ -126,6 +126,9 @@ def test_a_number_of_tasks_that_is_not_valid(name: str, tasks: str, monkeypatch:
     [
         ({"RANK": None}, "environment variables RANK are not set though LOCAL_RANK is; start with torchrun"),
         ({"LOCAL_RANK": None, "MASTER_PORT": None}, "LOCAL_RANK, MASTER_PORT are not set though RANK is"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR are not set though RANK is"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT=abc is not a port from 1 to 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 is not a port from 1 to 65535"),
         ({"RANK": "8"}, "RANK=8 is not a number below WORLD_SIZE=8: use torchrun"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK=x is not a number below WORLD_SIZE=8: use torchrun"),
         (
