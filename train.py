@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         command_line.check_logger(config.run.wandb)
         command_line.check_backbone(config.model.backbone)
         if world_size == 1:  # several ranks first connect, so that a mistake of one ends all
-            check_paths({"data.path": config.data.path, "eval.path": config.eval.path})
+            check_paths({"data.path": config.data.path, "eval.path": config.eval.path}, config.run.out)
             command_line.check_init_from(config, args.resume)
     except (ValueError, OSError) as error:
         return fail(error)

@@ -27,7 +27,7 @@ from byolt.files.regular import open_regular
 from byolt.files.storage.retry import RemoteError
 from byolt.pipelines.formats.beton import BetonSource, split_path
 from byolt.pipelines.formats.encoded import MAX_PIXELS, are_others, check, check_unchanged, spots
-from byolt.pipelines.formats.folder import FolderSource
+from byolt.pipelines.formats.folder import FolderSource, is_hidden
 from byolt.pipelines.formats.proof import prove_jpeg
 from byolt.pipelines.formats.synthetic import SyntheticSource
 from byolt.pipelines.formats.tar import Tar
@@ -155,12 +155,26 @@ def open_split(key: str, path: str, settings: DataConfig | None = None) -> Sourc
         return open_source(path, settings)
 
 
-def check_paths(paths: dict[str, str | None]) -> None:
-    """Refuses a path at which there is no data set, see `locate`; the message names its setting or option, the key."""
+def check_paths(paths: dict[str, str | None], out: str | None = None) -> None:
+    """Refuses a path at which there is no data set, see `locate`; the message names its setting or option, the key.
+
+    Args:
+        paths: The data sets.
+        out: run.out, which must not be among the images of a folder: its pictures would become part of the data.
+    """
     for key, path in paths.items():
+        if path is None:
+            continue
         with _named(key):
-            if path is not None:
-                locate(path)
+            found = locate(path)
+        folder = Path(expand_home(path)).resolve()
+        if out and isinstance(found, partial) and found.func is FolderSource:
+            place = Path(out).resolve()
+            if place.is_relative_to(folder) and not any(map(is_hidden, place.relative_to(folder).parts)):
+                raise ValueError(
+                    f"run.out={out} is in {key}={path}, a folder of images, which what the run writes would change: "
+                    "choose another folder"
+                )
 
 
 @contextmanager

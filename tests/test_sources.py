@@ -15,6 +15,7 @@ from PIL import Image
 
 from byolt.pipelines.formats.encoded import inspect
 from byolt.pipelines.formats.folder import FolderSource, label_names, list_folder
+from byolt.pipelines.manifest import MANIFEST
 from byolt.pipelines.sources import (
     ParallelReader,
     SyntheticSource,
@@ -332,3 +333,17 @@ def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="a cannot be read: Permission"),
     ):
         open_source(tmp_path / "a")
+
+
+def test_a_run_is_not_written_among_its_images(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "a/1.png")
+    for out in (tmp_path, tmp_path / "runs/x", tmp_path / "a"):
+        with pytest.raises(
+            ValueError, match=f"^run.out={out} is in eval.path={tmp_path}/, a folder of images"
+        ):
+            check_paths({"data.path": None, "eval.path": f"{tmp_path}/"}, str(out))
+    for out in (tmp_path.parent, tmp_path / ".run", tmp_path.with_name(tmp_path.name + "2")):
+        check_paths({"data.path": str(tmp_path)}, str(out))
+    (tmp_path / MANIFEST).touch()  # shards
+    check_paths({"data.path": str(tmp_path)}, str(tmp_path / "run"))
