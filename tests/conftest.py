@@ -2,10 +2,15 @@
 
 import contextlib
 import importlib.util
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +37,36 @@ def _one_thread() -> Iterator[None]:
 def fixtures() -> Path:
     """Folder of the reference implementation's own numbers."""
     return ROOT / "tests" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def reference(fixtures: Path) -> dict[str, np.ndarray]:
+    """The reference implementation's augmentations of one image, by operation."""
+    with np.load(fixtures / "augment.npz") as data:
+        return dict(data)
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Callable[[str], list[list[Any]]]:
+    """Runs a script that compiles Triton kernels, which needs no GPU, and returns the rows of JSON that it prints.
+
+    A row ends with the size of a kernel and its PTX: without atomics, whose sums in any order would differ from run to
+    run, and without float64.
+    """
+
+    def run(script: str) -> list[list[Any]]:
+        environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        rows = json.loads(done.stdout)
+        for name, *_, size, ptx in rows:
+            assert size > 1000, name
+            assert "atom." not in ptx and "red." not in ptx.replace(".shared", "") and ".f64" not in ptx, name
+        return rows
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -89,12 +89,6 @@ def pictures(count: int, height: int, width: int) -> list[np.ndarray]:
     return out
 
 
-@pytest.fixture(scope="module")
-def reference(fixtures: Path) -> dict[str, np.ndarray]:
-    with np.load(fixtures / "augment.npz") as data:
-        return dict(data)
-
-
 @pytest.mark.parametrize("size", [32, 64, 224])
 def test_resize_equals_reference(size: int, fixtures: Path) -> None:
     with np.load(fixtures / "resize.npz") as data:

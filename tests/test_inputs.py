@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_index import write_tar
 from test_loader import make_config
-from test_make_shards import write_tar
+from test_make_shards import quarantine
 
 from byolt.files.console import shown
 from byolt.pipelines.convert import rules
@@ -55,11 +56,6 @@ def members_of(folder: Path) -> dict[str, bytes]:
         with tarfile.open(path) as opened:
             found |= {m.name: opened.extractfile(m).read() for m in opened}  # type: ignore[union-attr]
     return found
-
-
-def quarantine(folder: Path) -> dict[str, str]:
-    rows = map(json.loads, (folder / "quarantine.jsonl").read_text().splitlines())
-    return {row["file"]: row["reason"] for row in rows}
 
 
 def web_dataset(

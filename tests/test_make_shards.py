@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_index import write_tar
 
 from byolt.pipelines.convert import make as making
 from byolt.pipelines.convert import plan as planning
@@ -45,15 +46,6 @@ def write_images(folder: Path, count: int = 20, side: int = 16) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise(side + i % 5, side, i).save(path)
     return folder
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as out:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            out.addfile(info, io.BytesIO(data))
-    return path
 
 
 def jpeg(seed: int = 0, height: int = 8) -> bytes:

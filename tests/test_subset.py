@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_make_shards import write_tar
+from test_index import write_tar
 
 from byolt.pipelines.sources import open_source
 from byolt.pipelines.subset import Subset, _original, balanced_ids, file_names, listed_ids, random_ids, spaced

@@ -16,9 +16,8 @@ from byolt.pipelines.views import draw
 
 
 @pytest.fixture(scope="module")
-def augment(fixtures: Path) -> dict[str, torch.Tensor]:
-    with np.load(fixtures / "augment.npz") as data:
-        return {name: torch.from_numpy(data[name]) for name in data}
+def augment(reference: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(values) for name, values in reference.items()}
 
 
 @pytest.fixture(scope="module")
