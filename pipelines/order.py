@@ -87,24 +87,15 @@ class RankOrder:
     """One rank's part of every global batch of a run.
 
     Micro-batch j of a step consists of the same samples for any number of ranks.
-
-    Attributes:
-        seed: 0 <= seed < 2**63.
-        num_samples: Size of the data set.
-        batch_size: Images of all ranks together, a multiple of accumulation * world_size.
-        mode: See `global_batch`.
-        accumulation: Micro-batches per step.
-        rank: This process, 0 <= rank < world_size.
-        world_size: Processes that share each global batch.
     """
 
-    seed: int
-    num_samples: int
-    batch_size: int
-    mode: Mode = "full"
-    accumulation: int = 1
-    rank: int = 0
-    world_size: int = 1
+    seed: int  # 0 <= seed < 2**63
+    num_samples: int  # size of the data set
+    batch_size: int  # images of all ranks together, a multiple of accumulation * world_size
+    mode: Mode = "full"  # see `global_batch`
+    accumulation: int = 1  # micro-batches per step
+    rank: int = 0  # this process, 0 <= rank < world_size
+    world_size: int = 1  # processes that share each global batch
 
     def __post_init__(self) -> None:
         check_batch_size(self.num_samples, self.batch_size)

@@ -153,21 +153,13 @@ class DataSetReader:
 
 
 class InputTar(NamedTuple):
-    """One tar.
+    """One tar."""
 
-    Attributes:
-        archive: The file, relative to `Inputs.path`; "" for `Inputs.path` itself.
-        name: Begins the names of its samples; "" for SRC itself.
-        start: Offset in the file; more than 0 in a tar of tars.
-        end: Offset of the byte behind it.
-        modified: Nanoseconds since 1970.
-    """
-
-    archive: str
-    name: str
-    start: int
-    end: int
-    modified: int
+    archive: str  # the file, relative to `Inputs.path`; "" for `Inputs.path` itself
+    name: str  # begins the names of its samples; "" for SRC itself
+    start: int  # offset in the file; more than 0 in a tar of tars
+    end: int  # offset of the byte behind it
+    modified: int  # nanoseconds since 1970
 
 
 def is_image(name: str) -> bool:

@@ -7,27 +7,17 @@ from typing import NamedTuple
 
 
 class InputImage(NamedTuple):
-    """One image to convert: a file, a member of an archive, or a sample of a data set.
+    """One image to convert: a file, a member of an archive, or a sample of a data set."""
 
-    Attributes:
-        name: Relative to the folder that was asked for.
-        label: Index of its class, -1 for none.
-        place: Offset of its bytes in a tar, its directory entry in a zip, its number in a data set; 0 in a folder.
-        length: Bytes.
-        modified: Of the file, or of its archive: nanoseconds since 1970.
-        archive: The tar that holds it, relative to `Inputs.path`; "" for `Inputs.path` itself, or a plain file.
-        key: Key of the sample; "" for its number.
-        info: JSON to store with the sample; "" for {"file": name}.
-    """
-
-    name: str
-    label: int
+    name: str  # relative to the folder that was asked for
+    label: int  # index of its class, -1 for none
+    # Offset of its bytes in a tar, its directory entry in a zip, its number in a data set; 0 for a file.
     place: int | zipfile.ZipInfo
-    length: int
-    modified: int
-    archive: str = ""
-    key: str = ""
-    info: str = ""
+    length: int  # bytes
+    modified: int  # of the file, or of its archive: nanoseconds since 1970
+    archive: str = ""  # the tar that holds it, relative to `Inputs.path`; "" for that path or a plain file
+    key: str = ""  # key of the sample; "" for its number
+    info: str = ""  # JSON to store with the sample; "" for {"file": name}
 
 
 class RefusedFile(NamedTuple):
@@ -38,27 +28,16 @@ class RefusedFile(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Everything that a conversion reads.
+    """Everything that a conversion reads."""
 
-    Attributes:
-        path: The folder or file to read from: the source, its folder --inside, or the decompressed tar.
-        images: Files sorted by name, samples of a data set in their order.
-        classes: Name of each label, or None.
-        refused: Files that are left out.
-        is_data_set: Whether `path` is a data set that was made before.
-        notes: Say what a user would not expect: parts of SRC that are left out, rules that were applied.
-        fingerprint: Identity of what `images` does not state: a data set's own fingerprint, keys and notes.
-        proven: Whether every image was decoded when it was made, and need not be decoded again.
-    """
-
-    path: Path
-    images: list[InputImage]
-    classes: list[str] | None
-    refused: list[RefusedFile]
-    is_data_set: bool = False
-    notes: tuple[str, ...] = ()
-    fingerprint: str = ""
-    proven: bool = False
+    path: Path  # the folder or file to read from: the source, its folder --inside, or the decompressed tar
+    images: list[InputImage]  # files sorted by name, samples of a data set in their order
+    classes: list[str] | None  # name of each label, or None
+    refused: list[RefusedFile]  # files that are left out
+    is_data_set: bool = False  # whether `path` is a data set that was made before
+    notes: tuple[str, ...] = ()  # what a user would not expect: parts left out, rules applied
+    fingerprint: str = ""  # of what `images` does not state: a data set's own fingerprint, keys and notes
+    proven: bool = False  # whether every image was decoded when the data set was made
 
     def sha256(self) -> str:
         """Identity of the source: names, labels and sizes."""

@@ -44,23 +44,14 @@ class ConversionOptions:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to write.
+    """One shard to write."""
 
-    Attributes:
-        source: The file or folder to read from, and whether it is a data set.
-        images: The images with their sample numbers.
-        digits: Width of a sample number in a key.
-        shard: The file to write.
-        note: The JSON file that is written after the shard and says that it is whole.
-        decode: As in the options, but False where the source's own conversion has decoded its images.
-    """
-
-    source: tuple[Path, bool]
-    images: list[tuple[int, InputImage]]
-    digits: int
-    shard: Path
-    note: Path
-    decode: bool
+    source: tuple[Path, bool]  # the file or folder to read from, and whether it is a data set
+    images: list[tuple[int, InputImage]]  # the images with their sample numbers
+    digits: int  # width of a sample number in a key
+    shard: Path  # the file to write
+    note: Path  # the JSON file that is written after the shard and says that it is whole
+    decode: bool  # as in the options, but False where the source's own conversion has decoded its images
     options: ConversionOptions
 
 

@@ -46,61 +46,35 @@ _Part = tuple[str, Member]  # lower-case extension, and the member
 
 
 class TarSample(NamedTuple):
-    """One key of a WebDataset tar; its image is not read yet.
+    """One key of a WebDataset tar; its image is not read yet."""
 
-    Attributes:
-        key: Name up to the dot where its extension begins, with its folder.
-        at: Offset of its first member's header.
-        image: Its image, or None.
-        extension: Of the image, in lower case.
-        label: Text of its .cls, or None.
-        note: Its .json, or None.
-        others: Extensions of its other members.
-        reason: Why it cannot be used; "" if it can.
-        has_dot: Whether its key has a dot: the extension begins at the last dot of a name, not at the first.
-    """
-
-    key: str
-    at: int
-    image: Member | None = None
-    extension: str = ""
-    label: str | None = None
-    note: Member | None = None
-    others: tuple[str, ...] = ()
-    reason: str = ""
-    has_dot: bool = False
+    key: str  # name up to the dot where its extension begins, with its folder
+    at: int  # offset of its first member's header
+    image: Member | None = None  # its image, or None
+    extension: str = ""  # of the image, in lower case
+    label: str | None = None  # text of its .cls, or None
+    note: Member | None = None  # its .json, or None
+    others: tuple[str, ...] = ()  # extensions of its other members
+    reason: str = ""  # why it is refused; "" if it is not
+    has_dot: bool = False  # whether its key has a dot: its extension begins at the name's last dot
 
 
 class Index(NamedTuple):
-    """The contents of one tar.
+    """The contents of one tar."""
 
-    Attributes:
-        records: SAMPLE records in the order of the tar, shape (samples,), with `shard` 0.
-        refused: Key and reason, with the offset, of each unusable sample.
-        imageless: Number of keys without an image: captions, readme files.
-        kinds: Number of images that have to be converted, by extension; they are refused.
-        dotted: Number of samples whose keys have a dot.
-    """
-
-    records: np.ndarray
-    refused: list[tuple[str, str]]
-    imageless: int
-    kinds: dict[str, int]
-    dotted: int
+    records: np.ndarray  # SAMPLE records in the order of the tar, shape (samples,), with `shard` 0
+    refused: list[tuple[str, str]]  # key and reason, with the offset, of each unusable sample
+    imageless: int  # number of keys without an image: captions, readme files
+    kinds: dict[str, int]  # number of images that have to be converted, by extension; they are refused
+    dotted: int  # number of samples whose keys have a dot
 
 
 class Scan(NamedTuple):
-    """An `Index` whose labels are not numbered yet.
+    """An `Index` whose labels are not numbered yet."""
 
-    Attributes:
-        unlabeled: With UNLABELED records.
-        labels: Text of each sample's .cls, or None.
-        places: Key of each sample, and offset of its first header.
-    """
-
-    unlabeled: Index
-    labels: list[str | None]
-    places: list[tuple[str, int]]
+    unlabeled: Index  # with UNLABELED records
+    labels: list[str | None]  # text of each sample's .cls, or None
+    places: list[tuple[str, int]]  # key of each sample, and offset of its first header
 
     def numbered(self, numbers: dict[str, int] | None) -> Index:
         """Numbers the labels, see `label_number`."""

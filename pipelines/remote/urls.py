@@ -14,19 +14,12 @@ SCHEMES = ("s3", "gs", "az", "http", "https")
 
 @dataclass(frozen=True)
 class RemotePath:
-    """A data set at a URL.
+    """A data set at a URL."""
 
-    Attributes:
-        text: What the user wrote.
-        folder: URL of the folder, without a final slash.
-        names: The files that the URL names, in order; empty for the whole folder.
-        fields: Fields of .beton files to read, see `formats.beton.split_path`.
-    """
-
-    text: str
-    folder: str
-    names: list[str] = field(default_factory=list)
-    fields: dict[str, str] = field(default_factory=dict)
+    text: str  # what the user wrote
+    folder: str  # URL of the folder, without a final slash
+    names: list[str] = field(default_factory=list)  # of the files, in order; empty for the whole folder
+    fields: dict[str, str] = field(default_factory=dict)  # of .beton files, see `formats.beton.split_path`
 
 
 def is_remote(text: str | os.PathLike[str]) -> bool:
