@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from byolt.files.atomic import writing
 from byolt.files.console import shown
@@ -40,6 +40,25 @@ _OPENERS: dict[bytes, Callable[[Path], Any]] = {
 
 _Place = tuple[int | zipfile.ZipInfo, int, int, str]  # place, length, modified and archive of an InputImage
 _Member = tuple[str, str, int | zipfile.ZipInfo, int, str]  # name, kind, place, length, target of a hard link
+
+
+class _Files(NamedTuple):
+    """What a folder or an archive holds."""
+
+    places: dict[str, _Place]
+    refused: list[RefusedFile]
+    hidden: list[str]  # hidden or system files and folders, which are left out
+
+    def below(self, folder: str) -> "_Files":
+        """The part in a folder, with names relative to it; "" for everything."""
+        if not folder:
+            return self
+        prefix, start = f"{folder}/", len(folder) + 1
+        return _Files(
+            {name[start:]: place for name, place in self.places.items() if name.startswith(prefix)},
+            [RefusedFile(file[start:], why) for file, why in self.refused if file.startswith(prefix)],
+            [top[start:] for top in self.hidden if top.startswith(prefix)],
+        )
 
 
 def expand_source(text: str) -> tuple[Path, tuple[str, ...]]:
@@ -90,39 +109,35 @@ def list_files(
     """
     if ".." in inside.split("/"):
         raise ValueError(f"--inside {inside} leads out of SRC {source}: name a folder within it")
-    inside, path, limit = _tidy(inside), source, MAX_BYTES
-    hidden: list[str] = []
+    inside, path = _tidy(inside), source
     tars: list[InputTar] = []
     if source.is_dir():
         path = source / inside
-        places, refused = _walk_folder(path, hidden)
+        files = _walk_folder(path)
         if only:
-            places, refused, hidden = {name: places[name] for name in only if name in places}, [], []
-        tars = _tars_in(places, True)
+            files = _Files({name: files.places[name] for name in only if name in files.places}, [], [])
+        tars = _tars_in(files.places, True)
     elif not source.is_file():
         raise ValueError(f"SRC {source} is neither a folder nor a regular file")
+    elif _starts_as_zip(source):
+        files = _walk_archive(_zip_members(source), source.stat().st_mtime_ns).below(inside)
     else:
-        prefix, modified = f"{inside}/" if inside else "", source.stat().st_mtime_ns
-        if _starts_as_zip(source):
-            limit = _MAX_ZIPPED
-            places, refused = _walk_archive(_zip_members(source), modified, prefix, hidden)
-        else:
-            path = _decompressed(source, scratch)
-            whole = InputTar("", "", 0, path.stat().st_size, modified)
-            places, refused = _walk_archive(_tar_members(path, source, whole), modified, prefix, hidden)
-            if are_samples(places):
-                return _samples(source, path, [whole], inside, listed)
-            tars = _tars_in(places, False)
+        path = _decompressed(source, scratch)
+        whole = InputTar("", "", 0, path.stat().st_size, source.stat().st_mtime_ns)
+        files = _walk_tar(path, source, whole).below(inside)
+        if are_samples(files.places):
+            return _samples(source, path, [whole], inside, listed)
+        tars = _tars_in(files.places, False)
     notes = []
     if tars:
-        if beside := sorted(places.keys() - {part.name for part in tars}):
+        if beside := sorted(files.places.keys() - {part.name for part in tars}):
             notes.append(f"left out, beside the tars: {shown(beside)}")
-        first = _walk_archive(_tar_members(path, source, tars[0]), 0, "", [])[0]
-        if are_samples(first) or _are_numbered([part.name for part in tars]):
+        if are_samples(_walk_tar(path, source, tars[0]).places) or _are_numbered(tars):
             found = _samples(source, path, tars, "", listed)
             return found._replace(notes=(*found.notes, *notes))
-        places, more = _class_tars(source, path, tars, hidden)
-        refused += more
+        inner = _class_tars(source, path, tars)
+        files = _Files(inner.places, files.refused + inner.refused, files.hidden + inner.hidden)
+    places, refused, hidden = files
     where = f"{source}, folder {inside}" if inside else f"{source}"
     if not places:
         raise ValueError(f"SRC {where} holds no files: name a folder, tar or zip with images")
@@ -143,6 +158,7 @@ def list_files(
     images = []
     for name, label in labels.items():
         image = InputImage(name, label, *places[name])
+        limit = MAX_BYTES if isinstance(image.place, int) else _MAX_ZIPPED
         if image.length <= limit:
             images.append(image)
         else:
@@ -190,40 +206,37 @@ def _tars_in(places: dict[str, _Place], is_folder: bool) -> list[InputTar]:
     return tars
 
 
-def _are_numbered(names: list[str]) -> bool:
+def _are_numbered(tars: list[InputTar]) -> bool:
     """Whether the names of tars differ by consecutive numbers: they are shards, not classes."""
-    parts = [re.fullmatch(r"(.*?)(\d+)\.tar", name) for name in names]
+    parts = [re.fullmatch(r"(.*?)(\d+)\.tar", tar.name) for tar in tars]
     numbers = sorted(int(part[2]) for part in parts if part)
     return (
         len({part and part[1] for part in parts}) == 1
-        and len(numbers) == len(names) > 1
+        and len(numbers) == len(tars) > 1
         and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     )
 
 
-def _class_tars(
-    source: Path, path: Path, tars: list[InputTar], hidden: list[str]
-) -> tuple[dict[str, _Place], list[RefusedFile]]:
+def _class_tars(source: Path, path: Path, tars: list[InputTar]) -> _Files:
     """The files in tars, each tar a class folder; a lone tar stands for SRC."""
-    places: dict[str, _Place] = {}
-    refused: list[RefusedFile] = []
+    found = _Files({}, [], [])
     for part in tars:
-        inner, unusable = _walk_archive(
-            _tar_members(path, source, part), part.modified, "", hidden, part.archive
-        )
+        inner = _walk_tar(path, source, part)
         folder = f"{part.name[: -len('.tar')]}/"
-        if len(tars) == 1 or all(name.startswith(folder) for name in inner):
+        if len(tars) == 1 or all(name.startswith(folder) for name in inner.places):
             folder = ""
-        places |= {folder + name: place for name, place in inner.items()}
-        refused += [RefusedFile(folder + name, reason) for name, reason in unusable]
-    return places, refused
+        found.places.update({folder + name: place for name, place in inner.places.items()})
+        found.refused.extend(RefusedFile(folder + name, reason) for name, reason in inner.refused)
+        found.hidden.extend(inner.hidden)
+    return found
 
 
-def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], list[RefusedFile]]:
+def _walk_folder(folder: Path) -> _Files:
     if not folder.is_dir():
         raise ValueError(f"SRC {folder} is not a folder")
     places: dict[str, _Place] = {}
     refused = []
+    hidden: list[str] = []
     for name in list_folder(folder, hidden):
         path = folder / name
         try:
@@ -236,13 +249,19 @@ def _walk_folder(folder: Path, hidden: list[str]) -> tuple[dict[str, _Place], li
             places[name] = (0, found.st_size, found.st_mtime_ns, "")
         else:
             refused.append(RefusedFile(name, "not a regular file, or a folder that cannot be read"))
-    return places, refused
+    return _Files(places, refused, hidden)
 
 
-def _walk_archive(
-    members: Iterable[_Member], modified: int, prefix: str, hidden: list[str], archive: str = ""
-) -> tuple[dict[str, _Place], list[RefusedFile]]:
-    """Sorts the members of an archive below `prefix` into files and refused ones; of equal names the last counts."""
+def _walk_tar(path: Path, source: Path, part: InputTar) -> _Files:
+    """The files of a tar at `path`; errors name it as a part of `source`."""
+    with Tar(path / part.archive, source / part.name) as file:
+        walk = file.walk(part.start, part.end)
+        members = ((found.name, found.kind, found.offset, found.length, found.link) for found in walk)
+        return _walk_archive(members, part.modified, part.archive)
+
+
+def _walk_archive(members: Iterable[_Member], modified: int, archive: str = "") -> _Files:
+    """Sorts the members of an archive; of equal names the last counts."""
     places: dict[str, _Place] = {}
     tops: set[str] = set()  # hidden files and folders
     refused = []
@@ -260,18 +279,7 @@ def _walk_archive(
             places[name] = places[_tidy(target)]
         else:
             refused.append(RefusedFile(name, f"a {kind}, not a file"))
-    if prefix:
-        places = {name[len(prefix) :]: place for name, place in places.items() if name.startswith(prefix)}
-        refused = [RefusedFile(file[len(prefix) :], why) for file, why in refused if file.startswith(prefix)]
-    hidden += [top[len(prefix) :] for top in tops if top.startswith(prefix)]
-    return places, refused
-
-
-def _tar_members(path: Path, source: Path, part: InputTar) -> Iterator[_Member]:
-    """The members of a tar at `path`; errors name it as a part of `source`."""
-    with Tar(path / part.archive, source / part.name) as file:
-        for member in file.walk(part.start, part.end):
-            yield member.name, member.kind, member.offset, member.length, member.link
+    return _Files(places, refused, list(tops))
 
 
 def _zip_members(path: Path) -> Iterator[_Member]:
@@ -325,9 +333,7 @@ def _decompressed(source: Path, scratch: Path) -> Path:
             with opener(source) as compressed, writing(path) as plain:
                 shutil.copyfileobj(compressed, plain, 1 << 20)
         except (lzma.LZMAError, EOFError, zlib.error, OSError) as error:
-            if (
-                isinstance(error, OSError) and error.errno
-            ):  # the disk's: gzip and bz2 raise it without a number
+            if isinstance(error, OSError) and error.errno:  # the disk's: gzip and bz2 give no number
                 raise
             raise ValueError(f"SRC {source} is damaged: {error}") from None
     return path
