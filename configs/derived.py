@@ -58,16 +58,12 @@ def _choose(key: str, config: schema.Config, images: int, device: Device, ranks:
             return "resnet50" if on_gpu else "resnet8"
         case "augment.size":
             return 224 if on_gpu else 96
-        case (
-            "train.batch_size"
-        ):  # of each rank a power of two, at most a quarter of the images, but at least 2
+        case "train.batch_size":
             if images < 2 * ranks:
-                raise ValueError(
-                    f"{count(images, 'image')} {'is' if images == 1 else 'are'} too few for {count(ranks, 'rank')}: "
-                    "batch norm needs at least 2 images on each: use more images"
-                    + ", or fewer ranks"
-                    * (ranks > 1)
-                )
+                few = f"{count(images, 'image')} {'is' if images == 1 else 'are'} too few for {count(ranks, 'rank')}"
+                cure = "use more images, or fewer ranks" if ranks > 1 else "use more images"
+                raise ValueError(f"{few}: batch norm needs at least 2 images on each: {cure}")
+            # a rank's share is a power of two, at most a quarter of the images, but at least 2
             largest = max(2, min(images // 4 // ranks, 256 if on_gpu else 32))
             return (1 << largest.bit_length() - 1) * ranks
         case "train.accumulation":  # as few micro-batches as the GPU's memory allows

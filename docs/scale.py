@@ -111,9 +111,8 @@ def run(nodes: int, size: float) -> list[tuple[str, str]]:
     kept = 1 - (1 - 1 / nodes) ** EPOCHS  # of the data set, that a node has read after all epochs
     index = images * SAMPLE.itemsize
     first = of_node * (LANE_WINDOW + 1) / 2 * block
-    order = 8 * (
-        4 * images / BLOCK + 4 * LANES * LANE_WINDOW * BLOCK
-    )  # bytes: two epochs' blocks, and windows
+    # bytes: two epochs' blocks, and windows
+    order = 8 * (4 * images / BLOCK + 4 * LANES * LANE_WINDOW * BLOCK)
     rows = {
         "images": f"{number(images / 1e6)} M",
         "an epoch": f"{number(images / (nodes * GPUS * RATE))} s",

@@ -66,9 +66,8 @@ class DaliBackend:
         self._pipeline: Pipeline | None = None
         self._batch_size = 0
         self._make = self._on_gpu if on_gpu else self._on_cpu
-        self.pool = (
-            ThreadPoolExecutor(threads) if threads > 1 and not on_gpu else None
-        )  # of the CPU's kernels
+        # runs the CPU's kernels
+        self.pool = ThreadPoolExecutor(threads) if threads > 1 and not on_gpu else None
         self._decoded: Any = None
         self._raw: list[npt.NDArray[np.uint8]] = []
         self._memory = Memory()

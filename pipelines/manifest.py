@@ -69,9 +69,8 @@ class Manifest:
     shards: list[Shard]  # in the order of the samples
     samples: np.ndarray  # (num_samples,) SAMPLE records, sorted by (shard, offset)
     classes: list[str] | None = None  # name of each label
-    settings: dict[str, Any] = field(
-        default_factory=dict
-    )  # of the conversion, which also reads them to resume
+    # of the conversion, which reads them to resume
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "Manifest":

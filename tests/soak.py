@@ -97,9 +97,8 @@ def main() -> int:
     parser.add_argument("--backend", default="dali", choices=("dali", "torch"))
     parser.add_argument("--to", type=Path, default=ROOT / "benchmarks" / "cpu")
     args = parser.parse_args()
-    os.sched_setaffinity(
-        0, {max(os.sched_getaffinity(0))}
-    )  # two threads that wait for each other crawl on a busy machine
+    # two threads that wait for each other crawl on a busy machine
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder / "images", 64)

@@ -334,9 +334,8 @@ def test_host_does_not_wait_for_the_gpu(own_stream: bool, encoded: list[bytes]) 
     backend, params, others = _on("cuda"), _both(encoded), _both(encoded[::-1])
     expected = backend(encoded, *params)[0].cpu()  # builds the graph, compiles the kernels
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode(
-        "error"
-    )  # of torch's own waits; DALI's decoder waits inside run() as it needs to
+    # of torch's own waits; DALI's decoder waits inside run() as it needs to
+    torch.cuda.set_sync_debug_mode("error")
     try:
         with torch.cuda.stream(torch.cuda.Stream() if own_stream else None):
             view = backend(encoded, *params)[0]

@@ -48,9 +48,8 @@ def test_reads_the_header(data: bytes, expected: tuple[str, int, int, int, int])
 
 def test_exif_thumbnail_is_stepped_over() -> None:
     thumbnail = b"Exif\0\0" + encode(size=(8, 8))
-    data = (
-        WHOLE[:2] + b"\xff\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + WHOLE[2:]
-    )  # + fill
+    # with a fill byte before the marker
+    data = WHOLE[:2] + b"\xff\xff\xff\xe1" + struct.pack(">H", len(thumbnail) + 2) + thumbnail + WHOLE[2:]
     assert inspect(data)[1:3] == (24, 40)
     with pytest.raises(ValueError, match="no end marker"):
         inspect(data[: len(data) - 20])  # the thumbnail's own end marker does not count

@@ -618,9 +618,8 @@ def test_a_lost_rank_is_told_in_one_line(
     monkeypatch.setattr(program, "run", fail)
     assert _main(run, tmp_path, "--protocol", "knn") == 1
     assert capsys.readouterr().err.count("\n") == 1
-    monkeypatch.setattr(
-        "byolt.model.distributed.is_lost_peer", lambda error: False
-    )  # what nobody foresaw is shown whole
+    # what nobody foresaw is shown whole
+    monkeypatch.setattr("byolt.model.distributed.is_lost_peer", lambda error: False)
     assert _main(run, tmp_path, "--protocol", "knn") == 1
     assert "Traceback" in capsys.readouterr().err
 

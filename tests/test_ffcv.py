@@ -82,9 +82,8 @@ def dali_pixels(encoded: list[bytes]) -> list[np.ndarray]:
     return [np.array(images[i]) for i in range(len(encoded))]
 
 
-@pytest.mark.parametrize(
-    "os_cache", [True, False]
-)  # all of the file mapped, or pages read as they are needed
+# all of the file mapped, or pages read as they are needed
+@pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcv_reads_ours_and_dali_gives_the_same_pixels(os_cache: bool, folder: Path, tmp_path: Path) -> None:
     arguments = ["--format", "beton", "--raw-fraction", "0.4", "--workers", "1"]
     assert make_shards([str(folder), str(tmp_path / "dst"), *arguments]) == 0

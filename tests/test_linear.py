@@ -66,9 +66,8 @@ def test_making_a_head_leaves_the_global_generator_alone() -> None:
     first, second = make_head(64, 10, seed=1), make_head(64, 10, seed=1)
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(first.weight, second.weight)
-    assert first.weight.std().item() == pytest.approx(
-        0.88 / 8, rel=0.1
-    )  # of a normal cut at two sigma, 1 / sqrt(64)
+    # of a normal cut at two sigma, 1 / sqrt(64)
+    assert first.weight.std().item() == pytest.approx(0.88 / 8, rel=0.1)
 
 
 @pytest.mark.parametrize("w", [0.1, 0.5, 2.0])

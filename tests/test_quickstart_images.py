@@ -100,9 +100,8 @@ def test_areas_of_figures_match_closed_forms() -> None:
     assert area["square"] == pytest.approx(2, rel=2e-3)  # circumradius 1: 2 sin(pi / 2) * 4 / 4
     assert area["triangle"] == pytest.approx(3 * np.sqrt(3) / 4, rel=2e-3)
     assert area["cross"] == pytest.approx(4 * 0.54 * 0.95 - 0.54**2, rel=2e-3)
-    assert area["star"] == pytest.approx(
-        5 * 0.38 * np.sin(np.pi / 5), rel=2e-3
-    )  # ten triangles (0, tip, inner corner)
+    # ten triangles (0, tip, inner corner)
+    assert area["star"] == pytest.approx(5 * 0.38 * np.sin(np.pi / 5), rel=2e-3)
 
 
 def test_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

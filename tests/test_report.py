@@ -156,9 +156,8 @@ def test_a_finished_run_with_hostile_names(folder: Path, tmp_path: Path) -> None
     assert "projector_size: 8" in text
     assert "encoder.safetensors, step 8" in text
     assert "1 image could not be decoded in training; each was replaced by the next one" in text
-    assert (
-        page.tags["img"] == page.classes["plot"] + 1 + 2 * 6
-    )  # views.png, and two queries with five neighbors
+    # views.png, and two queries with five neighbors
+    assert page.tags["img"] == page.classes["plot"] + 1 + 2 * 6
     assert page.classes["right"] + page.classes["wrong"] == 10
     assert text.count("✗") == page.classes["wrong"] > 0
     assert "note" not in page.classes  # nothing is missing

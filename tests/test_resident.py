@@ -121,9 +121,8 @@ def test_the_gpu_makes_the_same_views(profile: Profile) -> None:
     pixels = Pixels(kept._pixels.data_ptr() + kept._starts[ids], kept._boxes[ids])
     views = kept._on_gpu(pixels, params, (3, 8, 8, 3))
     for view, expected in zip(views, on_cpu(ids, *params), strict=True):
-        torch.testing.assert_close(
-            view.permute(0, 3, 1, 2).cpu(), expected, rtol=0, atol=5e-5
-        )  # of values / std
+        # the values are divided by std
+        torch.testing.assert_close(view.permute(0, 3, 1, 2).cpu(), expected, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -137,9 +136,8 @@ def test_the_gpu_makes_the_same_views(profile: Profile) -> None:
     ],
 )
 def test_auto_keeps_small_images_below_the_limit(count: int, height: int, width: int, wanted: bool) -> None:
-    source = SyntheticSource(
-        count, height, width
-    )  # 155,344 times 96 x 96 x 3 bytes are 4 GiB but 1,536 bytes
+    # 155,344 times 96 x 96 x 3 bytes are 4 GiB but 1,536 bytes
+    source = SyntheticSource(count, height, width)
     assert is_wanted(make_config().data, source) == wanted
     assert is_wanted(make_config(data={"backend": "auto", "resident": "always"}).data, source)
     assert not is_wanted(make_config(data={"resident": "never"}).data, source)

@@ -240,7 +240,6 @@ def test_a_caption_without_a_recorded_file_names_the_member(tmp_path: Path) -> N
     assert make_shards.main(["--index", str(tmp_path)]) == 0
     name_of = file_names(open_source(tmp_path))
     assert [name_of(i) for i in range(4)] == ["x/0.jpg", "x/1.jpg", "x/2.jpg", "a/b.png"]
-    (tmp_path / "a.tar").write_bytes(
-        bytes((tmp_path / "a.tar").stat().st_size)
-    )  # damaged since it was opened
+    # damaged since it was opened
+    (tmp_path / "a.tar").write_bytes(bytes((tmp_path / "a.tar").stat().st_size))
     assert name_of(0) == "a.tar offset 512 (sample 0)"

@@ -196,9 +196,8 @@ def test_composition_in_every_order() -> None:
             expected = np.repeat((expected @ LUMA)[..., None], 3, 2)
         expected = blur(expected, 1.2, 5)
         apart = np.abs(ours - (np.where(expected < 0.5, expected, 1 - expected) if i % 2 == 0 else expected))
-        near = (
-            np.abs(expected - 0.5) < 1e-5
-        )  # float32 may be on the other side; x and 1 - x are next to each other there
+        # float32 may be on the other side; x and 1 - x are next to each other there
+        near = np.abs(expected - 0.5) < 1e-5
         assert apart.max() < 1e-5 or (apart[~near].max() < 1e-5 and apart[near].max() < 3e-5)
         results.append(apply(image, replace(plain(jitter=True), order=order[None], **drawn), 24, 5))
     different = [(a - b).abs().max() > 1e-3 for a, b in itertools.combinations(results, 2)]

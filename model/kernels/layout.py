@@ -17,6 +17,5 @@ def _order(x: Tensor) -> list[int]:
 
 def is_dense(x: Tensor) -> bool:
     """Whether the elements fill their memory without gaps or overlaps, in any order."""
-    return (
-        torch.empty_like(x, device="meta").stride() == x.stride()
-    )  # which torch keeps for dense tensors only
+    # torch keeps the strides of dense tensors only
+    return torch.empty_like(x, device="meta").stride() == x.stride()
