@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,6 @@ from byolt.pipelines.remote.urls import is_remote, parse
 
 _TOGETHER = 1024  # samples of a .beton without manifest that one task checks
 
-Result = TypeVar("Result")
-
 
 class Verified(NamedTuple):
     """The result of `verify`: samples in all, problems in their order, shards that no manifest names, indexes."""
@@ -39,6 +37,15 @@ class Verified(NamedTuple):
     problems: list[str]
     unlisted: Sequence[Path] = ()
     indexes: Sequence[Path] = ()
+
+
+class _Stated(NamedTuple):
+    """What a manifest states about one shard."""
+
+    shard: Shard
+    first: int  # number of its first sample in the data set
+    records: np.ndarray
+    classes: list[str] | None  # see `index_tar`
 
 
 def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Verified:
@@ -57,8 +64,10 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
     if is_remote(dataset):
         data = RemoteData(parse(dataset))
         if data.manifest is not None:
-            check = partial(_check_fetched, data.store, data.cache, f"{data.key}-verify")
-            return _verify_shards(data.manifest, data.store.url, check, None, decode, workers, index)
+            if index:
+                raise _indexed_by(data.store.url)
+            check = partial(_check_fetched, data.store, data.cache, f"{data.key}-verify", decode)
+            return _verify_shards(data.manifest, check, None, workers)
         dataset = ",".join(str(data.stage() / name) for name in data.sizes)
     files, fields = split_path(dataset)
     folder = Path(dataset)
@@ -78,8 +87,7 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
     source = BetonSource(files, **fields)
     samples = len(source)
     ranges = [range(start, min(start + _TOGETHER, samples)) for start in range(0, samples, _TOGETHER)]
-    checks = [partial(_check_samples, files, fields, part, decode) for part in ranges]
-    found = collect(_call, checks, workers)
+    found = collect(partial(_check_samples, files, fields, decode), ranges, workers)
     problems = [problem for part, _ in found for problem in part]
     if not index or problems:
         return Verified(samples, problems)
@@ -90,57 +98,48 @@ def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Ver
 def _verify_folder(folder: Path, names: set[str] | None, decode: bool, workers: int, index: bool) -> Verified:
     """Checks the shards of these names, or all of them."""
     manifest = Manifest.load(folder)
-    check = partial(_check_local, folder)
-    verified = _verify_shards(manifest, str(folder), check, names, decode, workers, index)
+    if index:
+        raise _indexed_by(str(folder))
+    verified = _verify_shards(manifest, partial(_check_local, folder, decode), names, workers)
     present = {path for path in folder.iterdir() if path.suffix in SUFFIXES.values()}
     unlisted = present - {folder / shard.name for shard in manifest.shards}
     return verified._replace(unlisted=sorted(unlisted))
 
 
+def _indexed_by(place: str) -> ValueError:
+    return ValueError(f"--index: {place}/{MANIFEST} already has the checksum of every sample")
+
+
 def _verify_shards(
-    manifest: Manifest,
-    place: str,
-    check: Callable[..., list[str]],
-    names: set[str] | None,
-    decode: bool,
-    workers: int,
-    index: bool,
+    manifest: Manifest, check: Callable[[_Stated], list[str]], names: set[str] | None, workers: int
 ) -> Verified:
-    """Calls `check` for each shard with the arguments of `_check_shard` behind the path."""
-    if index:
-        raise ValueError(f"--index: {place}/{MANIFEST} already has the checksum of every sample")
     classes = manifest.classes if manifest.settings.get(NAMED_LABELS) else None
-    chosen = [part for part in manifest.by_shard() if names is None or part[0].name in names]
-    checks = [
-        partial(check, shard, np.array(records), first, decode, classes) for shard, first, records in chosen
+    chosen = [
+        _Stated(shard, first, np.array(records), classes)
+        for shard, first, records in manifest.by_shard()
+        if names is None or shard.name in names
     ]
-    problems = [problem for part in collect(_call, checks, workers) for problem in part]
-    return Verified(sum(len(records) for _, _, records in chosen), problems)
+    problems = [problem for part in collect(check, chosen, workers) for problem in part]
+    return Verified(sum(len(stated.records) for stated in chosen), problems)
 
 
-def _check_local(folder: Path, shard: Shard, *check: Any) -> list[str]:
-    return _check_shard(folder / shard.name, shard, *check)
+def _check_local(folder: Path, decode: bool, stated: _Stated) -> list[str]:
+    return _check_shard(folder / stated.shard.name, decode, stated)
 
 
-def _check_fetched(store: Store, cache: Cache, key: str, shard: Shard, *check: Any) -> list[str]:
+def _check_fetched(store: Store, cache: Cache, key: str, decode: bool, stated: _Stated) -> list[str]:
     """Checks a shard at the server: it is fetched, checked and removed."""
-    with fetched(store, cache, key, shard.name, shard.size) as path:
-        return [text.replace(str(path.parent), store.url) for text in _check_shard(path, shard, *check)]
+    with fetched(store, cache, key, stated.shard.name, stated.shard.size) as path:
+        return [text.replace(str(path.parent), store.url) for text in _check_shard(path, decode, stated)]
 
 
-def _call(check: Callable[[], Result]) -> Result:
-    return check()
-
-
-def _check_shard(
-    path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool, classes: list[str] | None
-) -> list[str]:
-    """Problems of one shard, whose first sample is number `first` of the data set; `classes`: see `index_tar`."""
+def _check_shard(path: Path, decode: bool, stated: _Stated) -> list[str]:
+    """Problems of one shard."""
     if path.exists() and not path.is_file():
         return [f"{path} is not a regular file"]
     try:
         before = path.stat()
-        problems = _compare_shard(path, shard, records, first, decode, classes)
+        problems = _compare_shard(path, decode, stated)
         after = path.stat()
     except OSError as error:
         return [f"{path}: {error.strerror or error}"]
@@ -149,9 +148,8 @@ def _check_shard(
     return problems
 
 
-def _compare_shard(
-    path: Path, shard: Shard, records: np.ndarray, first: int, decode: bool, classes: list[str] | None
-) -> list[str]:
+def _compare_shard(path: Path, decode: bool, stated: _Stated) -> list[str]:
+    shard, first, records, classes = stated
     problems = []
     size, sha256 = path.stat().st_size, sha256_of(path)
     if size != shard.size:
@@ -199,7 +197,7 @@ def _compare(found: np.ndarray, record: np.ndarray) -> None:
 
 
 def _check_samples(
-    files: list[str], fields: dict[str, str], numbers: range, decode: bool
+    files: list[str], fields: dict[str, str], decode: bool, numbers: range
 ) -> tuple[list[str], npt.NDArray[np.uint64]]:
     """Problems and checksums of these samples of .beton files."""
     source = BetonSource(files, **fields)
