@@ -3,7 +3,6 @@
 Imports no torch, so that a mistake is reported at once.
 """
 
-import argparse
 import difflib
 import importlib.util
 import os
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from byolt.configs import schema, slurm
+from byolt.files.console import Parser
 from byolt.files.paths import without_secrets
 from byolt.files.weights import weights_kind
 
@@ -23,7 +23,7 @@ _TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _LAUNCHERS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-class SettingsParser(argparse.ArgumentParser):
+class SettingsParser(Parser):
     """A parser that answers `--batch_size 64` with `train.batch_size=64`."""
 
     def error(self, message: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
 
+import argparse
 import io
 import math
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from byolt.files.paths import without_secrets
 
@@ -41,6 +42,13 @@ def say(text: object = "", file: TextIO | None = None) -> None:
         os.close(null)
         if threading.current_thread() is threading.main_thread():  # for another one somebody may wait
             raise SystemExit(128 + signal.SIGPIPE) from None
+
+
+class Parser(argparse.ArgumentParser):
+    """Prints wrong arguments as `say` does."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
 
 
 def say_table(table: "Table") -> None:

@@ -44,6 +44,18 @@ def test_commands_escape_names(name: str, tmp_path: Path, capsys: pytest.Capture
     assert r"\x1b]0;title\x07" in told
 
 
+@pytest.mark.parametrize(
+    "main", [report.main, evaluate.main, make_shards.main, ablate.main, verify_shards.main]
+)
+def test_wrong_arguments_are_escaped(
+    main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["x", f"--nope={HOSTILE}", "--nope=https://u:p@h/s"])
+    told = capsys.readouterr().err
+    assert not set(told) & set("\x1b\x07\r\udcff\x9b\u202e") and "u:p" not in told
+
+
 def test_train_and_its_progress_escape_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ import argparse
 import sys
 
 from byolt.configs import command_line
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import check_paths
 from byolt.tools.evaluation import options
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument

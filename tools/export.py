@@ -16,7 +16,7 @@ if not __package__:  # a script
 import argparse
 import sys
 
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.model.run.checkpoint import CheckpointError
 from byolt.model.run.trained import load_trained
@@ -25,9 +25,7 @@ from byolt.tools.exporting.libraries import LIBRARIES, export
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 written, 1 the check failed, 2 invalid request, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", type=home_path, help="folder of a run, or its checkpoint-*.pt or encoder.safetensors")
     add("--to", required=True, choices=tuple(LIBRARIES), help="library that will load the encoder")

@@ -10,7 +10,6 @@ out of memory, only its own figures are missing, and the table says why.
 if not __package__:  # a script
     import environment  # noqa: F401
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -27,7 +26,7 @@ from typing import Any
 
 import torch
 
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.model.run import provenance
 from byolt.tools.benchmarks.gpu_parts import PARTS, ROOT, Job, Part, Row
@@ -104,7 +103,7 @@ def write(out: Path, facts: dict[str, Any], rows: Sequence[tuple[str, Row]]) -> 
 
 def main(argv: Sequence[str] | None = None, parts: Sequence[Part] = PARTS) -> int:
     """Returns the exit code: 0 if every part has its figures, 1 if one has not, 2 without a GPU."""
-    parser = argparse.ArgumentParser(prog="gpu_report", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="gpu_report", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--quick", action="store_true", help="tiny networks and images")
     parser.add_argument("--data", default="synthetic:10000:375x500", help="data.path of ResNet-50's parts")

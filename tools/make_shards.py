@@ -19,7 +19,7 @@ from concurrent import futures
 from pathlib import Path
 from typing import NoReturn
 
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.pipelines.convert.destination import Upload, scratch_of
 from byolt.pipelines.convert.from_files import expand_source
@@ -36,7 +36,7 @@ _BOUNDS = {
 }  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class _Arguments(Parser):
     def error(self, message: str) -> NoReturn:
         """A shell that expands tars/*.tar gives more arguments than SRC and DST."""
         if message.startswith("unrecognized") and ".tar" in message:
@@ -50,7 +50,7 @@ def _destination(text: str) -> Path | str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Parses the command line; exits with 2 and one line if it makes no sense."""
-    parser = _Parser(prog="make_shards", description=__doc__.split("\n", 1)[0])
+    parser = _Arguments(prog="make_shards", description=__doc__.split("\n", 1)[0])
     option = parser.add_argument
     option(
         "src",

@@ -13,7 +13,6 @@ keyed by (seed, split, class, index), so a larger set contains the smaller one, 
 if not __package__:  # a script
     import environment  # noqa: F401
 
-import argparse
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 
 SPLITS = ("train", "val")
@@ -145,7 +144,7 @@ def write_set(folder: Path, per_class: dict[str, int], size: int, seed: int) -> 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit code: 0 done, 1 failed, 2 a value is out of range, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="quickstart_images", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="quickstart_images", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", metavar="DST", type=home_path, help="folder to write; must not exist")
     options = [
         ("per-class", 400, 1, 10_000, "training images per class"),

@@ -19,7 +19,7 @@ from itertools import combinations
 from pathlib import Path
 
 from byolt.files.atomic import replacing
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.pipelines.sources import check_paths, open_source
 
@@ -29,9 +29,7 @@ _OF_RUNS = {".jsonl", ".pt", ".safetensors"}  # endings of what train.py writes
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 written, 2 invalid request, 130 interrupted."""
-    parser = argparse.ArgumentParser(
-        prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=home_path, help="run.out of a run of train.py")
     add("--data", help="images for the features (default: the run's eval.path)")

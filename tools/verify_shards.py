@@ -11,19 +11,18 @@ compared with the manifest beside it; without one, as ffcv writes it, its struct
 if not __package__:  # a script
     import environment  # noqa: F401
 
-import argparse
 import os
 import sys
 import time
 from concurrent import futures
 
-from byolt.files.console import count, say, shown
+from byolt.files.console import Parser, count, say, shown
 from byolt.pipelines.convert.verify import verify
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit code: 0 all is well, 1 there are problems, 2 the data set cannot be opened, 130 interrupted."""
-    parser = argparse.ArgumentParser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="verify_shards", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
     add("dataset", help="folder with manifest.json, or .beton files separated by commas")
     add("--no-decode", action="store_true", help="check hashes and headers only")

@@ -8,7 +8,6 @@ without decoding each image to check it, while ffcv encodes PIL's pixels anew. R
 is the median over neighboring rounds.
 """
 
-import argparse
 import json
 import multiprocessing
 import sys
@@ -25,7 +24,7 @@ import torch
 from PIL import Image
 
 from byolt.configs.schema import AugmentConfig, ViewConfig
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.pipelines import order
 from byolt.pipelines.convert import ffcv_engine
@@ -135,7 +134,7 @@ def bench_reading(path: Path, threads: int, repeats: int) -> dict[str, Rounds]:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints both comparisons."""
-    parser = argparse.ArgumentParser(prog="benchmarks/beton", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="benchmarks/beton", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=home_path, help="folder with JPEG files")
     parser.add_argument("--images", type=int, default=2000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)

@@ -3,7 +3,6 @@
 python tools/benchmarks/probe.py [--backbone resnet18] [--stem cifar] [--size 32] [--batch 64] [--classes 10]
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -11,7 +10,7 @@ import time
 import torch
 
 from byolt.configs.schema import ModelConfig, OptimizerConfig
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.model import distributed
 from byolt.model.byol import make_byol
 from byolt.model.optim import LARS
@@ -22,7 +21,7 @@ from byolt.model.step import TrainStep
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 measured, 2 invalid request."""
-    parser = argparse.ArgumentParser(prog="benchmarks/probe", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="benchmarks/probe", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--backbone", default="resnet18", choices=BACKBONES)
     parser.add_argument("--stem", default="cifar", choices=STEMS)
     # Batch norm needs two images.

@@ -6,7 +6,6 @@ Both start their processes anew, read the same files and take turns. The ratio i
 rounds; other programs on the machine change it less than either speed.
 """
 
-import argparse
 import json
 import os
 import resource
@@ -23,7 +22,7 @@ from pathlib import Path
 
 import simplejpeg
 
-from byolt.files.console import say
+from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
 from byolt.pipelines.formats.encoded import inspect
 
@@ -106,7 +105,7 @@ def make_shards(source: Path, scratch: Path, workers: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints images/s of both and the ratio."""
-    parser = argparse.ArgumentParser(prog="benchmarks/shards", description=__doc__.split("\n", 1)[0])
+    parser = Parser(prog="benchmarks/shards", description=__doc__.split("\n", 1)[0])
     parser.add_argument("folder", type=home_path, help="folder with JPEG files")
     parser.add_argument("--images", type=int, default=4000, help="files are repeated up to this number")
     parser.add_argument("--repeats", type=int, default=5)
