@@ -17,14 +17,7 @@ def decide(
     ranks: int,
     begun: Mapping[str, Any] | None = None,
 ) -> schema.Config:
-    """The config with a value in the place of every "auto" (`OrAuto`).
-
-    Args:
-        config: the settings.
-        images: number of images in the data set.
-        device: of each rank.
-        ranks: number of processes.
-        begun: the settings with which the run began, whose values it keeps.
+    """The config with a value in the place of every "auto" (`OrAuto`); a run that has begun keeps its values.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -86,12 +79,7 @@ def describe(
 ) -> str:
     """The config as YAML, with the values derived from it as comments (`train.py --print-config`).
 
-    Args:
-        config: the settings.
-        ranks: number of processes.
-        open_data: opens data.path with its settings; its length is the number of images.
-        check_batch_size: `order.check_batch_size`.
-        device: of each rank.
+    The two functions are the pipeline's `open_source` and `check_batch_size`.
 
     Raises:
         ValueError: the run would be refused too: settings, images and ranks do not fit together, or the data cannot be

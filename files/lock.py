@@ -19,9 +19,7 @@ from byolt.files.regular import open_regular
 class Lock:
     """The right to write to a folder; ends with the `with` block or the process.
 
-    Args:
-        path: the lock file; `take` creates it and its folder.
-        folder: the protected folder as messages name it: "run.out=runs/a".
+    `take` creates the lock file `path` and its folder. Messages name what is protected: "run.out=runs/a".
     """
 
     def __init__(self, path: Path, folder: str) -> None:

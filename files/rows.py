@@ -24,10 +24,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
     """Reads the objects of a JSON-lines file; a missing file has none.
 
-    Args:
-        path: the file.
-        fields: keys that an object must have and the types of their values, int or str; integers are 0 .. 2^63 - 1.
-            The default is step=int.
+    The fields are keys that an object must have and the types of their values, int or str; integers are 0 .. 2^63 - 1.
+    The default is step=int.
 
     Returns:
         The matching objects. Every other line, for example one cut short by a kill, is left out.

@@ -221,13 +221,7 @@ def fused_update(
     online: Sequence[Tensor] = (),
     buffers: Sequence[Tensor] = (),
 ) -> "FusedUpdate | None":
-    """Returns the fused form of an update, or None if the optimizer's back end has none for its parameters.
-
-    Args:
-        optimizer: LARS.
-        target: tensors that follow `online` (`ema_update_`).
-        online: parameters of the optimizer, one per target.
-        buffers: tensors that keep their values if a step is not finite.
+    """Returns the `FusedUpdate` of these tensors, or None if the optimizer's back end has none for its parameters.
 
     Raises:
         ValueError: the back end was set to "triton", which cannot update these tensors.

@@ -112,13 +112,7 @@ def _shortcut(block: BasicBlock | Bottleneck, x: Tensor) -> tuple[Tensor, BatchN
 
 
 class ResNet(nn.Module):
-    """The ResNet of He et al. (arXiv 1512.03385) for ImageNet.
-
-    Args:
-        block: of all stages.
-        blocks: number of blocks of each of the four stages.
-        width: of a bottleneck relative to ResNet-50's 64.
-    """
+    """The ResNet of He et al. (arXiv 1512.03385) for ImageNet; a bottleneck's width is relative to ResNet-50's 64."""
 
     def __init__(self, block: type[BasicBlock | Bottleneck], blocks: Sequence[int], width: int) -> None:
         super().__init__()
@@ -131,9 +125,8 @@ class ResNet(nn.Module):
         self.layer4 = _stage(block, 256 * block.expansion, 512, blocks[3], 2, width)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc: nn.Module = nn.Linear(512 * block.expansion, 1000)
-        for (
-            layer
-        ) in self.modules():  # `initialize_` replaces the values, but a seed's next numbers depend on them
+        # `initialize_` replaces the values, but a seed's next numbers depend on them.
+        for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
 

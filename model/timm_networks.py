@@ -13,13 +13,9 @@ from byolt.configs.schema import TIMM
 
 
 def make_timm_encoder(backbone: str, size: int) -> nn.Module:
-    """Makes a model of timm without its classifier, with timm's initialization.
+    """Makes timm:NAME without its classifier, with timm's initialization, for images of this side.
 
     Dropout and stochastic depth are off: a resumed run could not repeat their random numbers.
-
-    Args:
-        backbone: timm:NAME.
-        size: side of the images in pixels; models with position embeddings are built for it.
 
     Returns:
         A module with the attributes `num_features` and `timm_arguments` (those of timm.create_model beside the name

@@ -15,13 +15,8 @@ if TYPE_CHECKING:
 class SeparateUpdate:
     """One call for each part: the definition, on every device. FusedUpdate does the same in three launches.
 
-    On an H200 the parts cost 12.5 ms of a ResNet-50 step: the norm 1.3, LARS 5.2, EMA 2.2, the statistics 3.8.
-
-    Args:
-        optimizer: LARS.
-        target: tensors that follow `online`.
-        online: parameters of the optimizer, one per target.
-        buffers: batch norm's statistics and counters.
+    On an H200 the parts cost 12.5 ms of a ResNet-50 step: the norm 1.3, LARS 5.2, EMA 2.2, the statistics 3.8. The
+    arguments are those of FusedUpdate.
     """
 
     def __init__(

@@ -20,12 +20,7 @@ class Backend(Protocol):
     def __call__(
         self, encoded: Sequence[bytes], params1: ViewParams, params2: ViewParams
     ) -> tuple[Tensor, Tensor]:
-        """Decodes each image once and makes both views of it.
-
-        Args:
-            encoded: N encoded images that passed `formats.encoded.inspect`.
-            params1: parameters of N first views.
-            params2: parameters of N second views.
+        """Decodes each of N images, which passed `formats.encoded.inspect`, once and makes both views of it.
 
         Returns:
             Two normalized (N, 3, size, size) tensors in channels_last memory on the device; on a GPU they are ready
@@ -66,11 +61,7 @@ def make_resident(
 ) -> tuple[Resident, str] | None:
     """Returns the decoded data set in memory and a sentence about it, or None if the images stay encoded.
 
-    Args:
-        config: the run; data.resident decides, and data.backend=torch always decodes anew.
-        source: the data set.
-        device: makes and receives the views.
-        dtype: float32, float16 or bfloat16.
+    data.resident decides; data.backend=torch always decodes anew.
 
     Raises:
         ValueError: no image decodes, or the pixels do not fit into memory.

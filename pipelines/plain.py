@@ -24,13 +24,7 @@ def plain_images(
     """Yields the center square of each image, resized and normalized.
 
     The square is the central 7/8 of the short side, rounded and placed as in the reference (byol/utils/dataset.py); of
-    an image no larger than a view it is the whole short side.
-
-    Args:
-        source: labeled images; undecodable ones are left out.
-        ids: the samples.
-        config: size, mean and std of the run; data.threads threads decode.
-        batch_size: images per batch.
+    an image no larger than a view it is the whole short side. Images that do not decode are left out.
 
     Yields:
         Images (n, 3, size, size) float32, channels_last, and labels (n,) int64 on the CPU. The images are on the CPU,

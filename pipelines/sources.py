@@ -92,10 +92,8 @@ def open_source(path: str | os.PathLike[str], settings: DataConfig | None = None
     Several .beton files, separated by commas or named by a pattern (part-{00..09}.beton, *.beton), are one data set in
     that order. "?image=FIELD&label=FIELD" after them names the fields to read instead of the first of their type.
 
-    Args:
-        path: The data set.
-        settings: For a URL: where and how it is cached. With data.order=full it is first copied to the cache as a
-            whole, also without a manifest; None reads only what is asked for.
+    The settings say where and how a URL is cached. With data.order=full it is first copied to the cache as a whole,
+    also without a manifest; without settings only what is asked for is read.
 
     Raises:
         ValueError: `path` is none of these, or the data set is damaged; names the path and the remedy.
@@ -228,11 +226,7 @@ def _open_shards(folder: Path) -> Source:
 def read_sound(source: Source, i: int, max_pixels: int = MAX_PIXELS, prove: bool = False) -> bytes:
     """Encoded image `i`, whose bytes, header and end are those of the index; see `encoded.check`.
 
-    Args:
-        source: the data set.
-        i: number of the sample.
-        max_pixels: larger images count as broken.
-        prove: whether a JPEG is also fully decoded; see `proof.prove_jpeg`.
+    With `prove` a JPEG is also fully decoded; see `proof.prove_jpeg`.
 
     Raises:
         OSError: it cannot be read; names the place.
@@ -249,19 +243,12 @@ class ParallelReader:
     """Reads and checks samples of one source in threads; `close` ends them.
 
     The first read of an image also decodes it fully, unless that was done when the data set was made or the reader's
-    caller does it.
+    caller does it (`prove`). With one thread the caller's own reads. Larger images than `max_pixels` are not valid.
     """
 
     def __init__(
         self, source: Source, threads: int, max_pixels: int = MAX_PIXELS, prove: bool = True
     ) -> None:
-        """
-        Args:
-            source: the data set.
-            threads: parallel reads, at least 1; with 1 the caller's own thread reads.
-            max_pixels: larger images count as broken.
-            prove: whether to decode each image fully at its first read.
-        """
         self._proven = np.full(len(source), source.proven or not prove)
         self._source, self._threads, self._max_pixels = source, threads, max_pixels
         self._pool = ThreadPoolExecutor(threads, "reader") if threads > 1 else None

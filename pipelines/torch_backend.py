@@ -29,13 +29,7 @@ class TorchBackend:
     def __init__(
         self, augment: AugmentConfig, device: torch.device, dtype: torch.dtype, threads: int
     ) -> None:
-        """
-        Args:
-            augment: profile and size of the views, mean and std.
-            device: receives the views.
-            dtype: of the views: float32, float16 or bfloat16.
-            threads: images in parallel.
-        """
+        """The device receives the views, of this dtype; the threads work on an image each."""
         self._augment, self._device, self._dtype = augment, device, dtype
         self._pool = ThreadPoolExecutor(threads)
 
@@ -88,21 +82,10 @@ def apply(image: Tensor, view: ViewParams, size: int, taps: int, profile: Profil
 
 
 def resize_bicubic(image: Tensor, top: int, left: int, height: int, width: int, size: int) -> Tensor:
-    """Crops a window and resizes it to a square.
+    """Crops a window of an image, uint8 (H, W, 3), and resizes it to float32 (size, size, 3), clipped to [0, 1].
 
     Keys' cubic kernel with a = -0.5, half-pixel centers, no antialias. Taps outside the window are dropped and the
     weights renormalized, as in tf.image.resize of the cropped image.
-
-    Args:
-        image: uint8 (H, W, 3).
-        top: first row of the window.
-        left: first column.
-        height: rows of the window, at least 1.
-        width: columns of the window, at least 1.
-        size: side of the result.
-
-    Returns:
-        float32 (size, size, 3) in [0, 1], clipped.
     """
     window = image[top : top + height, left : left + width].float() / 255
     rows, row_weights = _cubic_taps(height, size)

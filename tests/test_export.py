@@ -41,9 +41,8 @@ def _run(folder: Path, backbone: str, stem: str) -> Path:
             buffer.normal_(std=0.1)
         elif name.endswith("running_var"):
             buffer.uniform_(0.5, 2)
-    for (
-        layer
-    ) in model.online.encoder.modules():  # bottlenecks begin as the identity: no test of their weights
+    # Bottlenecks begin as the identity, which is no test of their weights.
+    for layer in model.online.encoder.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.weight.data.uniform_(0.5, 1.5)
     online = {name: value for name, value in model.state_dict().items() if name.startswith("online.")}

@@ -67,9 +67,7 @@ class FusedUpdate:
     def set_rates(self, lr: float | None = None, tau: float | None = None) -> None:
         """Writes rates to the device, for all updates until the next call; the host does not wait.
 
-        Args:
-            lr: learning rate of every group; None: as param_groups have it.
-            tau: of EMA; None: unchanged.
+        Without `lr` each group keeps its own, as param_groups have it; without `tau` EMA's is unchanged.
         """
         for settings, group in zip(self.settings, self.optimizer.param_groups, strict=True):
             group["lr"] = group["lr"] if lr is None else lr
@@ -130,10 +128,8 @@ class FusedUpdate:
     def __call__(self, finite: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One update at the rates that `set_rates` wrote.
 
-        While a CUDA graph is captured, addresses are not refreshed: call `refresh` between capture and replay.
-
-        Args:
-            finite: 0-dim bool on the device: if False, nothing changes. None: whether the gradients' norm is finite.
+        While a CUDA graph is captured, addresses are not refreshed: call `refresh` between capture and replay. If
+        `finite` is False, a 0-dim bool on the device, nothing changes; None: whether the gradients' norm is finite.
 
         Returns:
             The gate, and the norm of all gradients, 0-dim float32, in new tensors.

@@ -51,12 +51,7 @@ class BatchNorm(nn.BatchNorm2d):
     ) -> Tensor:
         """Normalizes the input, adds the shortcut, normalized by its own norm if there is one, applies ReLU and pools.
 
-        Args:
-            input: (N, C) or (N, C, H, W).
-            shortcut: of the same shape.
-            shortcut_norm: the shortcut's own batch norm.
-            relu: whether ReLU follows.
-            pool: a module to apply last. On CUDA an activation before max-pool is never written to memory.
+        Input and shortcut are (N, C) or (N, C, H, W). On CUDA an activation before max-pool is never written to memory.
         """
         norms = [self] if shortcut_norm is None else [self, shortcut_norm]
         if not is_fused(input) or not all(norm.training and norm.momentum is not None for norm in norms):

@@ -209,11 +209,7 @@ def _write_quarantine(folder: Path, refused: list[RefusedFile]) -> None:
 def index(folder: Path, workers: int, strict: bool, out: Path | None = None) -> str:
     """Writes manifest and quarantine list of the WebDataset tars of a folder; returns a summary.
 
-    Args:
-        folder: The tars.
-        workers: The largest number of processes.
-        strict: Whether a sample that cannot be used is an error.
-        out: Folder for the two lists and links to the tars; None for `folder` itself.
+    They are written to the folder itself or to `out`, which then gets links to the tars.
 
     Raises:
         ValueError: Nothing to index, a damaged tar, a manifest is there already, or `folder` is read-only.

@@ -51,11 +51,7 @@ class _Stated(NamedTuple):
 def verify(dataset: str, decode: bool, workers: int, index: bool = False) -> Verified:
     """Checks every shard of a folder, or .beton files ("a.beton,b.beton?image=FIELD&label=FIELD").
 
-    Args:
-        dataset: The folder or the files.
-        decode: Whether to decode every image.
-        workers: Processes.
-        index: Whether to write the index of each .beton without a manifest, if all of them are whole.
+    With `index` it writes the index of each .beton without a manifest, if all of them are whole.
 
     Raises:
         ValueError: The manifest itself cannot be used, or the structure of a .beton without one; or there is a manifest

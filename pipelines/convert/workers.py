@@ -23,14 +23,8 @@ def spread(
 ) -> Iterator[list[futures.Future[Result]]]:
     """Calls `function` for each task in spawned processes, or in one thread if one worker is enough.
 
-    Leaving the block waits for the tasks that have begun, and drops the others.
-
-    Args:
-        function: A module's function, so that processes can import it.
-        tasks: Can be pickled.
-        workers: The largest number of processes.
-        setup: Called once in each worker, with `arguments`, before its first task.
-        arguments: Of `setup`.
+    Leaving the block waits for the tasks that have begun, and drops the others. The function and the tasks are pickled.
+    Each worker calls `setup` with `arguments` before its first task.
     """
     pool: futures.Executor
     if min(workers, len(tasks)) <= 1:

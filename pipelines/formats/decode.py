@@ -27,12 +27,9 @@ def decode(encoded: bytes, strict: bool = False) -> Tensor:
 
     Gray becomes three equal channels, 16 bits become the high byte, and EXIF orientation is ignored.
 
-    Args:
-        encoded: The image.
-        strict: Whether a JPEG with damaged pixels is refused, as by `proof.prove_jpeg`; PIL decodes it.
-
     Raises:
-        ValueError: It does not decode, or is damaged.
+        ValueError: It does not decode. With `strict` also a JPEG with damaged pixels, which PIL decodes
+            (`proof.prove_jpeg`).
     """
     pixels = _decode_jpeg(encoded, strict) if encoded[:2] == b"\xff\xd8" else None
     return torch.from_numpy(_decode_by_pil(encoded) if pixels is None else pixels)

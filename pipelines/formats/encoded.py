@@ -43,13 +43,9 @@ def inspect(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     Bytes after the end marker are accepted: decoders ignore them. A PPM, raw pixels of a .beton, has no end marker:
     only the header that `ppm_header` writes is accepted, and the size must match to the byte.
 
-    Args:
-        data: The encoded image.
-        max_pixels: The largest accepted height x width.
-
     Raises:
-        ValueError: The image is empty, cut short, not a JPEG, PNG or PPM, of zero size, above `max_pixels`, or a JPEG
-            that no common decoder reads (lossless, hierarchical or 12-bit); the message is the reason.
+        ValueError: The image is empty, cut short, not a JPEG, PNG or PPM, of zero size, of more than `max_pixels`, or a
+            JPEG that no common decoder reads (lossless, hierarchical or 12-bit); the message is the reason.
     """
     if data[:2] == _JPEG:
         header = _inspect_jpeg(data)

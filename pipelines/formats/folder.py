@@ -82,11 +82,8 @@ def list_folder(folder: Path, hidden: list[str] | None = None) -> list[str]:
     """Sorted relative names of all files; links to files and folders are followed.
 
     Within a class folder a real folder is entered once, even if several links lead to it. Entries that cannot be
-    entered or examined are listed as files, so that reading them reports the error.
-
-    Args:
-        folder: Where to begin.
-        hidden: Receives the names of the files and folders that are left out, see `is_hidden`.
+    entered or examined are listed as files, so that reading them reports the error. `hidden` receives the names of
+    the files and folders that are left out, see `is_hidden`.
     """
     return sorted(_walk(folder, "", set(), [] if hidden is None else hidden))
 

@@ -92,11 +92,8 @@ class Scan(NamedTuple):
 def index_tar(path: str | os.PathLike[str], classes: list[str] | None = None) -> Index:
     """Reads a tar once; a sample is one .jpg, .jpeg or .png and optionally a .cls.
 
-    Other members of a sample, folders, hidden files and names that start with two underscores are skipped.
-
-    Args:
-        path: The tar.
-        classes: The class names that its .cls files hold; None if they hold integers.
+    Other members of a sample, folders, hidden files and names that start with two underscores are skipped. The .cls
+    files hold names of `classes`, or integers if it is None.
 
     Raises:
         ValueError: Not a regular file, or a damaged or cut tar (see `Tar.walk`); names the tar and the offset.

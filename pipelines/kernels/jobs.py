@@ -30,15 +30,9 @@ JOB = np.dtype(
 def fill(
     jobs: npt.NDArray[np.void], pixels: Pixels, view: KernelParams, taps: int, target: int, step: int
 ) -> None:
-    """Writes the jobs of one view of N images, all but `blurred`.
+    """Writes the jobs (N,) of one view of N images, all but `blurred`.
 
-    Args:
-        jobs: (N,) of JOB.
-        pixels: the decoded images.
-        view: their parameters.
-        taps: odd length of the blur kernel.
-        target: address of the first view.
-        step: bytes from one view to the next.
+    The blur kernel has an odd number of taps. The views lie at `target`, `target + step`, ..., in bytes.
     """
     top, left, height, width = view.window.T
     stride = 3 * pixels.box[:, 3]

@@ -116,10 +116,7 @@ def share_of_rank(items: Sequence[T], world: World) -> Iterator[tuple[int, T]]:
 def gather_in_order(parts: list[tuple[int, Tensor]], world: World, empty: Tensor) -> Tensor:
     """The rows of all ranks' parts, sorted by the index of the part, on every rank.
 
-    Args:
-        parts: index and rows (n, ...) of each part of this rank.
-        world: the ranks.
-        empty: a tensor without rows, of the shape and dtype of the parts.
+    A part is its index and rows (n, ...); `empty` has no rows, but the shape and dtype of the parts.
     """
     rows = torch.cat([empty, *(part for _, part in parts)])
     indices = [i for i, part in parts for _ in range(len(part))]

@@ -182,13 +182,8 @@ def evaluate_transfer(
 ) -> tuple[list[Outcome], Tensor]:
     """Logistic regression on features of another data set. Held-out images select the penalty; then all are fitted.
 
-    Ranks share the penalties; every fit starts from zero, so none depends on another.
-
-    Args:
-        setup: encoder and data.
-        l2_values: penalties that are tried.
-        max_iterations: of L-BFGS, per penalty.
-        standardize: divides each feature by its standard deviation over the training images (a constant one by 1).
+    Ranks share the penalties; every fit starts from zero, so none depends on another. `standardize` divides each
+    feature by its standard deviation over the training images (a constant one by 1).
 
     Raises:
         FloatingPointError: features are not finite, or every fit diverged.
@@ -267,12 +262,8 @@ def _best(accuracies: Sequence[float | None], gentleness: Sequence[Any]) -> int:
     On few held-out images many settings are equally accurate. Of those, the setting that follows the training images
     least is expected to generalize best: the largest penalty, the smallest learning rate, the shortest training.
 
-    Args:
-        accuracies: of each setting, None if it diverged.
-        gentleness: of each setting; any values that compare.
-
     Raises:
-        FloatingPointError: every setting diverged.
+        FloatingPointError: every setting diverged: all accuracies are None.
     """
     ranked = [-math.inf if top1 is None else top1 for top1 in accuracies]
     if max(ranked) == -math.inf:
