@@ -60,10 +60,8 @@ def make(
 ) -> str:
     """Makes the data set, or one for each part of the split.
 
-    Args:
-        options: Of the conversion.
-        say: Called with each note to the user.
-        finished: Called with the path of each finished shard, also those of a killed conversion.
+    `say` is called with each note to the user, and `finished` with the path of each finished shard, also of a killed
+    conversion's.
 
     Returns:
         A line that says what was made.
@@ -80,16 +78,7 @@ def make(
             raise ValueError(f"DST {folder} is SRC {src}, or inside of it: name another folder")
     if options.engine == "ffcv":
         ffcv_engine.require()
-    data_set = is_data_set(src) and {*options.only} in (set(), {path.name for path in src.glob("*.tar")})
-    if data_set:
-        if options.labels:
-            raise ValueError(
-                f"--labels {options.labels}: SRC {src} is a data set, which has labels of its own"
-            )
-        if options.inside:
-            raise ValueError(f"--inside {options.inside}: SRC {src} is a data set, which has no folders")
-    elif not src.exists():
-        raise ValueError(f"SRC {src} does not exist{searched(str(src))}")
+    from_data_set = _is_from_data_set(options)
     work = dst / WORK
     is_new = not dst.exists()
     work.mkdir(parents=True, exist_ok=True)
@@ -97,7 +86,7 @@ def make(
         if note := lock.take():
             say(note)
         try:
-            if data_set:
+            if from_data_set:
                 inputs = list_data_set(src)
             else:
                 inputs = list_files(src, options.inside, work, options.labels, options.only)
@@ -131,6 +120,20 @@ def make(
         shutil.rmtree(work)
     made = sum(len(task.images) for task in todo)
     return f"{summary}, {seconds:.1f} s, {made / seconds:,.0f} images/s"
+
+
+def _is_from_data_set(options: ConversionOptions) -> bool:
+    """Whether SRC is a data set that was made before, all of it. Raises ValueError if the options do not fit SRC."""
+    src = options.src
+    if not is_data_set(src) or {*options.only} not in (set(), {path.name for path in src.glob("*.tar")}):
+        if not src.exists():
+            raise ValueError(f"SRC {src} does not exist{searched(str(src))}")
+        return False
+    if options.labels:
+        raise ValueError(f"--labels {options.labels}: SRC {src} is a data set, which has labels of its own")
+    if options.inside:
+        raise ValueError(f"--inside {options.inside}: SRC {src} is a data set, which has no folders")
+    return True
 
 
 def _run(
