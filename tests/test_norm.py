@@ -410,8 +410,8 @@ def make_network(backbone: str, stem: str) -> BYOL:
 def bottlenecks() -> nn.Module:
     """An encoder of two bottlenecks, the second with the identity as shortcut."""
     shortcut = nn.Sequential(nn.Conv2d(3, 8, 1, stride=2, bias=False), BatchNorm(8))
-    first = Bottleneck(3, 2, stride=2, downsample=shortcut, norm_layer=BatchNorm)
-    blocks = first, Bottleneck(8, 2, norm_layer=BatchNorm), Bottleneck(8, 2, norm_layer=BatchNorm)
+    first = Bottleneck(3, 2, stride=2, downsample=shortcut)
+    blocks = first, Bottleneck(8, 2), Bottleneck(8, 2)
     encoder = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
     encoder.num_features = 8
     return encoder
