@@ -7,10 +7,7 @@ from pathlib import Path
 
 
 def open_regular(path: str | os.PathLike[str], flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """Opens a regular file without waiting for a FIFO's other end; also an `opener` of `open`.
-
-    Returns:
-        The descriptor.
+    """The descriptor of a regular file, opened without waiting for a FIFO's other end; also an `opener` of `open`.
 
     Raises:
         OSError: it cannot be opened, or is not a regular file.

@@ -94,9 +94,6 @@ def draw(
         heights: (N,) stored heights in pixels.
         widths: (N,) stored widths in pixels.
         profile: decides how the window is sampled, and whether brightness is an offset or a factor.
-
-    Returns:
-        Parameters of N views.
     """
     byol = profile == "byol"
     numbers = uniform(seed, epoch, ids, view_index, _TRIES if byol else _TRIES + 2 * (CROP_TRIES - 1))

@@ -58,13 +58,10 @@ def make(
     say: Callable[[str], object],
     finished: Callable[[Path], object] | None = None,
 ) -> str:
-    """Makes the data set, or one for each part of the split.
+    """Makes the data set, or one for each part of the split; returns a line that says what was made.
 
     `say` is called with each note to the user, and `finished` with the path of each finished shard, also of a killed
     conversion's.
-
-    Returns:
-        A line that says what was made.
 
     Raises:
         ValueError: A mistake in the options or in SRC, which may hold no image; DST holds something else.
