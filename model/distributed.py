@@ -119,10 +119,8 @@ def _waiting(message: str, silent: float = 10.0) -> Iterator[None]:
 
 def _set_options(deterministic: bool) -> None:
     """Sets torch's global options; must precede the first use of CUDA."""
-    if (
-        torch.are_deterministic_algorithms_enabled() != deterministic
-    ):  # the call imports torch's compiler, 1.2 CPU s
-        torch.use_deterministic_algorithms(deterministic)
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)  # imports torch's compiler, 1.2 CPU s
     if deterministic:
         # cuBLAS reads it at its start; otherwise its order of addition may vary when streams share its workspace.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
