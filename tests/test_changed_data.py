@@ -1,5 +1,6 @@
 """Images that are overwritten in place, by others of equal length: refused on resume, or at the latest when read."""
 
+import io
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from test_beton import mixed, write_beton
+from test_index import write_tar
 from test_loader import ids, make_config, take
 
 from byolt.model.distributed import World
@@ -19,6 +21,7 @@ from byolt.model.run.resume import begin
 from byolt.pipelines.formats import beton
 from byolt.pipelines.formats.beton import BetonSource
 from byolt.pipelines.formats.beton_index import index_path, write_index
+from byolt.pipelines.formats.encoded import spots
 from byolt.pipelines.manifest import MANIFEST
 from byolt.pipelines.sources import Source, open_source
 from byolt.tools.make_shards import main as make_shards
@@ -168,6 +171,16 @@ def test_a_shard_of_the_same_size_with_other_images_is_refused(
         overwrite(shard, images[0])
     with pytest.raises(ValueError, match=pattern):
         open_source(path)
+
+
+def test_a_tar_without_an_image_is_opened(tmp_path: Path) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(image, "JPEG")
+    write_tar(tmp_path / "a.tar", [("readme.txt", b"x")])
+    write_tar(tmp_path / "b.tar", [("1.jpg", image.getvalue())])
+    assert make_shards(["--index", str(tmp_path), "--workers", "1"]) == 0
+    assert open_source(tmp_path).read(0) == image.getvalue()
+    assert [spots(3, count) for count in (0, 1, 2, 5)] == [[], [3], [3, 4], [3, 4, 5, 6]]
 
 
 def test_only_whole_betons_without_manifest_are_indexed(
