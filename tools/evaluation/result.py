@@ -42,7 +42,7 @@ def report(
     labels: Tensor,
     seconds: float,
 ) -> None:
-    """Writes the JSON file, prints the table, and draws the picture."""
+    """Writes the JSON file and the picture, then prints the table."""
     rows = [_summary(outcome, labels, setup.classes) for outcome in outcomes]
     # The picture shows the k of the accuracy that the run quotes.
     k = min(trained.config.eval.k, outcomes[0].settings["train_images"])
@@ -73,11 +73,6 @@ def report(
     path = args.out / (_file_name(args, trained) + ".json")
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n")
-    _print(title, rows, outcomes)
-    say(
-        f"{len(labels)} test images{left_out} of {setup.classes} classes; {used} training images; "
-        f"{seconds:.0f} s on {setup.world.size} x {setup.world.device.type}, {args.precision}"
-    )
     names = list(setup.test.classes or setup.train.classes or [])
     names += [str(label) for label in range(len(names), setup.classes)]
     caption = f"{title}\n{drawn.name}" + (f": top-1 {row['top1']:.1f} %" if "top1" in row else "")
@@ -87,6 +82,11 @@ def report(
     except Exception as error:  # the numbers are written already
         picture.unlink(missing_ok=True)  # an earlier one shows other numbers
         say(f"warning: {picture} could not be drawn: {error}", file=sys.stderr)
+    _print(title, rows, outcomes)
+    say(
+        f"{len(labels)} test images{left_out} of {setup.classes} classes; {used} training images; "
+        f"{seconds:.0f} s on {setup.world.size} x {setup.world.device.type}, {args.precision}"
+    )
     say(path)
     if picture.exists():
         say(picture)
