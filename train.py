@@ -183,7 +183,7 @@ def loop(run: "Run", loader: "Loader", tracing: "Trace") -> None:
     batches = iter(loader)
     while run.step < run.last_step and not run.stopping:
         with tracing.range("wait for data"):
-            batch = next(batches)
+            batch = run.next_batch(batches, lambda: loader.stand_in(run.world.device))
         lr, tau = run.lr_and_tau()
         logged = run.is_logged(run.step + 1)
         failpoint.reach("step", run.step)
@@ -201,6 +201,7 @@ def loop(run: "Run", loader: "Loader", tracing: "Trace") -> None:
             run.log(lr, tau, result, loader.waited, loader.corrupt_count)
         run.evaluate_if_due()
         run.save_or_stop_if_due()
+    run.check_finite()
 
 
 # ── results ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +213,6 @@ def finish(run: "Run") -> None:
     from byolt.model.run.pictures import save_loss_curve
     from byolt.model.run.trained import export_trained
 
-    run.check_finite()
     run.save()
     if not run.stopping:
         run.knn_trained = run.evaluate()

@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -81,8 +81,9 @@ def init(
             raise ValueError(
                 f"rank {rank} of {size} did not meet the others at {address}: {reason}"
             ) from None
-        # After a restart by torchrun the store still has the dead processes' addresses, on which gloo fails or hangs.
-        store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart and keeps the dead processes' addresses, on which gloo fails or hangs.
+            store = dist.PrefixStore(f"attempt{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(
             backend,
             store=store,
@@ -92,7 +93,21 @@ def init(
             device_id=place if backend == "nccl" else None,
         )
     store.set(f"host {rank}", socket.gethostname())
+    if rank == 0:
+        _warn_of_shared_store(os.environ)
     return World(rank, local_rank, size, place, backend, store)
+
+
+def _warn_of_shared_store(environment: Mapping[str, str]) -> None:
+    """Warns that the ranks would wait for each other at different keys: each machine counts its own restarts."""
+    several = int(environment.get("GROUP_WORLD_SIZE", "1")) > 1
+    restarts = environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    if several and restarts and environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        say(
+            "warning: a restart over several machines by torchrun hangs: start it with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of each machine",
+            sys.stderr,
+        )
 
 
 @contextmanager

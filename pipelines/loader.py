@@ -133,6 +133,13 @@ class Loader:
         while True:
             yield [self._take() for _ in range(self._config.train.accumulation)]
 
+    def stand_in(self, device: torch.device) -> list[Batch]:
+        """Batches in the place of a step's that cannot be made: views of NaN, labels 0 and the ids -1."""
+        numbers = torch.zeros(self._config.images_per_rank(self._world_size), dtype=torch.int64)
+        size = self._config.augment.size
+        views = torch.full((len(numbers), 3, size, size), torch.nan, device=device)
+        return [Batch(views, views, numbers, numbers - 1)] * self._config.train.accumulation
+
     def _take(self) -> Batch:
         start = time.perf_counter()
         item = self._queue.get()

@@ -146,6 +146,7 @@ class Machines:
             *arguments,
             before=partial(_on, self.namespaces[place], [*meeting, *options], before),
             GLOO_SOCKET_IFNAME="tap0",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
             IDS=str(run.folder),
         )
         self._agents.append(agent)

@@ -1,5 +1,6 @@
 """Faults that a run of several ranks survives, on gloo: signals, a killed, a stopped and a failing rank, other numbers of ranks."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -9,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributed import run as torchrun
-from whole_runs import ROOT, STEPS, Process, Run, digest_of, slow, write_images
+from whole_runs import STEPS, Process, Run, digest_of, slow, write_images
 
 from byolt.model.byol import Online
 from byolt.model.quality import probe
@@ -146,37 +146,44 @@ def _children(pid: int) -> list[int]:
 
 
 def test_ranks_killed_at_random_are_restarted_by_torchrun(run: Run, whole: str) -> None:
-    """One kill while the ranks start, and one in training, of any rank, in any order."""
+    """Two machines of a rank each: one kill while the ranks start, one in training, of any rank, in any order."""
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     chance = random.Random(seed)
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=2"]
-    output = run.folder / "torchrun"
-    with output.open("w") as file:
-        launcher = subprocess.Popen(
-            [sys.executable, *start, *run.arguments("--resume", "auto")],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=file,
-            stderr=file,
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    start = ["--nnodes=2", "--max-restarts=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}"]
+    agents = [
+        run.start(
+            "--resume",
+            "auto",
+            before=functools.partial(become_torchrun, [*start, f"--rdzv-conf=is_host={is_host}"]),
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
         )
+        for is_host in (True, False)
+    ]
     seen: set[int] = set()
     try:
         for step in chance.sample([None, chance.randrange(2, STEPS - 1)], 2):
             end = time.monotonic() + 180
             while True:
-                ranks = _children(launcher.pid)
-                reached = step is None or re.search(rf"^step {step}/", output.read_text(), re.MULTILINE)
+                ranks = _children(agents[0].pid) + _children(agents[1].pid)
+                text = agents[0].text + agents[1].text
+                reached = step is None or re.search(rf"^step {step}/", text, re.MULTILINE)
                 if reached and len(ranks) == 2 and not seen & {*ranks}:
                     break
-                assert time.monotonic() < end, output.read_text()
+                assert time.monotonic() < end, text
                 time.sleep(0.01)
-            time.sleep(chance.uniform(0, 3 if step is None else 0.1))
+            time.sleep(chance.uniform(0, 1 if step is None else 0.1))
             os.kill(chance.choice(ranks), signal.SIGKILL)
             seen |= {*ranks}
-        assert launcher.wait(180) == 0, output.read_text()
+        assert all_end(agents, 180) == [0, 0], agents[0].text + agents[1].text
     finally:
-        launcher.terminate()  # it ends its ranks
-    text = output.read_text()
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    text = agents[0].text + agents[1].text
     assert f"digest: step {whole.replace(' ', ' sha256 ')}\n" in text
     assert f"resumed from {run.out}/checkpoint-0000000" in text and run.leftovers() == []
 

@@ -6,9 +6,10 @@ import os
 import random
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from range_server import RangeServer, s3_bucket
 from whole_runs import Process, Run, write_images
 
 from byolt.files.storage.store import Store
+from byolt.model.run.run import Run as TrainRun
 from byolt.pipelines.convert.make import make
 from byolt.pipelines.convert.plan import ConversionOptions
 from byolt.pipelines.remote import dataset
@@ -162,16 +164,39 @@ def test_sigterm_during_an_outage_saves_and_ends(server: RangeServer, whole: Pro
     assert_equal(run("--resume", "auto", before=small_pieces), whole, run)
 
 
-def test_sigterm_during_an_outage_ends_two_ranks(server: RangeServer, tmp_path: Path) -> None:
-    run = new_run(tmp_path, f"{server.url}/train")
-    ranks = run.start_ranks(2, before=small_pieces)
+def one_rank_far_as_on_gpus() -> None:
+    """Rank 0 reads a copy of the data on its disk; the host asks for signals every 10 steps."""
+    small_pieces()
+    if os.environ["RANK"] == "0":
+        sys.argv.append(f"data.path={os.environ['COPY']}")
+
+    def begin(self: TrainRun, plain: Callable = TrainRun.begin) -> None:
+        self.on_gpu = True
+        plain(self)
+
+    TrainRun.begin = begin  # type: ignore[method-assign,assignment]
+
+
+def test_sigterm_while_one_of_two_ranks_has_no_batch(
+    server: RangeServer, served: Path, tmp_path: Path
+) -> None:
+    """The other one is inside its next step. Both save the last whole step, as if there had been no outage."""
+    far, near = (new_run(tmp_path / name, f"{server.url}/train") for name in ("far", "near"))
+    options = ("run.log_every=100", "run.checkpoint_minutes=9")
+    ranks = far.start_ranks(2, *options, before=one_rank_far_as_on_gpus, COPY=str(served / "train"))
     ranks[0].wait_for("^step 2/")
     server.down = True
     wait_until_idle(ranks[0])
     for rank in ranks:
         rank.signal(signal.SIGTERM)
-    assert 143 in [rank.wait(20) for rank in ranks], ranks[0].text + ranks[1].text
-    assert "does not answer: the run stops" in ranks[0].text + ranks[1].text
+    assert [rank.wait(20) for rank in ranks] == [143, 143], ranks[0].text + ranks[1].text
+    assert "does not answer: the run stops" in ranks[1].text and "does not answer" not in ranks[0].text
+    server.down = False
+    step = ranks[0].digest.split()[0]
+    assert f"stopped by SIGTERM at step {step}; continue" in ranks[0].text and int(step) > 2
+    assert far.newest()[1]["step"] == int(step)
+    whole = near.start_ranks(2, f"train.stop_at_step={step}", before=small_pieces)
+    assert whole[0].wait() == 0 and whole[0].digest == ranks[0].digest
 
 
 def test_sigterm_while_the_data_is_copied(server: RangeServer, tmp_path: Path) -> None:

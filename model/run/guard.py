@@ -67,8 +67,11 @@ class FiniteCheck:
                 report.append({"step": step, "rank": rank, "samples": numbers})
         return report
 
-    def check(self, out: Path, state: Callable[[], dict[str, Any]]) -> None:
+    def check(self, out: Path, state: Callable[[], dict[str, Any]]) -> int | None:
         """Stops every rank if a step since the last check was not finite, and saves the run's state, which is finite.
+
+        Returns:
+            The first step, if a rank had no batch for it (the sample ids -1), otherwise None.
 
         Args:
             out: folder of the run, for not-finite.json (the result of `look`) and the checkpoint aside-STEP.pt.
@@ -79,16 +82,19 @@ class FiniteCheck:
         """
         bad = self.look()
         if not bad:
-            return
+            return None
+        first = bad[0]["step"]
+        if any(-1 in row["samples"] for row in bad if row["step"] == first):
+            return first
         report, now = out / "not-finite.json", state()
         aside = out / f"aside-{now['step']:09d}.pt"
         if self._world.is_main:
             report.write_text(json.dumps(bad, indent=1) + "\n")
             checkpoint.write(aside, now)
         distributed.barrier(self._world)
-        first = ", ".join(map(str, bad[0]["samples"][:8]))
+        samples = ", ".join(map(str, bad[0]["samples"][:8]))
         raise FloatingPointError(
-            f"loss or gradient not finite in step {bad[0]['step']}, rank {bad[0]['rank']}, samples {first} ... "
+            f"loss or gradient not finite in step {first}, rank {bad[0]['rank']}, samples {samples} ... "
             f"(all in {report}). Such a step changes no weight; the state after it is in {aside}. Look at the images, "
             f"then continue with --resume {aside}, or from an earlier checkpoint with a lower optimizer.base_lr or "
             "train.precision=fp32"

@@ -1,19 +1,20 @@
 """Holds the state of a run; decides when it is logged, checked, evaluated, saved and stopped."""
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from byolt.configs import estimate
 from byolt.configs.schema import Config
 from byolt.files import failpoint, stop
-from byolt.files.console import duration
+from byolt.files.console import duration, say
 from byolt.files.progress import Meter
 from byolt.files.storage.mirror import Mirror
 from byolt.model import distributed, schedules
@@ -26,6 +27,7 @@ from byolt.model.run.resume import Start
 from byolt.model.run.wandb_log import WandbLog
 from byolt.model.step import StepResult, TrainStep
 
+T = TypeVar("T")
 _EARLY_ROWS = (1, 2, 5, 10)  # steps with a row before run.log_every, so that a slow run shows signs of life
 
 
@@ -54,6 +56,7 @@ class Run:
         self.meter = Meter("step", self.last_step, self.step, enabled=self.world.is_main)
         self.on_gpu = self.world.device.type == "cuda"
         self._first_step, self._duration_said = start.step, False
+        self._without_data = False  # on this rank, after a signal during an outage
         self.stopping = False  # a rank got a signal; the same on every rank
         self.metrics: MetricLog | None = None
         if self.world.is_main:
@@ -138,6 +141,27 @@ class Run:
             schedule=optimizer.tau_schedule,
         )
 
+    def next_batch(self, batches: Iterator[T], stand_in: Callable[[], T]) -> T:
+        """Returns the next batch, or a stand-in after a signal during an outage of the data's server.
+
+        The others are inside the step already. NaN on one rank makes it change nothing, on any rank; `check_finite`
+        then returns all of them to the step before.
+
+        Raises:
+            InterruptedError: there is nothing to save, a single rank need not wait for others, or fp16's scaler would
+                change.
+        """
+        if not self._without_data:
+            try:
+                return next(batches)
+            except InterruptedError as error:
+                trained = self.step > self._first_step
+                if self.world.size == 1 or not trained or self.train_step.scaler.is_enabled():
+                    raise
+                say(f"warning: rank {self.world.rank}, step {self.step}: {error}", file=sys.stderr)
+                self._without_data = True
+        return stand_in()
+
     def is_logged(self, step: int) -> bool:
         """Whether a row of metrics is written after `step` steps."""
         every = self.config.run.log_every
@@ -160,7 +184,9 @@ class Run:
 
     def check_finite(self) -> None:
         """Stops every rank if a step since the last check was not finite; see `FiniteCheck.check`."""
-        self._finite.check(self.out, self.state)
+        if step := self._finite.check(self.out, self.state):
+            self.step, self.stopping = step - 1, True
+            raise InterruptedError("a rank had no batch; see its warning")
 
     def log(self, lr: float, tau: float, result: StepResult, waited: float, corrupt: int) -> None:
         """Prints and writes a row about the steps since the last row; warns of collapse, or stops.
@@ -255,15 +281,14 @@ class Run:
 
     @contextmanager
     def stopped_by_outage(self) -> Iterator[None]:
-        """A signal during an outage of the data's server stops a run of one rank after the last step in the block.
+        """A signal during an outage of the data's server stops the run after the last step in the block.
 
-        Several ranks cannot agree on a step while one waits for its batch: the error ends the run, and the last
-        checkpoint stands.
+        Several ranks must have agreed on the step (`next_batch`); otherwise the last checkpoint stands.
         """
         try:
             yield
         except InterruptedError as error:
-            if self.world.size > 1:
+            if self.world.size > 1 and not self.stopping:
                 raise
             self.stopping = True
             self.meter.say(f"warning: step {self.step}: {error}")
