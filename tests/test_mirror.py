@@ -3,15 +3,20 @@
 import re
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from range_server import s3_bucket
 from whole_runs import STEPS, Process, Run, write_images
 
 from byolt.configs import schema
-from byolt.files.storage.store import Store
+from byolt.files.storage import mirror
+from byolt.files.storage.mirror import Mirror
+from byolt.files.storage.store import Entry, Store
 
 SECRET = "planted-secret-4711"
 
@@ -100,6 +105,78 @@ def test_a_dead_bucket_does_not_stop_a_run(
     process = start("--resume", "auto")
     assert process.wait() == 2 and "run.out" in process.text and not run.out.exists(), process.text
     assert "may hold checkpoints of this run" in process.text
+
+
+class FakeStore:
+    """Remembers what is done; `hang` and `error` break it."""
+
+    def __init__(self, url: str, minutes: float) -> None:
+        self.done: list[str] = []
+        self.hang = threading.Event()
+        self.hang.set()
+        self.error: Exception | None = None
+
+    def list(self) -> dict[str, Entry]:
+        return {"checkpoint-000000001.pt": Entry(1, None), "others.txt": Entry(1, None)}
+
+    def put(self, name: str, content: bytes | Path, there: dict[str, Entry]) -> None:
+        self.hang.wait(20)
+        if self.error:
+            raise self.error
+        self.done.append(name)
+
+    def delete(self, name: str) -> None:
+        self.done.append(f"-{name}")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    ends = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < ends
+        time.sleep(0.01)
+
+
+def test_checkpoints_are_sent_last_and_removed_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "Store", FakeStore)
+    said: list[str] = []
+    copy = Mirror(tmp_path, "s3://bucket/run", 1, 1, said.append)
+    store = cast(Any, copy)._store
+    assert copy.checkpoints(1) == ["checkpoint-000000001.pt"]
+    for name in ("metrics.jsonl", "run.lock", "checkpoint-000000002.pt", "checkpoint-000000003.pt"):
+        (tmp_path / name).write_text("a")
+    with copy:
+        copy.update()
+        wait_until(lambda: len(store.done) == 3)
+        assert store.done == ["metrics.jsonl", "checkpoint-000000003.pt", "-checkpoint-000000001.pt"]
+        store.error = ValueError("broken")
+        (tmp_path / "metrics.jsonl").write_text("ab")
+        copy.update()
+        wait_until(lambda: bool(said))
+        assert said == ["warning: run.mirror=s3://bucket/run: broken; tried again after the next checkpoint"]
+        store.error = None
+        (tmp_path / "encoder.safetensors").write_text("a")
+    assert store.done[3:] == ["metrics.jsonl", "encoder.safetensors"] and len(said) == 1
+
+
+def test_a_store_that_hangs_delays_only_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mirror, "Store", FakeStore)
+    said: list[str] = []
+    copies = [Mirror(tmp_path, "s3://bucket/run", minutes, 1, said.append) for minutes in (0.002, 10)]
+    for copy in copies:
+        cast(Any, copy)._store.hang.clear()
+    (tmp_path / "metrics.jsonl").write_text("a")
+    began = time.monotonic()
+    with copies[0]:
+        copies[0].update()
+        copies[0].update()
+        assert not said
+    assert time.monotonic() - began >= 0.12 and "lacks the latest files" in said[0]
+    copies[1].update()
+    with pytest.raises(KeyboardInterrupt), copies[1]:
+        raise KeyboardInterrupt
+    assert time.monotonic() - began < 5
+    for copy in copies:
+        cast(Any, copy)._store.hang.set()
 
 
 @pytest.mark.parametrize(
