@@ -25,7 +25,7 @@ test-slow: .venv/test.done  ## the slow ones
 	$(BIN)/pytest -n 2 --dist loadfile -m "slow and not faults"
 
 test-faults: .venv/test.done  ## whole runs, killed, stopped and damaged
-	$(BIN)/pytest -m faults
+	$(BIN)/pytest -n 2 --dist loadfile -m faults
 
 test-ffcv: .venv/test.done  ## with ffcv itself, which is built into .venv/ffcv and seen by these tests alone
 	tools/install_ffcv.sh .venv/ffcv $(BIN)/python

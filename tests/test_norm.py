@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from byolt.model.byol import BYOL, MLP, byol_loss
 from byolt.model.kernels import norm as norms
 from byolt.model.kernels.norm import BatchNorm, each_view
-from byolt.model.resnet import BACKBONES, Bottleneck, make_encoder
+from byolt.model.resnet import BACKBONES, BasicBlock, Bottleneck, make_encoder
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -448,13 +449,27 @@ def test_both_views_in_one_batch_are_two_passes(kernels: Any, backbone: str, ste
 
 
 @pytest.mark.slow
+def test_every_norm_of_every_backbone_is_ours() -> None:
+    """So that the networks below stand for those of more, or wider, blocks of the same two kinds."""
+    with torch.device("meta"):
+        for backbone in BACKBONES:
+            kinds = {type(module) for module in make_encoder(backbone, "imagenet").modules()}
+            assert {kind for kind in kinds if issubclass(kind, _NormBase)} == {BatchNorm}
+            assert len(kinds & {BasicBlock, Bottleneck}) == 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("backbone", "stem"), [*((name, "imagenet") for name in BACKBONES), ("resnet18", "cifar")]
+    ("backbone", "stem"),
+    [
+        *((name, "imagenet") for name in ("resnet8", "resnet8_half", "resnet18", "resnet50")),
+        ("resnet18", "cifar"),
+    ],
 )
-def test_every_backbone_in_one_batch_by_the_definition(
+def test_a_backbone_in_one_batch_by_the_definition(
     monkeypatch: pytest.MonkeyPatch, backbone: str, stem: str
 ) -> None:
-    """What the interpreter would take minutes for: every norm of every network gets the views."""
+    """What the interpreter would take minutes for: every norm of a network gets the views."""
     model, views = make_network(backbone, stem), two_views(32)
     monkeypatch.setattr(BatchNorm, "forward", BatchNorm.define)
     monkeypatch.setattr(norms, "FUSED_DEVICES", {DEVICE.type})
