@@ -1,6 +1,7 @@
 """Imports run one way. import-linter checks the layers (setup.cfg); this checks who may import which library."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -37,9 +38,15 @@ ALLOWED = {
 }
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
+@functools.cache
 def imported(path: Path) -> set[str]:
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -60,7 +67,7 @@ def test_only_its_own_files_import_it(library: str) -> None:
 def test_ffcv_is_not_imported_with_the_code() -> None:
     """It may not be installed: it is imported inside functions only."""
     for path in FILES:
-        statements: list[ast.AST] = [ast.parse(path.read_text())]
+        statements = [nodes(path)[0]]
         while statements:
             node = statements.pop()
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -110,10 +117,5 @@ def test_a_folder_holds_at_most_twelve_source_files() -> None:
 
 
 def test_relative_imports_are_not_used() -> None:
-    relative = [
-        p
-        for p in FILES
-        for n in ast.walk(ast.parse(p.read_text()))
-        if isinstance(n, ast.ImportFrom) and n.level
-    ]
+    relative = [p for p in FILES for n in nodes(p) if isinstance(n, ast.ImportFrom) and n.level]
     assert relative == []

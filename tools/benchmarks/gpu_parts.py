@@ -136,7 +136,7 @@ def tests(job: Job) -> Iterator[Row]:
         raise RuntimeError("needs the repository's tests, and pytest: pip install -e '.[test]'")
     command = ["-m", "pytest", "-m", "gpu", "-v", "-rN", str(ROOT / "tests" / ("test_graph.py" * job.quick))]
     if importlib.util.find_spec("xdist"):
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+        command += ["-n", str(1 if job.quick else min(8, len(os.sched_getaffinity(0))))]
     said = _python(command, job.seconds - 15)
     outcomes: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
     for line in said:
