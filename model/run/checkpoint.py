@@ -93,7 +93,7 @@ def write(path: Path, state: dict[str, Any]) -> None:
             raise OSError(
                 f"checkpoint {path} cannot be written, {free:.0f} MB are free; free some space, or lower "
                 f"run.keep_checkpoints ({cause})"
-            ) from error
+            ) from cause
 
 
 def load(path: Path) -> dict[str, Any]:
