@@ -11,11 +11,7 @@ from byolt.files.paths import MissingDataError, without_secrets
 
 
 def decide(
-    config: schema.Config,
-    images: int,
-    device: Device,
-    ranks: int,
-    begun: Mapping[str, Any] | None = None,
+    config: schema.Config, images: int, device: Device, ranks: int, begun: Mapping[str, Any] | None = None
 ) -> schema.Config:
     """The config with a value in the place of every "auto" (`OrAuto`); a run that has begun keeps its values.
 

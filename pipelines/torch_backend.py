@@ -223,12 +223,7 @@ def _jitter(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def _operations(profile: Profile) -> _Operations:
     """Imports torchvision for its profile only: that takes 1.2 CPU s, as it imports torch's compiler."""
     if profile == "byol":
-        return _Operations(
-            resize_bicubic,
-            (brightness, contrast, saturation, hue),
-            grayscale,
-            gaussian_blur,
-        )
+        return _Operations(resize_bicubic, (brightness, contrast, saturation, hue), grayscale, gaussian_blur)
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as V
 

@@ -373,11 +373,7 @@ DAMAGE: list[tuple[str, Callable[[bytearray], None], str]] = [
     ("no samples", poke("<Q", 8, 0), "has no samples"),
     ("no table", poke("<Q", 16, 0), "has no allocation table: its writer was stopped before the end"),
     ("empty table", cut(TABLE), "has no allocation table"),
-    (
-        "table in header",
-        poke("<Q", 16, METADATA + 12 * 24 - 1),
-        "its allocation table is inside the header",
-    ),
+    ("table in header", poke("<Q", 16, METADATA + 12 * 24 - 1), "its allocation table is inside the header"),
     ("more samples than file", poke("<Q", 8, 1 << 62), "its allocation table is inside the header"),
     ("more samples than written", poke("<Q", 8, 13), "sample 12: its image has no pixels"),
     ("cut in the header", cut(20), r"cut short inside the header \(20 bytes\)"),

@@ -221,10 +221,7 @@ def test_a_wrong_data_path_is_refused_before_torch(key: str, tmp_path: Path) -> 
             "x.pt cannot be read: no such file; give a run's folder, or a checkpoint-*.pt or encoder.safetensors",
         ),
         ("evaluate.py .", ". has no encoder: it holds neither encoder.safetensors nor a checkpoint-*.pt"),
-        (
-            "evaluate.py torch.py --protocol knn --data photos",
-            "--data: 'photos' does not exist in ",
-        ),
+        ("evaluate.py torch.py --protocol knn --data photos", "--data: 'photos' does not exist in "),
         ("evaluate.py torch.py --protocol knn --lr 1", "--lr is an option of --protocol linear and finetune"),
         (
             "evaluate.py torch.py --train ./photos --data photos",

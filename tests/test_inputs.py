@@ -141,10 +141,7 @@ def test_a_pattern_that_names_all_shards_of_a_data_set_is_the_data_set(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (
-            "s3://bucket/set",
-            "SRC s3://bucket/set must be local: copy it first, with aws",
-        ),
+        ("s3://bucket/set", "SRC s3://bucket/set must be local: copy it first, with aws"),
         ("pipe:cat x.tar", "its output written to a file"),
         ("none*.tar", "SRC 'none*.tar': 'none*.tar' matches no file in "),
         ("{a,b}/*.tar", "name one folder, tar or zip, or several tars of one folder"),

@@ -19,13 +19,7 @@ PYTHON = "#!/bin/sh\n[ -e cpu ] || echo 13.0\n"
     ("arguments", "driver", "reachable", "indexed", "said"),
     [
         ([], False, True, True, ""),
-        (
-            [],
-            False,
-            False,
-            True,
-            "https://download.pytorch.org/whl/cpu has none for CPUs",
-        ),
+        ([], False, False, True, "https://download.pytorch.org/whl/cpu has none for CPUs"),
         ([], True, True, False, ""),
         (["TORCH=cpu", "TORCH_CPU=file:///wheels"], True, True, True, ""),
         (["TORCH=cuda"], False, True, False, ""),

@@ -76,11 +76,7 @@ def _swap(folder: Path) -> None:
 )
 @pytest.mark.parametrize("piece", [1, module._PIECE], ids=["in pieces", "whole"])
 def test_damaged_manifest(
-    folder: Path,
-    damage: Callable[[Path], object],
-    message: str,
-    piece: int,
-    monkeypatch: pytest.MonkeyPatch,
+    folder: Path, damage: Callable[[Path], object], message: str, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_PIECE", piece)
     damage(folder)

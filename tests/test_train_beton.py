@@ -66,11 +66,7 @@ def on_tars(data: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) 
     ],
 )
 def test_tar_and_beton_train_alike_to_the_bit(
-    form: str,
-    on_tars: tuple[list[float], dict],
-    data: Path,
-    images: Path,
-    tmp_path: Path,
+    form: str, on_tars: tuple[list[float], dict], data: Path, images: Path, tmp_path: Path
 ) -> None:
     """8 steps, 4 an epoch; the .beton is stopped in the middle of an epoch and continued."""
     losses, weights = trained(tmp_path / "run", images, paths(data)[form], 3)

@@ -54,9 +54,7 @@ from byolt.pipelines.remote.urls import RemotePath
 
 
 def make(
-    options: ConversionOptions,
-    say: Callable[[str], object],
-    finished: Callable[[Path], object] | None = None,
+    options: ConversionOptions, say: Callable[[str], object], finished: Callable[[Path], object] | None = None
 ) -> str:
     """Makes the data set, or one for each part of the split; returns a line that says what was made.
 

@@ -20,14 +20,7 @@ from byolt.pipelines.formats.decode import decode
 from byolt.pipelines.torch_backend import TorchBackend
 from byolt.pipelines.views import ViewParams
 from byolt.tools.reporting.figures import MARKS, drawable
-from byolt.tools.viewing.samples import (
-    DrawnSamples,
-    make_views,
-    neutral_jitter,
-    operations,
-    table,
-    to_pixels,
-)
+from byolt.tools.viewing.samples import DrawnSamples, make_views, neutral_jitter, operations, table, to_pixels
 
 DPI = 200
 CELL = 448  # pixels of an image's side: a multiple of views of 224, 112, 64 and 32 px
