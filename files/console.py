@@ -55,7 +55,7 @@ def say_table(table: "Table") -> None:
     """Prints a table, as wide as the terminal or else 120 characters, as `say` does."""
     from rich.console import Console
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else 120
     drawn = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
     with drawn.capture() as text:
         drawn.print(table)

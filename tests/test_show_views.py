@@ -346,7 +346,7 @@ def test_writes_a_picture(
     mode: tuple[str, ...], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     out = tmp_path / "run" / ("show_operations.png" if "--operations" in mode else "show_views.png")
-    assert _run(folder, *mode, f"run.out={out.parent}", TORCH) == 0
+    assert _run(folder if mode else f"data.path={folder}", *mode, f"run.out={out.parent}", TORCH) == 0
     with Image.open(out) as image:
         assert image.format == "PNG"
         assert capsys.readouterr().out == f"{out}: {image.width} x {image.height} pixels\n"

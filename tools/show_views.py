@@ -90,7 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 written, 2 invalid request."""
     parser = SettingsParser(prog="show_views", description=__doc__.split("\n", 1)[0])
     add = parser.add_argument
-    add("dataset", help="data set: shards, a folder of images, .beton or synthetic:COUNT:HxW")
+    add(
+        "dataset",
+        type=lambda text: text.removeprefix("data.path="),
+        help="data set: shards, a folder of images, .beton or synthetic:COUNT:HxW",
+    )
     add("--config", required=True, help="YAML file; see configs/")
     add("--epoch", type=int, default=0, help="epoch whose parameters are shown (default 0)")
     add(
