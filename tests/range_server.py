@@ -27,6 +27,7 @@ class RangeServer:
         down: While True, every connection is reset.
         latency: Seconds before each response.
         bandwidth: Bytes per second of each connection; 0 for no limit.
+        knows_if_match: False: answers a request for another version of the object.
         redirect: Where every request is sent on to; "" for nowhere.
         headers: Of the newest request, by name in lower case.
         counts: Number of requests by method, and of faults by name.
@@ -36,7 +37,7 @@ class RangeServer:
 
     def __init__(self, folder: Path, fault: Callable[[int, str], str] | None = None) -> None:
         self.folder, self.fault = folder, fault or (lambda number, name: "")
-        self.down, self.latency, self.bandwidth = False, 0.0, 0.0
+        self.down, self.latency, self.bandwidth, self.knows_if_match = False, 0.0, 0.0, True
         self.redirect = ""
         self.headers: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
@@ -112,7 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         size, modified = path.stat().st_size, path.stat().st_mtime_ns
         etag = f'"{hashlib.sha1(f"{size} {modified}".encode()).hexdigest()}"'
-        if self.headers.get("If-Match", etag) != etag:
+        if state.knows_if_match and self.headers.get("If-Match", etag) != etag:
             self._finish(412, b"")
             return
         start, end = 0, size

@@ -529,11 +529,15 @@ def test_a_refusal_ends_at_once_in_one_short_line(server: RangeServer, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_changed_object_is_refused(server: RangeServer, shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("knows", "words"), [(True, r" \(HTTP 412\)"), (False, ": restore the object")])
+def test_a_changed_object_is_refused(
+    server: RangeServer, shards: Path, tmp_path: Path, knows: bool, words: str
+) -> None:
+    server.knows_if_match = knows
     source = open_source(f"{server.url}/train", _settings(tmp_path))
     source.read(0)
-    os.utime(shards / "train/shard-000000.tar", (1, 1))
-    with pytest.raises(RemoteError, match=r"changed while the run was reading it \(HTTP 412\)"):
+    os.utime(shards / "train/shard-000000.tar", (1, 1 + knows))
+    with pytest.raises(RemoteError, match="changed while the run was reading it" + words):
         [source.read(i) for i in range(len(source))]
 
 
