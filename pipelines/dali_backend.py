@@ -47,14 +47,10 @@ class DaliBackend:
         threads: int,
         hw_decoder_load: float = 1.0,
     ) -> None:
-        """
-        Args:
-            augment: profile and size of the views, mean and std.
-            device: makes and receives the views; on "cuda" nvJPEG decodes.
-            dtype: of the views: float32, float16 or bfloat16. The CPU's kernels make float32, which is then converted.
-            threads: CPU threads that decode and, on the CPU, augment.
-            hw_decoder_load: fraction of a batch, 0 to 1, that the GPU's JPEG engine decodes. Below 1.0 an image's
-                pixels may depend on its place in the batch, by at most one level.
+        """The views are float32, float16 or bfloat16; the CPU's kernels make float32, which is then converted.
+
+        `hw_decoder_load` is the fraction of a batch, 0 to 1, that the GPU's JPEG engine decodes. Below 1.0 an image's
+        pixels may depend on its place in the batch, by at most one level.
         """
         on_gpu = device.type == "cuda"
         if on_gpu:

@@ -19,14 +19,9 @@ ORDER_STREAM = 0xFFFF  # streams 0 and 1 are the two views
 def philox4x32(
     counter: tuple[npt.NDArray[np.uint64], ...], key: tuple[int, int]
 ) -> tuple[npt.NDArray[np.uint64], ...]:
-    """Ten rounds of Philox4x32.
+    """Ten rounds of Philox4x32 of a counter, four uint64 arrays of one shape, and a key, two numbers, all of 32 bits.
 
-    Args:
-        counter: four uint64 arrays of one shape with 32-bit values.
-        key: two 32-bit numbers.
-
-    Returns:
-        Four uint64 arrays of that shape with 32 random bits each.
+    Returns four uint64 arrays of that shape with 32 random bits each.
     """
     c0, c1, c2, c3 = counter
     for turn in range(10):

@@ -51,15 +51,10 @@ class Resident:
         threads: int,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        """Decodes the whole data set.
+        """Decodes the whole data set; images of more than `max_pixels` are broken.
 
-        Args:
-            source: The data set.
-            augment: Profile and size of the views, mean and std.
-            device: Keeps the pixels and makes the views.
-            dtype: Of the views: float32, float16 or bfloat16.
-            threads: Threads that decode now and make views later.
-            max_pixels: Largest height x width of an image; larger ones are broken.
+        The device keeps the pixels and makes the views (float32, float16 or bfloat16); the threads decode now and make
+        views later.
 
         Raises:
             ValueError: No image decodes, or the pixels do not fit into memory.

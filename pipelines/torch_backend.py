@@ -149,15 +149,9 @@ def grayscale(image: Tensor) -> Tensor:
 
 
 def gaussian_blur(image: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Blurs by a separable Gaussian; pads with zeros.
+    """Blurs images (N, H, W, 3) by a separable Gaussian; pads with zeros and clips to [0, 1].
 
-    Args:
-        image: (N, H, W, 3).
-        sigma: (N,) standard deviation in pixels.
-        taps: odd length of the kernel, whose weights sum to 1.
-
-    Returns:
-        (N, H, W, 3), clipped to [0, 1].
+    Its standard deviations (N,) are in pixels. The kernel has an odd length, `taps`, and its weights sum to 1.
     """
     n, height, width, channels = image.shape
     radius = taps // 2

@@ -184,13 +184,9 @@ def are_samples(names: Collection[str]) -> bool:
 
 
 def list_samples(source: Path, path: Path, tars: list[InputTar], inside: str) -> Inputs:
-    """Lists the samples; keys and notes as `list_data_set` does.
+    """Lists the samples in tars at `path`, which errors name as SRC; keys and notes as `list_data_set` does.
 
-    Args:
-        source: SRC, named in errors.
-        path: The tar, or the folder of the tars.
-        tars: In their order.
-        inside: Folder of the keys to take, "" for all; it is dropped from them.
+    Only keys in the folder `inside` are taken, and its name is dropped from them; "" takes all.
 
     Raises:
         ValueError: A damaged tar, or none of the samples can be used.

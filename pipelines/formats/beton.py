@@ -76,11 +76,7 @@ class BetonSource:
     def __init__(
         self, paths: Sequence[str | os.PathLike[str]], image: str | None = None, label: str | None = None
     ) -> None:
-        """
-        Args:
-            paths: The files, in the order of their samples.
-            image: Name of the image field in each file; None for the first of its type.
-            label: Name of the label's int field, likewise.
+        """Opens the files.
 
         Raises:
             ValueError: A file is missing, not a .beton of version 2, unfinished, cut short, lacks a field, has a field

@@ -35,11 +35,7 @@ def write_index(beton: str | os.PathLike[str], checksums: npt.NDArray[np.uint64]
 def read_indexes(
     betons: Sequence[str | os.PathLike[str]], counts: Sequence[int]
 ) -> npt.NDArray[np.uint64] | None:
-    """The checksums of all images of some .beton files; None unless each has an index.
-
-    Args:
-        betons: The files.
-        counts: Number of images of each.
+    """The checksums of all images of .beton files that hold `counts` images; None unless each file has an index.
 
     Raises:
         ValueError: An index is damaged, or not of the file as it is now.
