@@ -411,3 +411,17 @@ distributed.init("cpu", timeout=120)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGTERM
+
+
+def test_store_that_outlives_a_restart_over_machines_is_warned_of(capfd: pytest.CaptureFixture[str]) -> None:
+    alone = {
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_MAX_RESTARTS": "3",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    several = alone | {"GROUP_WORLD_SIZE": "2"}
+    for environment in ({}, alone, several | {"TORCHELASTIC_USE_AGENT_STORE": "False"}):
+        distributed._warn_of_shared_store(environment)
+    assert capfd.readouterr().err == ""
+    distributed._warn_of_shared_store(several)
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capfd.readouterr().err
