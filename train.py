@@ -92,6 +92,9 @@ def train(config: schema.Config, args: argparse.Namespace, lock: Lock) -> int:
         world = distributed.init(settings.device, settings.timeout_minutes * 60, settings.deterministic)
     except ValueError as error:
         return fail(error)
+    except stop.Stopped as error:
+        say(error, file=sys.stderr)
+        return 128 + (stop.asked() or signal.SIGTERM)
     try:
         run, loader = prepare(config, args, lock, world)
         tracing = trace.Trace(args.trace if args.trace and world.is_main else 0, run.out, run.meter.say)

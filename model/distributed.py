@@ -22,6 +22,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from byolt.configs.command_line import torchrun_ranks
+from byolt.files import stop
 from byolt.files.console import duration, say
 from byolt.files.machine import too_few_gpus
 
@@ -62,6 +63,7 @@ def init(
     Raises:
         ValueError: the device is unknown or missing, torchrun's variables are incomplete, or the first rank is not
             reached at their address.
+        Stopped: a signal asked the run to stop; several ranks do not wait for each other then.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"{setting}={device} must be auto, cpu or cuda")
@@ -115,6 +117,9 @@ def _waiting(message: str, silent: float = 10.0) -> Iterator[None]:
     """Prints the message once after `silent` seconds; a signal that has a handler ends the process at once.
 
     torch waits in C++, where no handler of Python runs; before the first step nothing is lost.
+
+    Raises:
+        Stopped: a signal came before.
     """
     main = threading.current_thread() is threading.main_thread()  # others may not set handlers
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
@@ -125,6 +130,7 @@ def _waiting(message: str, silent: float = 10.0) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
+        stop.check()
         yield
     finally:
         timer.cancel()

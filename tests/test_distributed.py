@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from whole_runs import on_two_ranks
 
 from byolt.configs import command_line
+from byolt.files import stop
 from byolt.model import distributed
 from byolt.model.byol import BYOL
 from byolt.model.distributed import World
@@ -382,6 +383,21 @@ def test_a_rank_says_that_it_waits_and_lets_signals_end_it(capsys: pytest.Captur
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "rank 1 of 2 waits\n"
+
+
+def test_a_rank_that_got_a_signal_does_not_wait_for_the_others() -> None:
+    """While torch was imported, for example: the others may have ended at it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        with stop.listening():
+            handler = signal.getsignal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            with pytest.raises(stop.Stopped), distributed._waiting("rank 1 of 2 waits"):
+                pytest.fail("waits")
+            assert signal.getsignal(signal.SIGTERM) == handler
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @pytest.mark.slow
