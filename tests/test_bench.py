@@ -201,7 +201,7 @@ def test_startup_and_check(
     assert {*startup.PARTS} < report["startup"].keys()
     assert all(wall >= 0 <= cpu for wall, cpu in report["startup"].values())
     assert report["startup"]["kNN before training"][1] > 0 and report["startup"]["first step"][1] > 0
-    assert report["check"]["check"]["cpu_ms"] > 0.5 * report["check"]["network"]["cpu_ms"] > 0
+    assert report["check"]["network"]["cpu_ms"] > 0 and all(x > 0.2 for x in report["ratios"].values())
     assert "command to first step" in capsys.readouterr().out
     assert bench.main(["--startup", *words[1:4], str(tmp_path / "nothing")]) == 2
     assert "train.py ended before its first step: error: " in capsys.readouterr().err

@@ -25,10 +25,13 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
+from torch import nn
 
 from byolt.configs import derived, schema
 from byolt.configs.command_line import SettingsParser
@@ -39,13 +42,16 @@ from byolt.model.run import provenance
 from byolt.pipelines.backends import make_backend
 from byolt.pipelines.formats.decode import UndecodableError
 from byolt.pipelines.loader import CorruptBudgetError
-from byolt.pipelines.sources import open_source
+from byolt.pipelines.sources import Source, open_source
 from byolt.tools.benchmarks import startup
-from byolt.tools.benchmarks.checks import measure_check
+from byolt.tools.benchmarks.checks import measure_checks
 from byolt.tools.benchmarks.peers import check_harness, run_harness
 from byolt.tools.benchmarks.picture import save_picture
 from byolt.tools.benchmarks.stages import table
 from byolt.tools.benchmarks.together import ROUNDS, bottleneck, measure, stall
+from byolt.tools.evaluation.frozen import Setup
+from byolt.tools.evaluation.program import LINEAR_LRS
+from byolt.tools.evaluation.protocols import evaluate_linear
 
 DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "configs" / "throughput.yaml"
 SMALL_STEP = [
@@ -80,7 +86,7 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
 
 
 def measure_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Measures a run's start or kNN check (--startup, --check) and prints; returns the document for --json."""
+    """Measures a run's start or its checks (--startup, --check) and prints; returns the document for --json."""
     config = schema.load(args.config, args.overrides)
     world = distributed.init(config.train.device, deterministic=config.train.deterministic)
     found: dict[str, Any] = {}
@@ -90,16 +96,26 @@ def measure_run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(len(os.sched_getaffinity(0)))  # as in train.py
-        costs, found["accuracy"] = measure_check(config, world)
+        costs, found["accuracy"] = measure_checks(config, world, partial(fit_linear, config, world))
         say(f"{table(costs)}\nkNN top-1 {found['accuracy']:.1f} %")
         found["check"] = {name: asdict(cost) for name, cost in costs.items()}
         on_gpu = world.device.type == "cuda"
-        check, network = (cost.wall_ms if on_gpu else cost.cpu_ms for cost in costs.values())
-        found["ratio"] = check / network
+        knn, linear, network = (cost.wall_ms if on_gpu else cost.cpu_ms for cost in costs.values())
+        found["ratios"] = {"kNN": knn / network, "linear": linear / network}
+        unit = "time" if on_gpu else "CPU time"
         say(
-            f"the check takes {found['ratio']:.2f} times the {'' if on_gpu else 'CPU '}time of the network alone"
+            "in units of the network's {}: kNN {kNN:.2f}, linear {linear:.2f}".format(unit, **found["ratios"])
         )
     return document(args, world, config) | found
+
+
+def fit_linear(
+    config: schema.Config, world: distributed.World, encoder: nn.Module, train: Source, test: Source
+) -> None:
+    """The work of `evaluate --protocol linear --fast`."""
+    with Progress(disable=True) as progress:
+        setup = Setup(config, encoder, world, train, test, 0, torch.float32, progress)
+        evaluate_linear(setup, LINEAR_LRS, 80.0, None, fast=True)
 
 
 def document(args: argparse.Namespace, world: distributed.World, config: schema.Config) -> dict[str, Any]:
@@ -203,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         help="only: a run's time from the command to its first step, by parts",
     )
     parser.add_argument(
-        "--check", action="store_true", help="only: a kNN check of eval.path beside the network alone"
+        "--check", action="store_true", help="only: kNN and a linear probe of eval.path beside the network"
     )
     parser.add_argument("--json", type=home_path, metavar="FILE", help="also write the numbers to FILE")
     parser.add_argument("--picture", type=home_path, metavar="FILE.png", help="also draw a bar chart")

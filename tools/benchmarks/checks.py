@@ -1,11 +1,11 @@
-"""Measures a whole kNN check of a run beside the bare network on equally many ready images, in one process."""
+"""Measures a run's kNN check and a linear probe beside the bare network on ready images, in one process."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from byolt.configs.schema import Config
 from byolt.model.distributed import World
@@ -14,7 +14,7 @@ from byolt.model.quality.monitor import KnnMonitor
 from byolt.model.step import make_step
 from byolt.pipelines.backends import make_resident
 from byolt.pipelines.plain import plain_images
-from byolt.pipelines.sources import open_split
+from byolt.pipelines.sources import Source, open_split
 from byolt.pipelines.subset import spaced
 from byolt.tools.benchmarks.stages import Clock, Cost
 from byolt.tools.benchmarks.together import choose_precision, median
@@ -22,16 +22,19 @@ from byolt.tools.benchmarks.together import choose_precision, median
 _READY = 4  # batches that the bare network gets again and again
 
 
-def measure_check(config: Config, world: World, rounds: int = 3) -> tuple[dict[str, Cost], float]:
-    """The kNN check before training, as train.py makes it, and the network alone, in turns.
+def measure_checks(
+    config: Config, world: World, probe: Callable[[nn.Module, Source, Source], object], rounds: int = 3
+) -> tuple[dict[str, Cost], float]:
+    """The kNN check before training, as train.py makes it, a linear probe, and the network alone, in turns.
 
     Args:
         config: of the run: data.path has the bank, eval.path the queries.
         world: a single process.
+        probe: fits a linear classifier to the features of the first data set and tests it on the second.
         rounds: turns of each, of which the median counts.
 
     Returns:
-        The costs of "check" and "network" per image, and the accuracy in percent.
+        The costs of "kNN", "linear" and "network" per image, and the accuracy in percent.
 
     Raises:
         ValueError: eval.path is not set, or kNN cannot compare the data sets.
@@ -47,16 +50,17 @@ def measure_check(config: Config, world: World, rounds: int = 3) -> tuple[dict[s
     ready = list(islice(plain_images(source, np.arange(min(len(source), 256 * _READY)), config), _READY))
     calibration = min(2048, len(source))
     counts = [min(config.eval.max_images, len(split)) for split in (source, queries)]
-    turns: dict[str, list[Cost]] = {"check": [], "network": []}
+    turns: dict[str, list[Cost]] = {"kNN": [], "linear": [], "network": []}
     accuracy = 0.0
     for _ in range(rounds):
         for name, costs in turns.items():
-            clock = Clock(world.device)
-            with clock.measure(calibration + sum(counts)):
-                if name == "check":
-                    accuracy = check(encoder, calibrate=True)
+            clock, network = Clock(world.device), copy.deepcopy(encoder)
+            with clock.measure(len(source) + len(queries) if name == "linear" else calibration + sum(counts)):
+                if name == "kNN":
+                    accuracy = check(network, calibrate=True)
+                elif name == "linear":
+                    probe(network, source, queries)
                 else:
-                    network = copy.deepcopy(encoder)
                     calibrate_batch_norm(network, _take(ready, calibration))
                     for count in counts:
                         extract_features(network, _take(ready, count))
