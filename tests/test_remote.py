@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -603,3 +605,20 @@ def test_a_forked_process_is_refused_not_left_hanging(server: RangeServer, tmp_p
             os._exit(42 if "forked after the first read: start workers by spawn" in str(error) else 1)
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 42
+
+
+def test_a_process_that_ends_right_after_a_request_is_not_aborted(server: RangeServer) -> None:
+    """obstore's thread, slowed down here, still delivers the answer when the main thread ends."""
+    code = f"""
+import asyncio, time
+from byolt.files.storage.store import Store
+class Slow(asyncio.SelectorEventLoop):
+    def call_soon_threadsafe(self, *given, **options):
+        handle = super().call_soon_threadsafe(*given, **options)
+        time.sleep(0.05)
+        return handle
+asyncio.new_event_loop = Slow
+print(len(Store("{server.url}/train").get("manifest.json")))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0 and int(ended.stdout) > 100, (ended.returncode, ended.stderr)
