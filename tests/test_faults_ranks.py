@@ -417,6 +417,7 @@ def test_no_rank_lists_a_bad_image_before_the_old_list_is_gone(run: Run) -> None
     assert all_end(ranks) == [0, 0], ranks[0].text + ranks[1].text
     (row,) = (json.loads(line) for line in (run.out / "corrupt.jsonl").read_text().splitlines())
     assert (row["rank"], row["id"], row["reason"]) == (1, int(global_batch(0, 0, 0, 32, 8)[4]), "empty")
+    assert ranks[0].text.count(f"1 corrupt image so far, replaced and listed in {run.out}/corrupt.jsonl") == 1
 
 
 # 20 steps. Rounding stays rounding at this learning rate; at three times as much some ReLU's input, within rounding of 0,

@@ -414,7 +414,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _settle(loop: asyncio.AbstractEventLoop) -> None:
-    """Lets obstore's threads finish: one that waits for Python's lock while Python exits aborts the process (SIGABRT)."""
+    """Lets obstore's threads finish: one that waits for Python's lock while Python exits aborts the process."""
     for task in asyncio.all_tasks(loop):
         loop.call_soon_threadsafe(task.cancel)
     time.sleep(_SETTLE)

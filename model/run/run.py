@@ -14,7 +14,7 @@ from torch import Tensor
 from byolt.configs import estimate
 from byolt.configs.schema import Config
 from byolt.files import failpoint, stop
-from byolt.files.console import duration, say
+from byolt.files.console import count, duration, say
 from byolt.files.progress import Meter
 from byolt.files.storage.mirror import Mirror
 from byolt.model import distributed, schedules
@@ -64,7 +64,7 @@ class Run:
             self.metrics = MetricLog(self.out, self.step, wandb)
         self._window = Window(self.world, self.config.train.batch_size, self.step)
         self._finite = guard.FiniteCheck(self.world, overflow_allowed=self.train_step.scaler.is_enabled())
-        self._saved = time.monotonic()
+        self._saved, self._replaced = time.monotonic(), 0
 
     # ── before the loop ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -218,6 +218,12 @@ class Run:
         self._say_duration(row["images_per_second"])
         if self._window.straggler:
             self.meter.say(f"warning: step {self.step}: {self._window.straggler}")
+        if row["corrupt_images"] > self._replaced:
+            self._replaced = round(row["corrupt_images"])
+            images = count(self._replaced, "corrupt image")
+            self.meter.say(
+                f"warning: step {self.step}: {images} so far, replaced and listed in {self.out}/corrupt.jsonl"
+            )
         self._write(row)
         if warning := guard.collapse_warning(row["projection_std"], self.config):
             if self.config.train.on_collapse == "stop":
