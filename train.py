@@ -139,7 +139,7 @@ def prepare(
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
     source = open_split("data.path", config.data.path, config.data)
-    mirror = open_mirror(config, args.resume, world)
+    mirror = open_mirror(config, args.resume, args.allow_change, source, lock, world)
     config = settle(config, args.resume, len(source), world)
     queries = open_split("eval.path", config.eval.path, config.data) if config.eval.path else None
     knn = KnnMonitor(config, source, queries, world, plain_images, spaced) if queries is not None else None

@@ -33,7 +33,7 @@ def check_allowed(config: Config, allowed: list[str]) -> None:
 
 
 def check_same_run(
-    config: Config, fingerprint: str, path: Path, state: dict[str, Any], allowed: list[str]
+    config: Config, fingerprint: str, path: Path | str, state: dict[str, Any], allowed: list[str]
 ) -> None:
     """Refuses to continue a run with other settings or data than those in the state of its checkpoint.
 

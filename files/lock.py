@@ -26,7 +26,7 @@ class Lock:
         self._path, self._folder, self._descriptor = path, folder, -1
 
     def take(self) -> str:
-        """Takes the lock.
+        """Takes the lock, unless it is taken already.
 
         Returns:
             "", or a sentence for the user: the last holder ended without releasing the lock, or the file system has no
@@ -37,6 +37,8 @@ class Lock:
                 lock file is not a regular file.
             OSError: the file system failed.
         """
+        if self._descriptor >= 0:
+            return ""
         descriptor = self._open()
         try:
             holder = _holder(descriptor)

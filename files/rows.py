@@ -21,8 +21,8 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         file.write(b"\n" * torn + json.dumps(row).encode() + b"\n")
 
 
-def read_rows(path: Path, **fields: type) -> list[dict[str, Any]]:
-    """Reads the objects of a JSON-lines file; a missing file has none.
+def read_rows(path: Path | bytes, **fields: type) -> list[dict[str, Any]]:
+    """Reads the objects of a JSON-lines file, or of its content; a missing file has none.
 
     The fields are keys that an object must have and the types of their values, int or str; integers are 0 .. 2^63 - 1.
     The default is step=int.
@@ -39,10 +39,12 @@ def unread_lines(path: Path, **fields: type) -> list[int]:
 
 
 def _lines(
-    path: Path, fields: dict[str, type], unfinished: bool = True
+    path: Path | bytes, fields: dict[str, type], unfinished: bool = True
 ) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """The number of each line that is not empty, and its object if it has the fields."""
-    lines = read_regular(path).decode(errors="replace").split("\n") if path.exists() else []
+    if isinstance(path, Path):
+        path = read_regular(path) if path.exists() else b""
+    lines = path.decode(errors="replace").split("\n")
     for number, line in enumerate(lines if unfinished else lines[:-1], 1):
         if not line.strip():
             continue

@@ -1,22 +1,32 @@
 """run.mirror: a run whose disk is lost continues from a bucket; a bucket that fails does not stop a run."""
 
+import errno
+import json
 import re
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+from unittest.mock import patch
 
 import pytest
+import torch
 from range_server import s3_bucket
 from whole_runs import STEPS, Process, Run, write_images
 
 from byolt.configs import schema
+from byolt.files.lock import Lock
 from byolt.files.storage import mirror
 from byolt.files.storage.mirror import Mirror
+from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
+from byolt.model.distributed import World
+from byolt.model.run import checkpoint
+from byolt.model.run.resume import open_mirror
 
 SECRET = "planted-secret-4711"
 
@@ -177,6 +187,167 @@ def test_a_store_that_hangs_delays_only_the_end(tmp_path: Path, monkeypatch: pyt
     assert time.monotonic() - began < 5
     for copy in copies:
         cast(Any, copy)._store.hang.set()
+
+
+class Bucket:
+    """A store whose objects, by URL of the folder, are in memory."""
+
+    folders: ClassVar[dict[str, dict[str, bytes]]] = {}
+
+    def __init__(self, url: str, minutes: float) -> None:
+        self.objects = self.folders.setdefault(url, {})
+
+    def list(self) -> dict[str, Entry]:
+        return {name: Entry(len(content), None) for name, content in self.objects.items()}
+
+    def get(self, name: str) -> bytes:
+        return self.objects[name]
+
+    def ranges(self, name: str, starts: Sequence[int], lengths: Sequence[int]) -> Iterator[bytes]:
+        for start, length in zip(starts, lengths, strict=True):
+            yield self.objects[name][start : start + length]
+
+    def put(self, name: str, content: bytes | Path, there: dict[str, Entry]) -> None:
+        try:
+            self.objects[name] = content.read_bytes() if isinstance(content, Path) else content
+        except FileNotFoundError:
+            raise MissingError("does not exist") from None  # as obstore does
+
+    def delete(self, name: str) -> None:
+        del self.objects[name]
+
+
+class Mirrored:
+    """A run's folder with a mirror in a `Bucket`."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.out = folder / "run"
+        self.out.mkdir()
+        settings = [f"run.out={self.out}", "run.mirror=s3://bucket/run", "run.keep_checkpoints=2"]
+        self.config = schema.load("quickstart", [*settings, *overrides])
+        self.source = SimpleNamespace(fingerprint="images", former_fingerprints=["before"])
+        self.there = Bucket.folders.setdefault("s3://bucket/run", {})
+
+    def save(self, step: int, name: str = "checkpoint", there: bool = False) -> Path:
+        """Writes a checkpoint here or there, and metrics that say where."""
+        path = self.out / f"{name}-{step:09d}.pt"
+        empty: dict[str, Any] = {key: {} for key in ("model", "momentum", "train_step", "config")}
+        checkpoint.write(path, {"step": step, **empty, "data": "images", "knn_untrained": None})
+        (self.out / "metrics.jsonl").write_text("here")
+        if there:
+            self.there[path.name] = path.read_bytes()
+            self.there["metrics.jsonl"] = b"there"
+            path.unlink()
+        return path
+
+    def started(self, *overrides: str, data: str = "images") -> None:
+        """Writes the start of a run there."""
+        config = schema.load("quickstart", [f"run.out={self.out}", *overrides])
+        row = {"step": 0, "config": config.model_dump(mode="json"), "data": data}
+        self.there["starts.jsonl"] = json.dumps(row).encode() + b"\n{torn"
+
+    def open(self, resume: str | None = "auto", *allowed: str) -> Mirror:
+        world = World(0, 0, 1, torch.device("cpu"), "none")
+        with Lock(self.out / "run.lock", "run.out") as lock:
+            found = open_mirror(self.config, resume, [*allowed], self.source, lock, world)
+        assert found
+        return found
+
+    @property
+    def metrics(self) -> str:
+        return (self.out / "metrics.jsonl").read_text()
+
+
+@pytest.fixture
+def mirrored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirrored:
+    monkeypatch.setattr(mirror, "Store", Bucket)
+    monkeypatch.setattr(Bucket, "folders", {})
+    return Mirrored(tmp_path)
+
+
+@pytest.mark.parametrize("here", [10, 30])
+@pytest.mark.parametrize(("other", "data"), [("run.seed=7", "images"), ("run.log_every=9", "others")])
+def test_the_mirror_of_another_run_is_refused(mirrored: Mirrored, here: int, other: str, data: str) -> None:
+    """Its files would replace those of this run, or, if it is older, would be replaced."""
+    mirrored.save(20, there=True)
+    local = mirrored.save(here)
+    mirrored.started(other, data=data)
+    for resume in ("auto", str(local)):
+        with pytest.raises(
+            ValueError, match=r"run\.mirror=s3://bucket/run is from a run with other settings"
+        ):
+            mirrored.open(resume)
+    assert mirrored.metrics == "here" and {path.name for path in mirrored.out.iterdir()} == {
+        "metrics.jsonl", local.name,
+    }  # fmt: skip
+    key = "data.fingerprint" if data == "others" else "run.seed"
+    mirrored.open("auto", key)
+    assert mirrored.metrics == ("there" if here < 20 else "here")
+
+
+def test_the_mirror_of_this_run_is_continued(mirrored: Mirrored) -> None:
+    """Also with values in the place of auto, other settings that may change, and an older release's fingerprint."""
+    mirrored.save(20, there=True)
+    train = mirrored.config.train.model_copy(update={"batch_size": "auto"})
+    mirrored.config = mirrored.config.model_copy(update={"train": train})
+    mirrored.started("run.log_every=9", data="before")
+    mirrored.open()
+    assert mirrored.metrics == "there"
+
+
+def test_a_state_set_aside_is_continued_beside_a_mirror(mirrored: Mirrored) -> None:
+    mirrored.save(20, there=True)
+    mirrored.open(str(mirrored.save(21, "aside")))
+    with pytest.raises(
+        ValueError, match="holds later checkpoints of an earlier run, up to checkpoint-000000020"
+    ):
+        mirrored.open(str(mirrored.save(19, "aside")))
+
+
+def test_what_cannot_be_fetched_leaves_the_folder_as_it_is(mirrored: Mirrored) -> None:
+    """A damaged checkpoint, a run that is still running, a full disk."""
+    mirrored.save(10)
+    mirrored.save(20, there=True)
+    whole, name = mirrored.there["checkpoint-000000020.pt"], "checkpoint-000000020.pt"
+    mirrored.there[name] = whole[:-1] + b"x"
+    mirrored.open()
+    assert mirrored.metrics == "here"
+    mirrored.there[name] = whole
+    with Lock(mirrored.out / "run.lock", "run.out") as other:
+        other.take()
+        with pytest.raises(ValueError, match=r"run\.out is in use by pid"):
+            mirrored.open()
+    assert mirrored.metrics == "here"
+    full = patch.object(Bucket, "ranges", side_effect=OSError(errno.ENOSPC, "No space left on device"))
+    with full, pytest.raises(ValueError, match=r"s3://bucket/run cannot be copied to run\.out=/.*: No space"):
+        mirrored.open()
+    assert mirrored.metrics == "here" and not [path for path in mirrored.out.iterdir() if "tmp" in path.name]
+    mirrored.open()
+    assert mirrored.metrics == "there"
+
+
+def test_a_new_checkpoint_is_kept_beside_others(mirrored: Mirrored) -> None:
+    """Beside later ones there that are damaged, and a copy of one's own here; one may be removed while it is sent."""
+    for step in (8, 9):
+        mirrored.there[f"checkpoint-{step:09d}.pt"] = b"damaged"
+    mirrored.save(5)
+    (mirrored.out / "checkpoint-best.pt").write_bytes(b"mine")
+    said: list[str] = []
+    with mirrored.open() as copy:
+        copy._say = said.append  # type: ignore[method-assign]
+        mirrored.save(6)
+    assert sorted(mirrored.there) == ["checkpoint-000000006.pt", "checkpoint-000000009.pt", "metrics.jsonl"]
+    newest = mirrored.save(7)
+
+    def put(self: Bucket, name: str, content: bytes | Path, there: dict[str, Entry]) -> None:
+        if name == newest.name:
+            newest.unlink()
+        plain(self, name, content, there)
+
+    plain = Bucket.put
+    with patch.object(Bucket, "put", put), mirrored.open() as copy:
+        copy._say = said.append  # type: ignore[method-assign]
+    assert "checkpoint-000000006.pt" in mirrored.there and said == []
 
 
 @pytest.mark.parametrize(

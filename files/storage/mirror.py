@@ -11,7 +11,7 @@ from byolt.files.stop import Stopped
 from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
 
-SERIES = "checkpoint-*.pt"  # names sort by age; the newest are kept
+SERIES = f"checkpoint-{'[0-9]' * 9}.pt"  # names sort by age; the newest are kept
 _SMALL = ("*.jsonl", "*.json", "*.png")  # may grow while they are sent
 _OTHERS = (*_SMALL, "*.safetensors", "aside-*.pt")
 _PIECE = 1 << 23  # bytes of one request
@@ -53,21 +53,17 @@ class Mirror:
         return sorted(self._series, reverse=True)
 
     def fetch(self, name: str, check: Callable[[Path], object]) -> Path:
-        """Copies a checkpoint to the local folder, after the other small files, which then fit it.
+        """Copies a checkpoint to the local folder, and the other small files, which then fit it.
 
         Args:
             name: One of `checkpoints`.
-            check: Called with the path of the copy, before it gets its name; what it raises leaves no checkpoint.
+            check: Called with the path of the copy, before it gets its name; what it raises leaves the folder as it is.
 
         Raises:
             RemoteError: A file cannot be read.
         """
         assert self._there is not None
         self._folder.mkdir(parents=True, exist_ok=True)
-        for other in self._there:
-            if any(fnmatch(other, pattern) for pattern in _SMALL):
-                with writing(self._folder / other) as file:
-                    file.write(self._store.get(other))
         path, size = self._folder / name, self._there[name].size
         starts = range(0, size, _PIECE)
         with replacing(path) as temporary:
@@ -75,7 +71,15 @@ class Mirror:
                 for data in self._store.ranges(name, starts, [min(_PIECE, size - at) for at in starts]):
                     file.write(data)
             check(temporary)
+            for other in self._there:
+                if any(fnmatch(other, pattern) for pattern in _SMALL):
+                    with writing(self._folder / other) as file:
+                        file.write(self._store.get(other))
         return path
+
+    def read(self, name: str) -> bytes:
+        """The content of a small file that was there when `checkpoints` was called; empty if it was not."""
+        return self._store.get(name) if name in (self._there or {}) else b""
 
     def update(self) -> None:
         """Copies in the background what is new in the folder."""
@@ -121,8 +125,9 @@ class Mirror:
         for path in [path for pattern in _OTHERS for path in self._folder.glob(pattern)] + newest:
             with suppress(FileNotFoundError):  # a newer one has taken its place
                 self._send(path)
-        self._series |= {path.name for path in newest}
-        for name in sorted(self._series, reverse=True)[self._keep :]:
+                self._series |= {path.name for path in newest if path.name in self._sent}
+        last = max((path.name for path in newest), default="")  # later ones were damaged
+        for name in sorted(self._series, key=lambda name: (name <= last, name), reverse=True)[self._keep :]:
             with suppress(MissingError):
                 self._store.delete(name)
             self._series.remove(name)
@@ -132,5 +137,9 @@ class Mirror:
         state = (found.st_mtime_ns, found.st_size)
         if self._sent.get(path.name) != state:
             is_small = any(fnmatch(path.name, pattern) for pattern in _SMALL)
-            self._store.put(path.name, path.read_bytes() if is_small else path, self._there)
+            try:
+                self._store.put(path.name, path.read_bytes() if is_small else path, self._there)
+            except MissingError:  # it says the same of a local file
+                path.stat()
+                raise
             self._sent[path.name] = state

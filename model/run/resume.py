@@ -16,6 +16,8 @@ from torch import Tensor
 from byolt.configs import derived, fixed
 from byolt.configs.schema import Config
 from byolt.files.console import say, shown
+from byolt.files.lock import Lock
+from byolt.files.rows import read_rows
 from byolt.files.storage.mirror import Mirror
 from byolt.files.storage.retry import OutageError, RemoteError
 from byolt.model import distributed
@@ -121,15 +123,20 @@ def _initialize(path: str | None, train_step: TrainStep, world: World) -> dict[s
     return found
 
 
-def open_mirror(config: Config, resume: str | None, world: World) -> Mirror | None:
+def open_mirror(
+    config: Config, resume: str | None, allowed: list[str], source: DataSet, lock: Lock, world: World
+) -> Mirror | None:
     """Opens run.mirror on rank 0. With --resume auto, fetches its newest whole checkpoint if run.out has none as new.
+
+    Settings may be "auto"; `lock` is that of run.out, to which files are fetched. See `begin` for the others.
 
     Returns:
         None without run.mirror, and on other ranks.
 
     Raises:
         ValueError: obstore is not installed; the store refuses requests; it does not answer, and run.out has no
-            checkpoint; or the mirror holds later checkpoints than the one to continue from, or only damaged ones.
+            checkpoint; or the mirror is of another run, or holds later checkpoints than the one to continue from, or
+            only damaged ones; or run.out cannot be written.
     """
     url = config.run.mirror
     if url is None:
@@ -137,20 +144,27 @@ def open_mirror(config: Config, resume: str | None, world: World) -> Mirror | No
     warn = partial(say, file=sys.stderr)
     minutes, keep = config.data.remote_minutes, config.run.keep_checkpoints
     mirror = Mirror(Path(config.run.out), url, minutes, keep, warn)
-    distributed.on_main(lambda: _fetch(mirror, Path(config.run.out), resume), world)
+    distributed.on_main(lambda: _fetch(mirror, config, resume, allowed, source, lock), world)
     return mirror if world.is_main else None
 
 
-def _fetch(mirror: Mirror, out: Path, resume: str | None) -> None:
+def _fetch(
+    mirror: Mirror, config: Config, resume: str | None, allowed: list[str], source: DataSet, lock: Lock
+) -> None:
+    out = Path(config.run.out)
     if importlib.util.find_spec("obstore") is None:
         raise ValueError(f"run.mirror={mirror.url} needs the library obstore: pip install -e '.[remote]'")
     local = checkpoint.load_newest(out)[0] if resume == "auto" else Path(resume) if resume else None
     is_needed = resume == "auto" and local is None
     try:
         names = mirror.checkpoints(math.inf if is_needed else _PATIENCE)
+        if resume and names:
+            _check_same_run(mirror, config, allowed, source)
         for name in names if resume == "auto" else ():
             if local and name <= local.name:
                 return
+            if note := lock.take():
+                say(f"warning: {note}", file=sys.stderr)
             try:
                 mirror.fetch(name, checkpoint.load)
             except CheckpointError as error:
@@ -170,16 +184,32 @@ def _fetch(mirror: Mirror, out: Path, resume: str | None) -> None:
             file=sys.stderr,
         )
         return
+    except InterruptedError:
+        raise
     except RemoteError as error:
         raise ValueError(f"run.mirror={mirror.url}: {error}") from None
+    except OSError as error:
+        raise ValueError(
+            f"run.mirror={mirror.url} cannot be copied to run.out={out}: {error.strerror or error}"
+        ) from None
     if is_needed and names:
         raise ValueError(f"run.mirror={mirror.url} holds only damaged checkpoints: choose another run.mirror")
-    latest = checkpoint.step_of(local) if local else -1
+    latest = _load(local)["step"] if local and resume != "auto" else -1
     if resume != "auto" and names and checkpoint.step_of(Path(names[0])) > latest:
         raise ValueError(
             f"run.mirror={mirror.url} holds {'later' if resume else 'the'} checkpoints of an earlier run, up to "
             f"{names[0]}: add --resume auto to continue it, or choose another run.mirror"
         )
+
+
+def _check_same_run(mirror: Mirror, config: Config, allowed: list[str], source: DataSet) -> None:
+    """Refuses the mirror of another run: its files would replace those of this one, or would be replaced."""
+    rows = read_rows(mirror.read(provenance.FILE), config=dict)
+    if rows:
+        data = rows[-1].get("data", source.fingerprint)
+        now = data if data in source.former_fingerprints else source.fingerprint
+        state = {"config": rows[-1]["config"], "data": data}
+        fixed.check_same_run(config, now, f"run.mirror={mirror.url}", state, [*allowed, *config.undecided])
 
 
 def settle(config: Config, resume: str | None, num_images: int, world: World) -> Config:

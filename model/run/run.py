@@ -74,7 +74,7 @@ class Run:
             facts = {
                 "ranks": self.world.size, "precision": precision, "backend": reason,
                 "rounding": self.rounding, "changed": start.changed, "init_from": start.init_from,
-                "config": self.config.model_dump(mode="json"),
+                "config": self.config.model_dump(mode="json"), "data": self.fingerprint,
             }  # fmt: skip
             provenance.record_start(self.out, start.step, self.world.device, facts)
         changed = f"warning: the run continues, but no longer to the bit: {'; '.join(start.changed)}"
