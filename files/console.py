@@ -1,6 +1,7 @@
 """Prints text for people: names of files and classes may hold any byte, terminals obey some of them."""
 
 import argparse
+import errno
 import io
 import math
 import os
@@ -9,9 +10,11 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
+from byolt.files import stop
 from byolt.files.paths import without_secrets
 
 if TYPE_CHECKING:
@@ -30,17 +33,30 @@ def printable(text: object) -> str:
 
 
 def say(text: object = "", file: TextIO | None = None) -> None:
-    """Prints a line to stdout, or to `file`; see `printable`.
+    """Prints a line to stdout, or to `file`; see `printable` and `without_reader`."""
+    with without_reader(file or sys.stdout):
+        print(printable(text), file=file, flush=True)
 
-    If its reader has gone (`command | head -1`), the command ends without a message, as by SIGPIPE.
+
+@contextmanager
+def without_reader(file: TextIO) -> Iterator[None]:
+    """Around a write to `file`: if its reader has gone, later writes go nowhere.
+
+    A command (`command | head -1`) then ends without a message, as by SIGPIPE. A run, whose terminal may have gone too,
+    saves first, as after a signal.
     """
     try:
-        print(printable(text), file=file, flush=True)
-    except BrokenPipeError:
+        yield
+    except OSError as error:
+        in_run = stop.asked() is not None
+        if error.errno != errno.EPIPE and not (in_run and error.errno == errno.EIO):
+            raise
         null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, (file or sys.stdout).fileno())  # so that nothing fails at the end of the process either
+        os.dup2(null, file.fileno())  # so that nothing fails at the end of the process either
         os.close(null)
-        if threading.current_thread() is threading.main_thread():  # for another one somebody may wait
+        if in_run:
+            stop.ask(stop.asked() or signal.SIGPIPE)
+        elif threading.current_thread() is threading.main_thread():  # for another one somebody may wait
             raise SystemExit(128 + signal.SIGPIPE) from None
 
 

@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from byolt.files.console import printable, say
+from byolt.files.console import printable, say, without_reader
 
 
 class Meter:
@@ -41,7 +41,8 @@ class Meter:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._live.stop()
+            with without_reader(sys.stderr):
+                self._live.stop()
 
     def update(self, done: int, text: str = "") -> None:
         """Moves the bar to `done` pieces and shows a text as a line; see `line_every`."""
@@ -58,7 +59,8 @@ class Meter:
     def say(self, text: str) -> None:
         """Prints one line, above the bar if there is one."""
         if self._live:
-            self._live.console.print(printable(text), soft_wrap=True, markup=False)
+            with without_reader(sys.stderr):
+                self._live.console.print(printable(text), soft_wrap=True, markup=False)
         elif self._enabled:
             say(text, sys.stderr)
 

@@ -14,20 +14,22 @@ class Stopped(InterruptedError):
     """A signal ended a run before its first step."""
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _signal: int | None = None  # None outside a run
 _training = False
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """Remembers SIGTERM, SIGUSR1 and Ctrl-C while the block runs; a second Ctrl-C raises KeyboardInterrupt.
+    """Remembers the SIGNALS while the block runs; a second Ctrl-C raises KeyboardInterrupt.
 
     The handlers stay: after the block a signal does not cut short the end of the process.
     """
     global _signal, _training
     _signal, _training = 0, False
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, _remember)
+    for number in SIGNALS:
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as nohup leaves it
+            signal.signal(number, _remember)
     try:
         yield
     finally:
@@ -35,10 +37,15 @@ def listening() -> Iterator[None]:
 
 
 def _remember(number: int, frame: FrameType | None) -> None:
-    global _signal
     if _signal and number == signal.SIGINT:  # a second Ctrl-C does not wait for the step
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
+    ask(number)
+
+
+def ask(number: int) -> None:
+    """Asks the run to stop, as that signal does."""
+    global _signal
     if _signal is not None:
         _signal = number
 

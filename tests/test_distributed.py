@@ -387,7 +387,7 @@ def test_a_rank_says_that_it_waits_and_lets_signals_end_it(capsys: pytest.Captur
 
 def test_a_rank_that_got_a_signal_does_not_wait_for_the_others() -> None:
     """While torch was imported, for example: the others may have ended at it."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
     try:
         with stop.listening():
             handler = signal.getsignal(signal.SIGTERM)

@@ -6,8 +6,10 @@ A run that continues after a fault must end with the digest of a run without fau
 import functools
 import json
 import os
+import pty
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -202,6 +204,39 @@ def test_signal_saves_once_and_ends(number: int, halved: Run, whole: Process) ->
     assert f"stopped by {signal.Signals(number).name} at step {state['step']}" in process.text
     assert len(list(halved.out.glob("checkpoint-*.pt"))) == 2  # the one it began with, and one more
     assert path.name == f"checkpoint-{state['step']:09d}.pt"
+    assert finish(halved).digest == whole.digest
+
+
+def _print_to(path: str) -> None:
+    """Output goes to a named pipe, or to a terminal, which is then that of the process."""
+    os.setsid()
+    output = os.open(path, os.O_RDWR if path.startswith("/dev/") else os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(output, number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGPIPE], ids=["terminal", "pipe"])
+def test_run_whose_terminal_or_reader_has_gone_saves_once(number: int, halved: Run, whole: Process) -> None:
+    if number == signal.SIGHUP:
+        reader, terminal = pty.openpty()
+        path = os.ttyname(terminal)
+    else:
+        os.mkfifo(path := str(halved.folder / "pipe"))
+        reader = os.open(path, os.O_RDWR)
+    process = halved.start(
+        "--resume", "auto", "run.checkpoint_minutes=9", before=functools.partial(_print_to, path)
+    )
+    said = b""
+    while b"loss" not in said:
+        assert select.select([reader], [], [], 60)[0], said
+        said += os.read(reader, 4096)
+    if number == signal.SIGHUP:
+        os.close(terminal)
+    os.close(reader)
+    assert process.wait(10) == 128 + number
+    _, state = halved.newest()
+    assert HALF < state["step"] < STEPS
+    assert len(list(halved.out.glob("checkpoint-*.pt"))) == 2
     assert finish(halved).digest == whole.digest
 
 

@@ -30,6 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from byolt import train
 from byolt.files.machine import Device
+from byolt.files.stop import SIGNALS
 from byolt.model.byol import Online
 from byolt.model.quality.features import calibrate_batch_norm
 from byolt.model.resnet import make_encoder
@@ -84,9 +85,7 @@ class Run:
 
     def __call__(self, *arguments: str, drawn: bool = False) -> SimpleNamespace:
         """train.main() within this process: it spares the seconds that importing torch takes."""
-        handlers = {
-            number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         stdout, stderr = io.StringIO(), io.StringIO()
         try:
             with (
