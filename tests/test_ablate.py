@@ -179,6 +179,11 @@ def test_names_of_a_list_are_taken_as_written(tmp_path: Path) -> None:
     [
         ("a: []", ["--minutes", "inf"], "--minutes inf must be above 0 and at most 527,040"),
         ("a: [batch=5]", [], "its batches do not divide the recipe's of"),
+        (
+            "a: []",
+            ["run.mirror=s3://bucket/run"],
+            "run.mirror=s3://bucket/run: all runs would share it: remove it",
+        ),
         ("a: [train.epochs=auto]", [], "train.epochs: auto is for single runs: set values"),
     ],
 )

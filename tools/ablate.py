@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         ablations = read_list(args.list) if args.list else ABLATIONS
         world_size()  # refuses tasks that cannot be ranks once, not in each run
         recipe = schema.load(args.config, common)
-        _refuse_auto(recipe)
+        _check_several(recipe)
         request = Request(args.config, common, args.out, recipe.train.batch_size, ablations)
         names = names or fitting(request.batch_size, ablations)
         if not names:
@@ -116,14 +116,17 @@ def plan(request: Request, names: list[str], seeds: list[int]) -> Runs:
     for seed, name in itertools.product(seeds, names):
         out = request.out / f"{name}-{seed}"
         settings = [*request.settings(name, seed), f"run.out={out}"]
-        _refuse_auto(schema.load(request.config, settings))
+        _check_several(schema.load(request.config, settings))
         runs[name, seed] = (out, settings)
     return runs
 
 
-def _refuse_auto(config: schema.Config) -> None:
+def _check_several(config: schema.Config) -> None:
+    """Refuses settings that only a single run may have."""
     if config.undecided:
         raise ValueError(f"{', '.join(config.undecided)}: auto is for single runs: set values")
+    if config.run.mirror:
+        raise ValueError(f"run.mirror={config.run.mirror}: all runs would share it: remove it")
 
 
 @contextmanager
