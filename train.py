@@ -216,6 +216,7 @@ def finish(run: "Run") -> None:
     from byolt.model.run.pictures import save_loss_curve
     from byolt.model.run.trained import export_trained
 
+    run.check_finite()  # the loop has not, if an outage ended it
     run.save()
     if not run.stopping:
         run.knn_trained = run.evaluate()

@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import call, patch
+from unittest.mock import Mock, call, patch
 
 import numpy as np
 import pytest
@@ -250,6 +250,13 @@ def test_timed_save_looks_for_flags_first(run: Run) -> None:
     assert done.returncode == 1 and looks == [1, 1]
     assert "not finite in step 1, rank 0" in done.stderr
     assert not list(run.out.glob("checkpoint-*"))
+
+
+def test_the_last_save_looks_for_flags_first() -> None:
+    """The loop looks every few steps on a GPU; an outage of the data's server may end it in between."""
+    run = Mock(stopping=True, metrics=None)
+    train.finish(run)
+    assert run.method_calls == [call.check_finite(), call.save()]
 
 
 def test_exported_encoder_is_the_online_encoder(finished: tuple[Run, SimpleNamespace]) -> None:
