@@ -164,8 +164,17 @@ def test_made_verified_read_and_indexed_at_a_url(
     uploaded = [line for line in said.err.splitlines() if "uploaded" in line]
     assert uploaded[-1].endswith(f"{url}/manifest.json")
     assert not [*(tmp_path / "home").glob("byolt-make/*")]
-    assert make_shards([str(images), url, *options]) == 2
-    assert "holds a data set: name another folder" in capsys.readouterr().err
+    assert make_shards([str(images), url, *options]) == 0  # nothing to do
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (f"{url}: already done\n", "")
+    assert make_shards([str(images), url, *options, "--seed", "1"]) == 2
+    assert f"DST {url} holds a finished data set: seed was 0, now 1: name" in capsys.readouterr().err
+    assert not [*(tmp_path / "home").glob("byolt-make/*")]
+    assert make_shards([str(images), "s3://absent/train"]) == 1
+    assert (
+        capsys.readouterr().err
+        == "make_shards: s3://absent/train: does not exist (HTTP 404): check the URL\n"
+    )
 
     local = open_source(tmp_path / "local")
     for order, kind in (("block", RemoteSource), ("full", TarSource)):

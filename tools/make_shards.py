@@ -21,6 +21,7 @@ from typing import NoReturn
 
 from byolt.files.console import Parser, say
 from byolt.files.paths import home_path
+from byolt.files.storage.retry import RemoteError
 from byolt.pipelines.convert.destination import Upload, scratch_of
 from byolt.pipelines.convert.from_files import expand_source
 from byolt.pipelines.convert.make import index, index_url, make
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             say(index(args.src, args.workers, args.strict, manifest))
         else:
             upload = Upload(args.dst, url, _say) if url else None
-            made = make(ConversionOptions(**options), _say, upload.add if upload else None)
+            made = make(ConversionOptions(**options), _say, upload)
             if upload:
                 upload.finish()
                 made = made.replace(str(args.dst), upload.url)
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except ValueError as error:
         return _fail(str(error), 2)
-    except (UnusableInputError, futures.BrokenExecutor) as error:
+    except (UnusableInputError, futures.BrokenExecutor, RemoteError) as error:
         return _fail(str(error))
     except MemoryError:
         return _fail("out of memory: use fewer --workers, or start it again to continue")

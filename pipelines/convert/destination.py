@@ -10,15 +10,16 @@ from queue import SimpleQueue
 from typing import Any
 
 from byolt.files import failpoint
-from byolt.files.atomic import remove_leftovers, sha256_of, writing
+from byolt.files.atomic import remove_leftovers, writing
+from byolt.files.paths import MissingDataError
 from byolt.files.rows import read_rows
 from byolt.files.storage.store import Entry, Store
 from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
 from byolt.pipelines.convert.shard_writer import strict_error
 from byolt.pipelines.manifest import MANIFEST, Manifest
-from byolt.pipelines.remote.dataset import digest, open_cache
-from byolt.pipelines.remote.urls import RemotePath
+from byolt.pipelines.remote.dataset import RemoteData, digest, open_cache
+from byolt.pipelines.remote.urls import RemotePath, parse
 from byolt.pipelines.sources import open_source
 
 QUARANTINE = "quarantine.jsonl"
@@ -79,7 +80,7 @@ def scratch_of(url: RemotePath, split: dict[str, float]) -> Path:
     """The local folder in which the data set for a URL is made; the same one when it is continued.
 
     Raises:
-        ValueError: There is another data set or shards of another program, or the URL names files.
+        ValueError: There are shards of another program, or the URL names files.
     """
     if url.names or url.folder.startswith("http"):
         raise ValueError(f"DST {url.text}: name a folder at s3, gs or az: nothing can be written over HTTP")
@@ -88,11 +89,9 @@ def scratch_of(url: RemotePath, split: dict[str, float]) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     for name in split:
         store = Store(f"{url.folder}/{name}".rstrip("/"))
-        there, manifest = store.list() or {}, scratch / name / MANIFEST
-        if MANIFEST in there and not (manifest.exists() and store.sha256(MANIFEST) == sha256_of(manifest)):
-            raise ValueError(f"DST {url.text} holds a data set: name another folder")
+        there = store.list() or {}
         shards = sorted(other for other in there if other.endswith(tuple(SUFFIXES.values())))
-        if shards and store.sha256(shards[0]) is None:
+        if shards and MANIFEST not in there and store.sha256(shards[0]) is None:
             raise ValueError(
                 f"DST {store.url} already holds {shards[0]} of another program: name another folder"
             )
@@ -117,10 +116,30 @@ class Upload:
         """
         self._folder, self.url, self._say = folder, url.folder, say
         self._done: set[Path] = set()
+        self._is_finished = False
         self._there: dict[str, dict[str, Entry]] = {}  # when this process began, by URL of the folder
         self._finished: SimpleQueue[Path | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._copy_shards, name="upload", daemon=True)
         self._thread.start()
+
+    def is_finished(self, split: dict[str, float], settings: dict[str, Any]) -> bool:
+        """Whether the data sets of all parts are at the URL.
+
+        Raises:
+            ValueError: They were made with other settings, or are damaged.
+            RemoteError: The URL cannot be read.
+        """
+        found = []
+        for name in split:
+            with suppress(MissingDataError):
+                found.append(RemoteData(parse(f"{self.url}/{name}".rstrip("/"))).manifest)
+        for manifest in found:
+            if difference := differences(manifest.settings if manifest else {}, settings):
+                raise ValueError(
+                    f"DST {self.url} holds a finished data set: {difference}: name another folder"
+                )
+        self._is_finished = len(found) == len(split)
+        return self._is_finished
 
     def add(self, shard: Path) -> None:
         """Copies a finished shard in the background."""
@@ -134,7 +153,7 @@ class Upload:
         """
         self._finished.put(None)
         self._thread.join()
-        files = [path for path in self._folder.rglob("*") if path.is_file()]
+        files = [path for path in self._folder.rglob("*") if path.is_file() and not self._is_finished]
         for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
             self._copy(path)
         uploaded = self._folder.rename(self._folder.with_suffix(_UPLOADED))  # a kill leaves no half of it

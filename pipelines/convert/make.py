@@ -24,7 +24,7 @@ from byolt.files.paths import searched
 from byolt.files.progress import Meter
 from byolt.files.storage.store import Store
 from byolt.pipelines.convert import ffcv_engine
-from byolt.pipelines.convert.destination import QUARANTINE, claim, is_finished
+from byolt.pipelines.convert.destination import QUARANTINE, Upload, claim, is_finished
 from byolt.pipelines.convert.from_files import list_files
 from byolt.pipelines.convert.from_shards import is_data_set, list_data_set
 from byolt.pipelines.convert.inputs import Inputs, RefusedFile
@@ -53,13 +53,10 @@ from byolt.pipelines.remote.dataset import digest, fetched, open_cache
 from byolt.pipelines.remote.urls import RemotePath
 
 
-def make(
-    options: ConversionOptions, say: Callable[[str], object], finished: Callable[[Path], object] | None = None
-) -> str:
+def make(options: ConversionOptions, say: Callable[[str], object], upload: Upload | None = None) -> str:
     """Makes the data set, or one for each part of the split; returns a line that says what was made.
 
-    `say` is called with each note to the user, and `finished` with the path of each finished shard, also of a killed
-    conversion's.
+    `say` is called with each note to the user; `upload` gets each finished shard, also of a killed conversion's.
 
     Raises:
         ValueError: A mistake in the options or in SRC, which may hold no image; DST holds something else.
@@ -89,7 +86,9 @@ def make(
             if options.strict and inputs.refused:
                 raise strict_error(inputs.refused)
             tasks = plan(inputs, options)
-            if is_finished(dst, split, settings, options.strict):
+            if is_finished(dst, split, settings, options.strict) or (
+                upload and upload.is_finished(split, settings)
+            ):
                 shutil.rmtree(work)
                 return f"{dst}: already done"
             claim(work, dst, split, {**settings, "source_modified": inputs.modified()})
@@ -107,9 +106,9 @@ def make(
         for task in (task for part in tasks.values() for task in part):
             if read_note(task) is None:
                 todo.append(task)
-            elif finished:
-                finished(task.shard)
-        _run(todo, options.workers, len(inputs.images), finished)
+            elif upload:
+                upload.add(task.shard)
+        _run(todo, options.workers, len(inputs.images), upload)
         summary = commit(options, tasks, inputs, settings)
         seconds = time.perf_counter() - start
         shutil.rmtree(work)
@@ -131,9 +130,7 @@ def _is_from_data_set(options: ConversionOptions) -> bool:
     return True
 
 
-def _run(
-    tasks: list[ShardTask], workers: int, num_images: int, finished: Callable[[Path], object] | None
-) -> None:
+def _run(tasks: list[ShardTask], workers: int, num_images: int, upload: Upload | None) -> None:
     """Writes the shards of these tasks; `num_images` includes those of finished shards."""
     counters = get_context("spawn").Array("q", 3)
     kept = num_images - sum(len(task.images) for task in tasks)
@@ -151,8 +148,8 @@ def _run(
                     for future in done:
                         future.result()
                         task = waiting.pop(future)
-                        if finished:
-                            finished(task.shard)
+                        if upload:
+                            upload.add(task.shard)
         except BaseException:
             counters[2] = 1  # each worker ends at its next image
             raise
