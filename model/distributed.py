@@ -122,7 +122,7 @@ def _waiting(message: str, silent: float = 10.0) -> Iterator[None]:
         Stopped: a signal came before.
     """
     main = threading.current_thread() is threading.main_thread()  # others may not set handlers
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1) if main else ()
+    numbers = stop.SIGNALS if main else ()
     handlers = {number: handler for number in numbers if callable(handler := signal.getsignal(number))}
     for number in handlers:
         signal.signal(number, signal.SIG_DFL)

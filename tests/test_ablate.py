@@ -108,12 +108,12 @@ def test_ctrl_c_ends_the_command_after_the_run_has_saved(
             return 128 + (stop.asked() or 0)
 
     monkeypatch.setattr(train, "main", run)
-    before = signal.getsignal(signal.SIGINT)
+    before = [signal.getsignal(number) for number in stop.SIGNALS]
     command = ["--config", str(RECIPE), "--out", str(tmp_path / "x"), "--only", "baseline", "no_blur"]
     assert ablate.main(command) == 130
     assert started == [f"run.out={tmp_path}/x/baseline-0"]
     assert capsys.readouterr().err == "ablate: interrupted; the same command continues\n"
-    assert signal.getsignal(signal.SIGINT) == before
+    assert [signal.getsignal(number) for number in stop.SIGNALS] == before
 
 
 def test_a_time_limit_stops_the_run_and_the_next_is_not_started(

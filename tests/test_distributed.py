@@ -372,16 +372,17 @@ def test_how_torch_computes_is_settled_before_cuda_starts(
 
 
 def test_a_rank_says_that_it_waits_and_lets_signals_end_it(capsys: pytest.CaptureFixture) -> None:
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    before = {number: signal.signal(number, lambda number, frame: None) for number in stop.SIGNALS}
     try:
         with distributed._waiting("rank 1 of 2 waits", silent=0.01):
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+            assert {signal.getsignal(number) for number in before} == {signal.SIG_DFL}
             time.sleep(0.1)
-        assert callable(signal.getsignal(signal.SIGTERM))
+        assert all(callable(signal.getsignal(number)) for number in before)
         with distributed._waiting("never said", silent=5):
             pass
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in before.items():
+            signal.signal(number, former)
     assert capsys.readouterr().err == "rank 1 of 2 waits\n"
 
 

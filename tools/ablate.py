@@ -24,6 +24,7 @@ from pathlib import Path
 
 from byolt.configs import schema
 from byolt.configs.command_line import SettingsParser, world_size
+from byolt.files import stop
 from byolt.files.console import say
 from byolt.files.paths import home_path
 from byolt.files.rows import read_metrics
@@ -154,9 +155,7 @@ def train(arguments: list[str]) -> int:
 
     from byolt.train import main as run
 
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    handlers = {number: signal.getsignal(number) for number in stop.SIGNALS}
     try:
         return run(arguments)
     finally:
