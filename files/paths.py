@@ -88,6 +88,8 @@ def copy_first(text: str) -> str:
     scheme = _URL.search(text)
     assert scheme
     tool = _COPIES.get(scheme[1].lower().rstrip(":/"), "your tool for this kind of storage")
+    if re.search(r"\.(safetensors|pt|pth|zip|tar|beton)$", text) and "," not in text:
+        tool = tool.removesuffix(" --recursive")  # of a single file it would copy nothing
     return f"copy it first, with {tool}"
 
 

@@ -195,6 +195,7 @@ def test_startup_and_check(
 ) -> None:
     monkeypatch.setattr(startup, "RUNS", 1)
     words = ["synthetic:64:32x32", "eval.path=synthetic:32:32x32", "train.batch_size=8", "train.device=cpu"]
+    words += ["model.backbone=auto"]
     words += ["--startup", "--check", "--config", str(ROOT / "configs" / "r8_cifar10.yaml")]
     assert bench.main([*words, "--json", str(tmp_path / "b.json")]) == 0
     report = json.loads((tmp_path / "b.json").read_text())

@@ -13,7 +13,7 @@ pytest.importorskip("obstore")
 from byolt.configs import command_line, schema
 from byolt.configs.schema import DataConfig
 from byolt.files.console import say
-from byolt.files.paths import home_path, without_secrets
+from byolt.files.paths import copy_first, home_path, without_secrets
 from byolt.files.storage import retry
 from byolt.files.weights import weights_kind
 from byolt.pipelines.convert.from_files import expand_source
@@ -63,6 +63,15 @@ OUTPUTS: dict[str, Callable[[str], object]] = {  # what begins the message: what
     "SRC .* must be local": expand_source,
     "--resume .* does not exist": command_line.check_resume,
 }
+
+
+def test_a_folder_is_copied_recursively_and_a_file_is_not() -> None:
+    """The AWS command copies nothing of a single file with --recursive."""
+    for url, command in (
+        ("s3://b/run", "aws s3 cp --recursive"),
+        ("s3://b/encoder.safetensors", "aws s3 cp"),
+    ):
+        assert copy_first(url).endswith(f"with {command}")
 
 
 @pytest.mark.parametrize("said", OUTPUTS)

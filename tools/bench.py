@@ -77,12 +77,17 @@ def settings(path: Path, overrides: list[str]) -> tuple[schema.Config, distribut
     first = [] if world.device.type == "cuda" else SMALL_STEP
     if config.data.backend == "auto":
         first = [*first, "data.backend=dali"]
-    config = schema.load(path, [*first, *overrides])
-    if config.undecided:
-        images = len(open_source(config.data.path, config.data.on_demand))
-        config = derived.decide(config, images, provenance.device_of(world.device), world.size)
+    config = decided(schema.load(path, [*first, *overrides]), world)
     make_backend(config, world.device, torch.float32)  # raises now if DALI is missing
     return config, world
+
+
+def decided(config: schema.Config, world: distributed.World) -> schema.Config:
+    """The config with values in the place of "auto"."""
+    if not config.undecided:
+        return config
+    images = len(open_source(config.data.path, config.data.on_demand))
+    return derived.decide(config, images, provenance.device_of(world.device), world.size)
 
 
 def measure_run(args: argparse.Namespace) -> dict[str, Any]:
@@ -96,6 +101,7 @@ def measure_run(args: argparse.Namespace) -> dict[str, Any]:
     if args.check:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(len(os.sched_getaffinity(0)))  # as in train.py
+        config = decided(config, world)
         costs, found["accuracy"] = measure_checks(config, world, partial(fit_linear, config, world))
         say(f"{table(costs)}\nkNN top-1 {found['accuracy']:.1f} %")
         found["check"] = {name: asdict(cost) for name, cost in costs.items()}
