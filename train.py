@@ -128,7 +128,7 @@ def prepare(
     from byolt.pipelines.loader import Loader
     from byolt.pipelines.order import check_batch_size
     from byolt.pipelines.plain import plain_images
-    from byolt.pipelines.sources import open_split
+    from byolt.pipelines.sources import check_paths, open_split
     from byolt.pipelines.subset import spaced
 
     # ── world ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -138,6 +138,7 @@ def prepare(
     torch.manual_seed(config.run.seed)  # of the weights: order and views have generators of their own
 
     # ── data ────────────────────────────────────────────────────────────────────────────────────────────────
+    check_paths({"data.path": config.data.path, "eval.path": config.eval.path}, config.run.out)
     source = open_split("data.path", config.data.path, config.data)
     mirror = open_mirror(config, args.resume, args.allow_change, source, lock, world)
     config = settle(config, args.resume, len(source), world)

@@ -195,6 +195,7 @@ def test_names_and_paths_are_inert_in_the_card(cifar: Path, tmp_path: Path) -> N
     path, state = tmp_path / cifar.name, checkpoint.load(cifar)
     state["config"]["data"]["path"] = "/home/alice/a`\n\n# Injected <b>\n"
     state["config"]["run"]["out"] = "/home/alice/```\n<script>"
+    state["config"]["run"]["mirror"] = "s3://alice/run"
     state["config"]["eval"]["path"] = "../alice/val"
     checkpoint.write(path, state)
     document = _document(load_trained(path).digest, protocol="knn\n\n# Hello <script>")

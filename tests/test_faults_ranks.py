@@ -308,6 +308,16 @@ def test_failure_before_the_loop_is_the_last_line_of_every_rank(
     assert "Traceback" not in ranks[0].text
 
 
+def test_a_run_of_several_ranks_is_not_written_among_its_images(run: Run, images: Path) -> None:
+    ranks = run.start_ranks(2, f"run.out={images}/run")
+    assert all_end(ranks) == [2, 2]
+    for rank, process in enumerate(ranks):
+        assert process.text.startswith(
+            f"error: rank {rank}: run.out={images}/run is in data.path={images}, a folder"
+        )
+    assert not (images / "run").exists()
+
+
 def test_rank_0_s_mistake_is_every_rank_s(halved: Run) -> None:
     ranks = halved.start_ranks(2)
     assert all_end(ranks) == [2, 2]

@@ -18,7 +18,7 @@ from byolt.tools.reporting.run import training_images
 
 def public(config: schema.Config) -> schema.Config:
     """The config without the folders of the machine that trained."""
-    run = config.run.model_copy(update={"out": _public_path(config.run.out)})
+    run = config.run.model_copy(update={"out": _public_path(config.run.out), "mirror": None})
     data = config.data.model_copy(update={"path": _public_path(config.data.path), "cache": None})
     path = config.eval.path and _public_path(config.eval.path)
     init_from = config.model.init_from and _public_path(config.model.init_from)
