@@ -387,7 +387,10 @@ class Config(Section):
     def check_steps(self, num_images: int) -> None:
         """Raises ValueError if the run would have no step."""
         if self.total_steps(num_images) < 1:
-            raise ValueError(f"train.epochs={self.train.epochs:g} is less than one step: raise it")
+            raise ValueError(
+                f"train.epochs={self.train.epochs:g} is less than one step, which takes train.batch_size="
+                f"{self.train.batch_size} of {num_images} images: raise the first, or lower the second"
+            )
 
     def warmup_steps(self, num_images: int) -> int:
         """Optimizer steps of the linear warm-up."""

@@ -161,6 +161,7 @@ def test_a_list_of_one_s_own(tmp_path: Path, capsys: pytest.CaptureFixture) -> N
             ", line 1: a: run.seed=4: every run has a folder in --out, and its seed by --seeds",
         ),
         ("a: [batch=0]", ", line 1: a: batch=0 must be a number of images"),
+        ("a/b: []", ", line 1: name a/b must have 100 letters, digits"),
     ],
 )
 def test_a_list_of_another_form_is_refused(text: str, said: str, tmp_path: Path) -> None:
@@ -184,7 +185,8 @@ def test_names_of_a_list_are_taken_as_written(tmp_path: Path) -> None:
             ["run.mirror=s3://bucket/run"],
             "run.mirror=s3://bucket/run: all runs would share it: remove it",
         ),
-        ("a: [train.epochs=auto]", [], "train.epochs: auto is for single runs: set values"),
+        ("a: [train.epochs=auto]", [], "a: train.epochs: auto is for single runs: set values"),
+        ("a: []\nb: [train.epoch=1]", [], "ablate: b: overrides of "),
     ],
 )
 def test_a_list_that_cannot_run_is_refused(

@@ -508,7 +508,10 @@ def test_two_ranks_train_like_one(images: Path, tmp_path: Path) -> None:
         (["--allow-change", "model.backbone"], "do not fit; begin a new run"),
         (["train.epochs=.inf"], "train.epochs=inf"),
         (["run.out=${nope}"], "do not resolve"),
-        (["train.epochs=0.1", "optimizer.warmup_epochs=0"], "train.epochs=0.1 is less than one step"),
+        (
+            ["train.epochs=0.1", "optimizer.warmup_epochs=0"],
+            "train.epochs=0.1 is less than one step, which takes train.batch_size=",
+        ),
         (["--resume", "nowhere.pt"], "--resume nowhere.pt does not exist: name a checkpoint-*.pt"),
         (["optimizer.backend=apex"], "unrelated package"),
         (["run.out=/proc/byolt"], "/proc/byolt"),

@@ -117,7 +117,10 @@ def plan(request: Request, names: list[str], seeds: list[int]) -> Runs:
     for seed, name in itertools.product(seeds, names):
         out = request.out / f"{name}-{seed}"
         settings = [*request.settings(name, seed), f"run.out={out}"]
-        _check_several(schema.load(request.config, settings))
+        try:
+            _check_several(schema.load(request.config, settings))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         runs[name, seed] = (out, settings)
     return runs
 

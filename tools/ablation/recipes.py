@@ -76,7 +76,10 @@ def read_list(path: Path) -> dict[str, Ablation]:
         words = given.value if isinstance(given, yaml.SequenceNode) else [given]
         overrides = [word.value for word in words if isinstance(word, yaml.ScalarNode) and "=" in word.value]
         if not isinstance(key.value, str) or not re.fullmatch(r"\w[\w.+-]{0,99}", key.value):
-            raise ValueError(f"{place}: a name has letters, digits and . + - _, at most 100: it {form}")
+            name = f"name {key.value:.99}" if isinstance(key.value, str) else "a name"
+            raise ValueError(
+                f"{place}: {name} must have 100 letters, digits and . + - _ at most; a line {form}"
+            )
         if len(overrides) < len(words) or not isinstance(given, yaml.SequenceNode):
             raise ValueError(f"{place}: {key.value} {form}")
         if key.value in found:
