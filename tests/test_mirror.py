@@ -241,10 +241,12 @@ class Mirrored:
         return path
 
     def started(self, *overrides: str, data: str = "images") -> None:
-        """Writes the start of a run there."""
+        """Writes the start of a run there, behind others."""
         config = schema.load("quickstart", [f"run.out={self.out}", *overrides])
         row = {"step": 0, "config": config.model_dump(mode="json"), "data": data}
-        self.there["starts.jsonl"] = json.dumps(row).encode() + b"\n{torn"
+        self.there["starts.jsonl"] = (
+            self.there.get("starts.jsonl", b"") + json.dumps(row).encode() + b"\n{torn\n"
+        )
 
     def open(self, resume: str | None = "auto", *allowed: str) -> Mirror:
         world = World(0, 0, 1, torch.device("cpu"), "none")
@@ -291,6 +293,7 @@ def test_the_mirror_of_this_run_is_continued(mirrored: Mirrored) -> None:
     train = mirrored.config.train.model_copy(update={"batch_size": "auto"})
     mirrored.config = mirrored.config.model_copy(update={"train": train})
     mirrored.started("run.log_every=9", data="before")
+    mirrored.started("optimizer.base_lr=9")  # tried in vain
     mirrored.open()
     assert mirrored.metrics == "there"
 

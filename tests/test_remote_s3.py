@@ -129,6 +129,7 @@ def test_objects_of_each_kind_of_store(
         store.delete("none")
         with pytest.raises(MissingError, match=r"folder/none: does not exist \(HTTP 404\): check the URL"):
             store.get("none")
+        assert store.put("none", b"", there)  # it was there when the folder was listed
         if key:
             monkeypatch.setenv(key, base64.b64encode(b"another-secret").decode())
             with pytest.raises(RemoteError, match=refusal) as caught:

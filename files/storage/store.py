@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeVar
@@ -159,8 +159,9 @@ class Store:
         else:
             size, sha256 = len(content), hashlib.sha256(content).hexdigest()
         found = (there or {}).get(name)
-        if found and found.size == size and self.sha256(name) == sha256:
-            return False
+        with suppress(MissingError):  # it has been removed since
+            if found and found.size == size and self.sha256(name) == sha256:
+                return False
 
         async def attempt() -> Any:
             client = _client(self.url, writing=True)

@@ -203,13 +203,23 @@ def _fetch(
 
 
 def _check_same_run(mirror: Mirror, config: Config, allowed: list[str], source: DataSet) -> None:
-    """Refuses the mirror of another run: its files would replace those of this one, or would be replaced."""
-    rows = read_rows(mirror.read(provenance.FILE), config=dict)
-    if rows:
-        data = rows[-1].get("data", source.fingerprint)
+    """Refuses the mirror of another run: its files would replace those of this one, or would be replaced.
+
+    One start of this run is enough: settings may have been changed since, or tried in vain.
+    """
+    refused: ValueError | None = None
+    for row in reversed(read_rows(mirror.read(provenance.FILE), config=dict)):
+        data = row.get("data", source.fingerprint)
         now = data if data in source.former_fingerprints else source.fingerprint
-        state = {"config": rows[-1]["config"], "data": data}
-        fixed.check_same_run(config, now, f"run.mirror={mirror.url}", state, [*allowed, *config.undecided])
+        state, free = {"config": row["config"], "data": data}, [*allowed, *config.undecided]
+        try:
+            fixed.check_same_run(config, now, f"run.mirror={mirror.url}", state, free)
+        except ValueError as error:
+            refused = refused or error
+        else:
+            return
+    if refused:
+        raise refused
 
 
 def settle(config: Config, resume: str | None, num_images: int, world: World) -> Config:
