@@ -4,6 +4,7 @@ import contextlib
 import errno
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from byolt.model.distributed import World
+from byolt.model.run import log
 from byolt.model.run.log import MetricLog, Window, slowest
 
 ALONE = World(0, 0, 1, torch.device("cpu"), "none")
@@ -46,6 +48,13 @@ def test_row_is_the_mean_of_its_steps_and_the_next_begins_anew(monkeypatch: pyte
     )
 
 
+def test_images_of_several_ranks_are_counted_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = Window(replace(ALONE, size=7), batch_size=7, step=0)
+    monkeypatch.setattr(log, "all_reduce_mean", lambda means, world: 29 / 7 * torch.ones_like(means))
+    monkeypatch.setattr(window, "_straggler", lambda *_: "")
+    assert window.row(1, waited=0.0, corrupt=4, gauges={}, probed=False)["corrupt_images"] == 29
+
+
 @pytest.mark.parametrize("error", [None, FloatingPointError("not finite")])
 def test_disk_failure_in_tensorboard_is_reported_once_and_hides_no_other_error(
     error: Exception | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -54,13 +63,13 @@ def test_disk_failure_in_tensorboard_is_reported_once_and_hides_no_other_error(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def log_one() -> None:
-        with monkeypatch.context() as disk, MetricLog(tmp_path, 0) as log:
+        with monkeypatch.context() as disk, MetricLog(tmp_path, 0) as rows:
             disk.setattr(RecordWriter, "write", fail)
             with contextlib.suppress(OSError):
-                log.add(1, {"loss": 1.0})
+                rows.add(1, {"loss": 1.0})
             if error:
                 raise error
-            log.close()
+            rows.close()
 
     printed: list[threading.ExceptHookArgs] = []
     monkeypatch.setattr(threading, "excepthook", printed.append)

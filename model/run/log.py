@@ -134,7 +134,7 @@ class Window:
             "loss": loss,
             "images_per_second": steps * self._batch_size / seconds,
             "data_wait_percent": 100 * waiting,
-            "corrupt_images": unread * self._world.size,
+            "corrupt_images": float(round(unread * self._world.size)),  # 29 / 7 * 7 > 29
             **dict(zip(gauges, others, strict=True)),
         }
         return row | ({"probe_top1": 100 * right} if probed else {})
