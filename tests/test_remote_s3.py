@@ -25,10 +25,12 @@ from range_server import gcs_bucket, s3_bucket
 from whole_runs import ROOT
 
 from byolt.configs.schema import DataConfig
+from byolt.files import failpoint
 from byolt.files.atomic import sha256_of
 from byolt.files.storage import retry
 from byolt.files.storage.retry import MissingError, RemoteError
 from byolt.files.storage.store import Store
+from byolt.pipelines.manifest import MANIFEST
 from byolt.pipelines.remote.source import RemoteSource
 from byolt.pipelines.sources import TarSource, open_source
 from byolt.tools.make_shards import main as make_shards
@@ -246,6 +248,17 @@ def test_killed_upload_continues(
     )
     assert make_shards([str(images), f"{bucket}/others", *options]) == 2
     assert "already holds a.tar of another program: name another folder" in capsys.readouterr().err
+
+    url = f"{bucket}/meanwhile"
+    finish = {
+        ("upload", 1): lambda: Store(url).put(MANIFEST, b"{}")
+    }  # another process, after our first shard
+    monkeypatch.setattr(failpoint, "reach", lambda *place: finish.get(place, bool)())
+    assert make_shards([str(images), url, *options]) == 2
+    assert f"DST {url}: another process has finished a data set there: start again" in capsys.readouterr().err
+    assert {*(Store(url).list() or {})} == {"shard-000000.tar", MANIFEST} and Store(url).get(
+        MANIFEST
+    ) == b"{}"
 
 
 def test_named_betons_are_staged(bucket: str, images: Path, tmp_path: Path) -> None:

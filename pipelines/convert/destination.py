@@ -13,6 +13,7 @@ from byolt.files import failpoint
 from byolt.files.atomic import remove_leftovers, writing
 from byolt.files.paths import MissingDataError
 from byolt.files.rows import read_rows
+from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
 from byolt.pipelines.convert.inputs import RefusedFile
 from byolt.pipelines.convert.plan import SUFFIXES, differences
@@ -131,8 +132,10 @@ class Upload:
         """
         found = []
         for name in split:
+            place = f"{self.url}/{name}".rstrip("/")
+            self._there[place] = Store(place).list() or {}
             with suppress(MissingDataError):
-                found.append(RemoteData(parse(f"{self.url}/{name}".rstrip("/"))).manifest)
+                found.append(RemoteData(parse(place)).manifest)
         for manifest in found:
             if difference := differences(manifest.settings if manifest else {}, settings):
                 raise ValueError(
@@ -149,6 +152,7 @@ class Upload:
         """Copies all files that are not there yet; removes the folder.
 
         Raises:
+            ValueError: Another process has finished a data set there.
             RemoteError: A file cannot be written.
         """
         self._finished.put(None)
@@ -157,10 +161,10 @@ class Upload:
         for path in sorted(files, key=lambda path: (path.name == MANIFEST, path)):
             self._copy(path)
         uploaded = self._folder.rename(self._folder.with_suffix(_UPLOADED))  # a kill leaves no half of it
-        shutil.rmtree(uploaded)
+        shutil.rmtree(uploaded, ignore_errors=True)  # another process removes such folders too
 
     def _copy_shards(self) -> None:
-        with suppress(OSError):  # `finish` tries again, and reports it
+        with suppress(OSError, ValueError):  # `finish` tries again, and reports it
             while path := self._finished.get():
                 self._copy(path)
 
@@ -172,6 +176,12 @@ class Upload:
         store = Store(f"{self.url}/{place.parent.as_posix()}".removesuffix("/."))
         if store.url not in self._there:
             self._there[store.url] = store.list() or {}
+        if MANIFEST not in self._there[store.url]:
+            with suppress(MissingError):
+                store.head(MANIFEST)
+                raise ValueError(
+                    f"DST {store.url}: another process has finished a data set there: start again"
+                )
         written = store.put(path.name, path, self._there[store.url])
         url = f"{store.url}/{path.name}"
         self._say(f"uploaded {url}" if written else f"{url} is there already")
