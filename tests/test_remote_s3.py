@@ -256,6 +256,7 @@ def test_killed_upload_continues(
     monkeypatch.setattr(failpoint, "reach", lambda *place: finish.get(place, bool)())
     assert make_shards([str(images), url, *options]) == 2
     assert f"DST {url}: another process has finished a data set there: start again" in capsys.readouterr().err
+    assert make_shards([str(images), url, *options]) == 2  # the shards are whole in the local folder
     assert {*(Store(url).list() or {})} == {"shard-000000.tar", MANIFEST} and Store(url).get(
         MANIFEST
     ) == b"{}"

@@ -86,9 +86,8 @@ def make(options: ConversionOptions, say: Callable[[str], object], upload: Uploa
             if options.strict and inputs.refused:
                 raise strict_error(inputs.refused)
             tasks = plan(inputs, options)
-            if is_finished(dst, split, settings, options.strict) or (
-                upload and upload.is_finished(split, settings)
-            ):
+            is_there = upload is not None and upload.is_finished(split, settings)
+            if is_there or is_finished(dst, split, settings, options.strict):
                 shutil.rmtree(work)
                 return f"{dst}: already done"
             claim(work, dst, split, {**settings, "source_modified": inputs.modified()})
