@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -335,6 +336,8 @@ def test_a_new_checkpoint_is_kept_beside_others(mirrored: Mirrored) -> None:
         mirrored.there[f"checkpoint-{step:09d}.pt"] = b"damaged"
     mirrored.save(5)
     (mirrored.out / "checkpoint-best.pt").write_bytes(b"mine")
+    os.mkfifo(mirrored.out / "pipe.json")
+    (mirrored.out / "folder.json").mkdir()
     said: list[str] = []
     with mirrored.open() as copy:
         copy._say = said.append  # type: ignore[method-assign]

@@ -124,7 +124,8 @@ class Mirror:
         newest = sorted(self._folder.glob(SERIES))[-1:]
         for path in [path for pattern in _OTHERS for path in self._folder.glob(pattern)] + newest:
             with suppress(FileNotFoundError):  # a newer one has taken its place
-                self._send(path)
+                if path.is_file():  # no FIFO, which would block, nor a folder
+                    self._send(path)
                 self._series |= {path.name for path in newest if path.name in self._sent}
         last = max((path.name for path in newest), default="")  # later ones were damaged
         for name in sorted(self._series, key=lambda name: (name <= last, name), reverse=True)[self._keep :]:
