@@ -298,6 +298,8 @@ def test_a_changed_object_and_refusals_are_short(
     for endpoint, said in (
         ("http://127.0.0.1:9", "the connection is refused, for 0.01 minutes"),
         ("http://no-such-host.invalid", "cannot be resolved, for 0.01 minutes"),
+        ("localhost:9", "AWS_ENDPOINT_URL=localhost:9 must begin with http:// or https://"),
+        (f"me:{SECRET}@localhost:9", r"AWS_ENDPOINT_URL=\*\*\* must begin"),
     ):
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
         with pytest.raises(ValueError, match=said) as caught:

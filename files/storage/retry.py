@@ -28,10 +28,15 @@ _FINAL_TEXTS = (
     ),
     ("MissingContentLength", "the server does not state the object's size", "use another server"),
 )
-UNREACHABLE = ("the host name cannot be resolved", "the connection is refused")  # perhaps a mistyped host
+UNREACHABLE = (  # perhaps a mistyped URL
+    "the host name cannot be resolved",
+    "the connection is refused",
+    "the server does not speak TLS, as https:// needs",
+)
 _KNOWN = (
     ("dns error|failed to lookup", UNREACHABLE[0]),
     ("ConnectionRefused|Connection refused", UNREACHABLE[1]),
+    ("InvalidContentType", UNREACHABLE[2]),
     ("ConnectionReset|reset by peer", "the connection was reset"),
     ("IncompleteBody|UnexpectedEof|incomplete", "the body was cut short"),
     ("TimedOut|timed out|Timeout", "no answer in time"),

@@ -9,6 +9,7 @@ import atexit
 import hashlib
 import math
 import os
+import re
 import sys
 import threading
 import time
@@ -198,6 +199,8 @@ class Store:
             if self._client is None:
                 try:
                     self._client = _client(self.url)
+                except RemoteError:
+                    raise
                 except Exception as error:  # of many kinds: settings in the environment that do not fit
                     raise RemoteError(f"{self.url} cannot be opened: {retry.cause(error)}") from None
             return self._client
@@ -360,8 +363,13 @@ def _client(url: str, writing: bool = False) -> Any:
     """
     from obstore import store
 
-    variables = _ENDPOINTS.get(url.split(":")[0], ())
-    endpoint = next((os.environ[name] for name in variables if name in os.environ), url)
+    variables = [name for name in _ENDPOINTS.get(url.split(":")[0], ()) if name in os.environ]
+    for name in variables:
+        value = os.environ[name]
+        if not re.match(r"https?://[^/\s]", value):  # obstore's threads would panic at each request
+            given = "***" if "@" in value else value
+            raise RemoteError(f"{name}={given} must begin with http:// or https://, or must not be set")
+    endpoint = next((os.environ[name] for name in variables), url)
     options: dict[str, Any] = {
         "client_options": {"connect_timeout": _CONNECT, "allow_http": endpoint.startswith("http://")},
         "retry_config": {"max_retries": 0},
