@@ -117,6 +117,9 @@ class Mirror:
                 )
                 if last or not isinstance(error, InterruptedError):  # by a signal: `last` is next
                     self._say(f"warning: run.mirror={self.url}: {error}; {later}")
+            else:
+                if last:
+                    self._say(f"run.mirror={self.url} is up to date")
 
     def _copy(self) -> None:
         if self._there is None:

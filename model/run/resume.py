@@ -95,7 +95,8 @@ def begin(
     fixed.check_same_ranks(world.rank, facts, distributed.broadcast_object(facts, world))
     path, state = find_checkpoint(Path(config.run.out), resume, world)
     if path is None:
-        origin = f"new run (no checkpoint in {config.run.out})" if resume else "new run"
+        places = " or ".join(filter(None, (config.run.out, config.run.mirror)))
+        origin = f"new run (no checkpoint in {places})" if resume else "new run"
         return Start(None, 0, None, [], origin, _initialize(config.model.init_from, train_step, world))
     fingerprint, origin = source.fingerprint, f"resumed from {path}"
     if state["data"] != fingerprint and state["data"] in source.former_fingerprints:
