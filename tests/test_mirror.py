@@ -322,6 +322,7 @@ def test_what_cannot_be_fetched_leaves_the_folder_as_it_is(mirrored: Mirrored) -
     mirrored.open()
     assert mirrored.metrics == "here"
     mirrored.there[name] = whole
+    (mirrored.out / f".{name}.4711.byolt-tmp").write_bytes(whole[:100])  # of a fetch that was killed
     with Lock(mirrored.out / "run.lock", "run.out") as other:
         other.take()
         with pytest.raises(ValueError, match=r"run\.out is in use by pid"):

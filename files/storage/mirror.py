@@ -6,7 +6,7 @@ from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
-from byolt.files.atomic import replacing, writing
+from byolt.files.atomic import remove_leftovers, replacing, writing
 from byolt.files.stop import Stopped
 from byolt.files.storage.retry import MissingError
 from byolt.files.storage.store import Entry, Store
@@ -64,6 +64,8 @@ class Mirror:
         """
         assert self._there is not None
         self._folder.mkdir(parents=True, exist_ok=True)
+        for pattern in ("checkpoint-*", "*.jsonl"):  # of killed processes: they may fill the disk
+            remove_leftovers(self._folder, pattern)
         path, size = self._folder / name, self._there[name].size
         starts = range(0, size, _PIECE)
         with replacing(path) as temporary:
