@@ -56,12 +56,12 @@ def measure(arguments: list[str]) -> Seconds:
 
 
 def table(seconds: Seconds) -> str:
-    """A heading, one line for each part, and the sum."""
+    """A heading, one line for each part, the sum, and how often it was measured."""
     lines = [f"{'part':28} {'seconds':>8} {'CPU s':>8}"]
     whole = tuple(sum(part[k] for part in seconds.values()) for k in (0, 1))
     for name, (wall, cpu) in {**seconds, "command to first step": whole}.items():
         lines.append(f"{name:28} {wall:8.2f} {cpu:8.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"medians of {RUNS} processes; one before them does not count"])
 
 
 def _start(arguments: list[str]) -> Seconds:
