@@ -4,6 +4,7 @@ import importlib.util
 import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -221,6 +222,7 @@ def test_the_package_itself_offline(config: Config, tmp_path: Path, monkeypatch:
     said: list[str] = []
     try:
         write(config, 0, said, range(1, 3))
+        time.sleep(1)  # the folder of each start is named after the second
         write(config, 2, said, range(3, 4))
     finally:
         wandb.teardown()
