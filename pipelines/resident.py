@@ -35,6 +35,15 @@ def is_wanted(data: DataConfig, source: Source) -> bool:
     return bool(longest <= SMALL and 3 * (source.heights * source.widths).sum() <= LIMIT)
 
 
+def useful_threads(pixels: float) -> int:
+    """How many threads decode images of so many pixels each faster than fewer do; 1 or more.
+
+    Each image holds Python's interpreter lock for 14 us, whatever its size. Two threads against one on two cores:
+    32 px 0.8 times as fast, 64 px 1.2, 96 px 1.55, 160 px 1.6.
+    """
+    return max(1, int(pixels / 2048))
+
+
 class Resident:
     """Makes both views of samples of a data set whose decoded pixels are in memory.
 
@@ -70,8 +79,9 @@ class Resident:
         self._pixels = self._allocate(int(sizes.sum()), torch.device("cpu"))
         self._boxes = np.stack([np.zeros_like(sizes), np.zeros_like(sizes), heights, widths], 1)
         parts = [range(i, min(i + 256, len(source))) for i in range(0, len(source), 256)]
-        for _ in self._pool.map(lambda part: self._load(source, part), parts):
-            pass
+        with ThreadPoolExecutor(min(threads, useful_threads(sizes.sum() / 3 / max(1, len(sizes))))) as pool:
+            for _ in pool.map(lambda part: self._load(source, part), parts):
+                pass
         sound = np.setdiff1d(np.arange(len(source)), list(self.broken))
         if not len(sound):
             raise ValueError(f"none of the {len(source)} images decodes; the first: {self.broken[0]}")

@@ -1,6 +1,7 @@
 """Small images kept in memory: the same batches as from their bytes, and when that is done."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from byolt.pipelines.backends import make_backend, make_resident
 from byolt.pipelines.kernels.inputs import Pixels
 from byolt.pipelines.kernels.memory import Memory
 from byolt.pipelines.loader import Batch, CorruptBudgetError, Loader
-from byolt.pipelines.resident import Resident, is_wanted
+from byolt.pipelines.resident import Resident, is_wanted, useful_threads
 from byolt.pipelines.sources import SyntheticSource
 
 CPU = torch.device("cpu")
@@ -32,6 +33,20 @@ def batches(resident: str, source: SyntheticSource, log: Path | None = None, **d
     with Loader(config, source, backend, corrupt_log=log) as loader:
         steps = iter(loader)
         return [batch for _ in range(7) for batch in next(steps)]
+
+
+def test_small_images_are_decoded_by_one_thread() -> None:
+    """More would wait for the interpreter lock."""
+    seen = set()
+
+    class Seen(SyntheticSource):
+        def read(self, i: int) -> bytes:
+            seen.add(threading.get_ident())
+            return super().read(i)
+
+    assert [useful_threads(size**2) for size in (1, 32, 64, 224)] == [1, 1, 2, 24]
+    Resident(Seen(1024, 20, 30), make_config().augment, CPU, torch.float32, threads=4)
+    assert len(seen) == 1
 
 
 def test_views_are_those_of_the_encoded_images() -> None:
